@@ -1,0 +1,154 @@
+"""How is a parameter spread over ranks, and how does one reduce over its pieces?
+
+Everything that is peculiar to DTensor (FSDP2, tensor parallel), FSDP1 or DeepSpeed stands here. Two facts shape it:
+
+* ``torch.linalg.vector_norm(dtensor).item()`` silently returns the *local* number, and an infinity norm of an empty
+  shard raises on that rank alone, so that the others hang. We therefore reduce local tensors by ourselves, an empty
+  one to zero, and make one collective for all parameters that are spread alike.
+* FSDP1 with ``use_orig_params=True`` hands out 1-D local slices, some of them empty, that do not know where they come
+  from; only the flat parameter does (``FlatParamHandle``, private, the same since torch 2.0).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable, Iterator, Sequence
+
+if dist.is_available():
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """The piece of ``tensor`` that lies on this rank, detached and sharing memory; a plain tensor is its own piece."""
+    tensor = tensor.detach()
+    return tensor.to_local() if dist.is_available() and isinstance(tensor, DTensor) else tensor
+
+
+def gradient_of(parameter: Tensor) -> Tensor | None:
+    """The gradient of ``parameter``, spread over ranks as the parameter is; tensor parallel may leave it in summands."""
+    gradient = parameter.grad
+    if dist.is_available() and isinstance(gradient, DTensor) and isinstance(parameter, DTensor):
+        agree = gradient.placements == parameter.placements
+        return gradient if agree else gradient.redistribute(placements=parameter.placements)
+    return gradient
+
+
+def is_elsewhere(parameter: Tensor) -> bool:
+    """Does DeepSpeed's ZeRO-3 keep the elements of ``parameter`` where this package does not read them?"""
+    return hasattr(parameter, "ds_shape") and parameter.numel() < parameter.ds_shape.numel()
+
+
+def whole_tensor(piece: Tensor, like: Tensor) -> Tensor:
+    """The whole of which every rank has a ``piece`` cut as ``like`` is; all ranks should take part."""
+    if not (dist.is_available() and isinstance(like, DTensor)):
+        return piece
+    spread = DTensor.from_local(
+        piece, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+    return spread.full_tensor()
+
+
+def piece_like(whole: Tensor, like: Tensor) -> Tensor:
+    """This rank's piece of a ``whole`` that every rank has, cut as ``like`` is, on its device and of its dtype."""
+    whole = whole.detach().to(device=like.device, dtype=like.dtype)
+    if not (dist.is_available() and isinstance(like, DTensor)):
+        return whole
+    everywhere = [Replicate()] * len(like.placements)
+    spread = DTensor.from_local(whole, like.device_mesh, everywhere, run_check=False)
+    return spread.redistribute(placements=like.placements).to_local()
+
+
+def _flat_handles(module: nn.Module) -> Iterator[Any]:
+    """The ``FlatParamHandle`` of every FSDP1 unit in ``module``."""
+    if not dist.is_available():
+        return
+    for unit in module.modules():
+        if isinstance(unit, FullyShardedDataParallel) and unit._handle is not None:
+            yield unit._handle
+
+
+def has_flat_parameters(module: nn.Module) -> bool:
+    """Does FSDP1 show one flat parameter a unit (``use_orig_params=False``) instead of the module's own?"""
+    return any(not handle._use_orig_params for handle in _flat_handles(module))
+
+
+def unsharded_shapes(module: nn.Module) -> dict[int, torch.Size]:
+    """The shapes of whole tensors, by ``id(parameter)``, for the parameters whose own shape is not it.
+
+    A DTensor's shape is the whole one already. FSDP1's slices are 1-D, and a parameter of DeepSpeed's ZeRO-3 has no
+    element outside its forward pass.
+    """
+    shapes = {id(p): torch.Size(p.ds_shape) for p in module.parameters() if hasattr(p, "ds_shape")}
+    for handle in _flat_handles(module):
+        flat = handle.flat_param
+        shapes.update((id(p), torch.Size(s)) for p, s in zip(flat._params or (), flat._shapes, strict=False))
+    return shapes
+
+
+class Sharding:
+    """Which ranks hold the pieces of each parameter of a module.
+
+    Args:
+        module: The module as the strategy has set it up; without one, only DTensors are known to be spread.
+    """
+
+    def __init__(self, module: nn.Module | None = None) -> None:
+        self._process_groups: dict[int, dist.ProcessGroup] = {}
+        for handle in _flat_handles(module) if module is not None else ():
+            # Under NO_SHARD every rank holds the whole tensor, although there is a process group.
+            if handle.uses_sharded_strategy:
+                self._process_groups |= dict.fromkeys(map(id, handle.flat_param._params or ()), handle.process_group)
+
+    def _spread(self, parameter: Tensor) -> Hashable:
+        """What tells how ``parameter`` is spread: None, a process group, or a mesh with placements."""
+        if dist.is_available() and isinstance(parameter, DTensor):
+            return parameter.device_mesh, tuple(parameter.placements)
+        return self._process_groups.get(id(parameter))
+
+    def is_flat(self, parameter: Tensor) -> bool:
+        """Is what this rank holds of ``parameter`` a run of its elements, cut anywhere?"""
+        return id(parameter) in self._process_groups
+
+    def is_sharded(self, parameter: Tensor) -> bool:
+        """Does this rank hold a part of ``parameter`` only?"""
+        spread = self._spread(parameter)
+        return any(not p.is_replicate() for p in spread[1]) if isinstance(spread, tuple) else spread is not None
+
+    def reduce(self, values: Tensor, parameters: Sequence[Tensor], op: Literal["sum", "max"] = "sum") -> Tensor:
+        """What ``values`` come to over all pieces of each parameter: one collective for all that are spread alike.
+
+        Args:
+            values: Row ``i`` is what this rank found in its piece of ``parameters[i]``; shape ``(n, ...)``.
+            parameters: The ``n`` parameters, in the same order on every rank. Replicas count once.
+            op: How two pieces combine.
+
+        Returns:
+            A tensor like ``values``, the same on every rank that holds a piece.
+        """
+        spread_alike: dict[Hashable, list[int]] = {}
+        for i, parameter in enumerate(parameters):
+            if (spread := self._spread(parameter)) is not None:
+                spread_alike.setdefault(spread, []).append(i)
+        if not spread_alike:
+            return values
+        values = values.clone()
+        for spread, rows in spread_alike.items():
+            index = torch.tensor(rows, device=values.device)
+            values[index] = _all_reduce(values[index], spread, op)
+        return values
+
+
+def _all_reduce(values: Tensor, spread: Any, op: Literal["sum", "max"]) -> Tensor:
+    if isinstance(spread, dist.ProcessGroup):
+        dist.all_reduce(values, dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX, group=spread)
+        return values
+    mesh, placements = spread
+    reduced: list[Placement] = [Replicate() if p.is_replicate() else Partial(op) for p in placements]
+    return DTensor.from_local(values, mesh, reduced, run_check=False).full_tensor()
