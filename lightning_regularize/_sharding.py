@@ -22,27 +22,56 @@ if TYPE_CHECKING:
 
 if dist.is_available():
     from torch.distributed.fsdp import FullyShardedDataParallel
-    from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
+    from torch.distributed.tensor import DTensor, Replicate
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
     """The piece of ``tensor`` that lies on this rank, detached and sharing memory; a plain tensor is its own piece."""
+    if hasattr(tensor, "ds_tensor"):
+        return _of_zero3(tensor.ds_tensor, tensor)
     tensor = tensor.detach()
     return tensor.to_local() if dist.is_available() and isinstance(tensor, DTensor) else tensor
 
 
 def gradient_of(parameter: Tensor) -> Tensor | None:
-    """The gradient of ``parameter``, spread over ranks as the parameter is; tensor parallel may leave it in summands."""
+    """The gradient of ``parameter``, spread over ranks as that is; tensor parallel may leave it in summands."""
     gradient = parameter.grad
+    if gradient is None and (hasattr(parameter, "ds_tensor") or hasattr(parameter, "_hp_mapping")):
+        return _gradient_in_zero(parameter)
     if dist.is_available() and isinstance(gradient, DTensor) and isinstance(parameter, DTensor):
         agree = gradient.placements == parameter.placements
         return gradient if agree else gradient.redistribute(placements=parameter.placements)
     return gradient
 
 
+def settle_gradient_(parameter: Tensor) -> Tensor | None:
+    """What :func:`gradient_of` says, and from now on the parameter's own: what is added to it then counts once."""
+    gradient = gradient_of(parameter)
+    if gradient is not parameter.grad:
+        parameter.grad = gradient
+    return gradient
+
+
 def is_elsewhere(parameter: Tensor) -> bool:
-    """Does DeepSpeed's ZeRO-3 keep the elements of ``parameter`` where this package does not read them?"""
-    return hasattr(parameter, "ds_shape") and parameter.numel() < parameter.ds_shape.numel()
+    """Has DeepSpeed's ZeRO-Infinity put the elements of ``parameter`` on a disk?"""
+    return hasattr(parameter, "ds_tensor") and parameter.ds_tensor.numel() != parameter.ds_tensor.ds_numel
+
+
+def _of_zero3(piece: Tensor, parameter: Any) -> Tensor:
+    """A rank's ``piece`` of a parameter of ZeRO-3 without the padding, by which pieces are equally long."""
+    start = dist.get_rank(parameter.ds_process_group) * parameter.ds_tensor.ds_numel
+    return piece.detach()[: max(parameter.ds_numel - start, 0)]
+
+
+def _gradient_in_zero(parameter: Any) -> Tensor | None:
+    """The gradient that DeepSpeed's ZeRO keeps to itself, spread as the parameter is; all ranks should take part."""
+    from deepspeed.utils import safe_get_full_grad
+
+    gradient: Tensor | None = safe_get_full_grad(parameter)
+    if gradient is None or not hasattr(parameter, "ds_tensor"):
+        return gradient
+    start = dist.get_rank(parameter.ds_process_group) * parameter.ds_tensor.ds_numel
+    return gradient.detach().flatten()[start : start + parameter.ds_tensor.ds_numel]
 
 
 def whole_tensor(piece: Tensor, like: Tensor) -> Tensor:
@@ -110,11 +139,13 @@ class Sharding:
         """What tells how ``parameter`` is spread: None, a process group, or a mesh with placements."""
         if dist.is_available() and isinstance(parameter, DTensor):
             return parameter.device_mesh, tuple(parameter.placements)
+        if hasattr(parameter, "ds_tensor"):
+            return parameter.ds_process_group  # type: ignore[attr-defined, no-any-return]
         return self._process_groups.get(id(parameter))
 
     def is_flat(self, parameter: Tensor) -> bool:
         """Is what this rank holds of ``parameter`` a run of its elements, cut anywhere?"""
-        return id(parameter) in self._process_groups
+        return id(parameter) in self._process_groups or hasattr(parameter, "ds_tensor")
 
     def is_sharded(self, parameter: Tensor) -> bool:
         """Does this rank hold a part of ``parameter`` only?"""
@@ -147,8 +178,10 @@ class Sharding:
 
 def _all_reduce(values: Tensor, spread: Any, op: Literal["sum", "max"]) -> Tensor:
     if isinstance(spread, dist.ProcessGroup):
-        dist.all_reduce(values, dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX, group=spread)
-        return values
-    mesh, placements = spread
-    reduced: list[Placement] = [Replicate() if p.is_replicate() else Partial(op) for p in placements]
-    return DTensor.from_local(values, mesh, reduced, run_check=False).full_tensor()
+        groups = [spread]
+    else:  # a mesh has one group a dim; not through a DTensor of partial sums, which takes longer than the collective
+        mesh, placements = spread
+        groups = [mesh.get_group(dim) for dim, placement in enumerate(placements) if not placement.is_replicate()]
+    for group in groups:
+        dist.all_reduce(values, dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX, group=group)
+    return values

@@ -20,6 +20,7 @@ __all__ = [
     "Position", "Schedule", "ScheduleLike",
     "Constant", "Linear", "Cosine", "Exponential", "Polynomial",
     "Steps", "Join", "Warmup", "FollowLR", "FromLRScheduler",
+    "early_dropout", "late_dropout",
     "as_schedule", "value_at", "simulate",
 ]  # fmt: skip
 
@@ -477,6 +478,54 @@ class FromLRScheduler(Schedule):
         return {"factory": self.factory, "value": self.value}
 
 
+def early_dropout(p: float, until: int | float = 1 / 6) -> Schedule:
+    """Dropout against underfitting: ``p`` at the first step, linearly down to 0 at ``until``, then none.
+
+    Args:
+        p: The first rate, in [0, 1).
+        until: Where it ends: an integer is a step, a float in [0, 1] a fraction of the run. By default 50 of 300
+            epochs, as in the paper.
+
+    Returns:
+        A schedule.
+
+    Raises:
+        ValueError: If ``p`` is not in [0, 1), or ``until`` is out of range; TypeError if one is no number.
+
+    Example:
+        >>> simulate(early_dropout(0.5, until=3), total_steps=5)
+        [0.5, 0.25, 0.0, 0.0, 0.0]
+
+    References:
+        Liu et al., "Dropout Reduces Underfitting", ICML 2023, arXiv 2303.01500.
+    """
+    return Join([Linear(_rate(p), 0.0), 0.0], boundaries=[until])
+
+
+def late_dropout(p: float, start: int | float = 1 / 6) -> Schedule:
+    """Dropout against overfitting that leaves the first steps alone: none until ``start``, and ``p`` from there on.
+
+    Args:
+        p: The rate, in [0, 1).
+        start: The first step with dropout: an integer is a step, a float in [0, 1] a fraction of the run. By default
+            50 of 300 epochs, as in the paper.
+
+    Returns:
+        A schedule.
+
+    Raises:
+        ValueError: If ``p`` is not in [0, 1), or ``start`` is out of range; TypeError if one is no number.
+
+    Example:
+        >>> simulate(late_dropout(0.5, start=3), total_steps=5)
+        [0.0, 0.0, 0.0, 0.5, 0.5]
+
+    References:
+        Liu et al., "Dropout Reduces Underfitting", ICML 2023, arXiv 2303.01500.
+    """
+    return Steps([0.0, _rate(p)], boundaries=[start])
+
+
 def as_schedule(value: ScheduleLike) -> Schedule | Callable[[Position], float]:
     """Turn a number into a ``Constant``, and leave a schedule or another callable as it is.
 
@@ -602,6 +651,13 @@ def _fraction(name: str, value: object) -> float:
     if fraction > 1:
         raise ValueError(f"`{name}` should be in [0, 1] as a fraction of the run, got {value!r}.")
     return fraction
+
+
+def _rate(p: object) -> float:
+    rate = _value("p", p)
+    if rate >= 1:
+        raise ValueError(f"`p` should be in [0, 1), got {p!r}.")
+    return rate
 
 
 def _integer(name: str, value: object, at_least: int) -> int:

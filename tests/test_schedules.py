@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonargparse import CLI
 from torch.optim import SGD
@@ -66,6 +66,7 @@ EXAMPLES = [
     FollowLR(0.1),
     FromLRScheduler(halve_every_second_step, value=0.1),
 ]
+unhurried = settings(deadline=None)  # a busy machine is no failure
 every_example = pytest.mark.parametrize("schedule", EXAMPLES, ids=repr)
 
 
@@ -172,12 +173,14 @@ curves = st.one_of(
 )
 
 
+@unhurried
 @given(curves, st.integers(min_value=2, max_value=10**7))
 def test_the_first_and_the_last_step_have_the_very_start_and_end(curve, total_steps):
     assert curve(Position(0, total_steps)) == curve.start
     assert curve(Position(total_steps - 1, total_steps)) == curve.end
 
 
+@unhurried
 @given(curves, st.integers(min_value=1, max_value=60))
 def test_a_curve_stays_between_its_ends_and_never_turns(curve, total_steps):
     curve_values = simulate(curve, total_steps)
@@ -191,12 +194,14 @@ def test_rounding_leads_no_value_out_of_what_lies_between_the_ends():
     assert set(simulate(Exponential(start, end), 10)) == {start, end}
 
 
+@unhurried
 @given(curves, st.integers(min_value=1, max_value=10**6), st.integers(min_value=0, max_value=10**6))
 def test_past_the_end_a_curve_holds_its_last_value(curve, total_steps, steps_past):
     end = Position(total_steps - 1, total_steps)
     assert curve(replace(end, step=end.step + steps_past)) == curve(end)
 
 
+@unhurried
 @given(curves, st.randoms())
 def test_a_curve_is_a_function_of_the_position_in_whatever_order_it_is_read(curve, random):
     in_order = simulate(curve, 20)
@@ -520,6 +525,7 @@ def test_a_schedule_cannot_be_changed(schedule):
 
 
 @every_example
+@unhurried
 @given(st.integers(min_value=0, max_value=300), st.integers(min_value=1, max_value=100))
 def test_every_position_has_a_finite_non_negative_python_float(schedule, step, total_steps):
     value = schedule(Position(step, total_steps))
