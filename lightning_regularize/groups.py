@@ -536,6 +536,7 @@ def _name_(parts: Sequence[tuple[int, float, dict[str, Any]]], first: int, prefi
         if keeps:
             continue
         own = group.get("name", f"pg{i + 1}" if several else "")  # pg1 is what Lightning calls the first group
+        own = own if own.removeprefix(prefix).strip() != "decay" else ""  # split before, by `param_groups` say
         name = candidate = " ".join(filter(None, (prefix, own, _group_name(factor))))
         number = 1
         while candidate in taken:

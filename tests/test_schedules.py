@@ -49,6 +49,7 @@ from lightning_regularize.schedules import (
     simulate,
     value_at,
 )
+from tests.naming import printed
 
 halve_every_second_step = partial(StepLR, step_size=2, gamma=0.5)
 
@@ -67,7 +68,7 @@ EXAMPLES = [
     FromLRScheduler(halve_every_second_step, value=0.1),
 ]
 unhurried = settings(deadline=None)  # a busy machine is no failure
-every_example = pytest.mark.parametrize("schedule", EXAMPLES, ids=repr)
+every_example = pytest.mark.parametrize("schedule", EXAMPLES, ids=printed)
 
 
 def after(step, total_steps=10, **rest):
@@ -126,7 +127,7 @@ def test_a_position_cannot_be_changed():
         (Polynomial(0.0, 1.0, 0.5), [0.0, 1 - math.sqrt(0.75), 1 - math.sqrt(0.5), 0.5, 1.0]),
         (Polynomial(3.0, 1.0, 1), [3.0, 2.5, 2.0, 1.5, 1.0]),
     ],
-    ids=repr,
+    ids=printed,
 )
 def test_a_curve_over_five_steps(schedule, values):
     assert simulate(schedule, total_steps=5) == pytest.approx(values, rel=1e-14, abs=1e-15)
@@ -143,7 +144,7 @@ FRACTIONS = np.linspace(0, 1, 100)
         (Exponential(0.3, 0.002), np.geomspace(0.3, 0.002, 100)),
         (Polynomial(0.4, 0.04, 0.9), 0.04 + 0.36 * (1 - FRACTIONS) ** 0.9),
     ],
-    ids=repr,
+    ids=printed,
 )
 def test_a_curve_is_its_closed_form(schedule, values):
     np.testing.assert_allclose(simulate(schedule, total_steps=100), values, rtol=1e-13)
@@ -252,7 +253,7 @@ def test_past_the_end_the_stairs_hold_although_a_boundary_lies_there():
     assert Steps([0.1, 0.2], [100])(Position(200, total_steps=50)) == 0.1
 
 
-@pytest.mark.parametrize("joined", [Steps([1, 2, 3], [80, 0.5]), Join([1, 2, 3], [80, 0.5])], ids=repr)
+@pytest.mark.parametrize("joined", [Steps([1, 2, 3], [80, 0.5]), Join([1, 2, 3], [80, 0.5])], ids=printed)
 def test_mixed_boundaries_that_do_not_increase_in_this_run_are_an_error_at_the_call(joined):
     assert joined(Position(0, total_steps=200)) == 1.0
     with pytest.raises(ValueError, match=r"should increase, got \(80, 0.5\): of 100 steps these are \[80, 50\]"):
@@ -302,7 +303,7 @@ def test_join_past_the_end_holds():
         (Warmup(Linear(0.6, 0.0), steps=6), [0.0, 0.1, 0.2, 0.3, 0.4, 0.5]),
         (Warmup(Linear(1.2, 0.0), steps=12), [0.0, 0.1, 0.2, 0.3, 0.4, 0.5]),
     ],
-    ids=repr,
+    ids=printed,
 )
 def test_warmup(warmup, values):
     assert simulate(warmup, 6) == pytest.approx(values, rel=1e-14, abs=1e-15)
@@ -466,7 +467,7 @@ def test_what_is_no_lr_scheduler_is_refused(factory, message):
         Warmup(0.1, steps=3),
         Warmup(lambda at: 0.1 * at.step, steps=3),
     ],
-    ids=repr,
+    ids=printed,
 )
 def test_lengths_in_steps_serve_an_unknown_horizon(schedule):
     assert not schedule.needs_total_steps
@@ -488,7 +489,7 @@ def test_lengths_in_steps_serve_an_unknown_horizon(schedule):
         Warmup(0.1, fraction=0.1),
         Join([0.1, Warmup(0.2, fraction=0.1)], [3]),
     ],
-    ids=repr,
+    ids=printed,
 )
 def test_fractions_of_an_unknown_horizon_are_an_error(schedule):
     assert schedule.needs_total_steps
@@ -513,7 +514,7 @@ def test_a_schedule_is_equal_to_a_copy_and_to_no_other_example(schedule):
     assert len({schedule, copy.copy(schedule)}) == 1
 
 
-@pytest.mark.parametrize("schedule", EXAMPLES[:-1], ids=repr)  # a factory prints as no expression
+@pytest.mark.parametrize("schedule", EXAMPLES[:-1], ids=printed)  # a factory prints as no expression
 def test_a_schedule_prints_as_the_expression_that_makes_it(schedule):
     assert eval(repr(schedule)) == schedule
 
@@ -547,7 +548,7 @@ def test_every_position_has_a_finite_non_negative_python_float(schedule, step, t
         (FollowLR(0.1), FollowLR(value=0.1)),
         (FromLRScheduler(chained), FromLRScheduler(factory=chained, value=1.0)),
     ],
-    ids=repr,
+    ids=printed,
 )
 def test_arguments_by_position_or_keyword(positional, by_keyword):
     assert positional == by_keyword
@@ -578,7 +579,7 @@ def test_numpy_numbers_become_python_numbers():
         (torch.tensor(0.1), TypeError),
         ([0.1], TypeError),
     ],
-    ids=repr,
+    ids=printed,
 )
 @pytest.mark.parametrize(
     ("name", "make"),

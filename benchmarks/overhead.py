@@ -1,0 +1,140 @@
+"""What a callback adds to a training step on a CPU, beside the usual ways, as ratios to a bare Trainer.
+
+Run: python benchmarks/overhead.py [--rounds 7] [--steps 24]
+
+The model is bound by its parameters (12 x Linear(1024, 1024) + LayerNorm, batch 16, AdamW), which is the worst case for
+whatever reads or writes each of them. All cases run in turn in every round, so that drifts of the machine hit all;
+printed are the medians over rounds of the ratio to the bare step of the same round. `--wandb` adds `wandb.watch`.
+"""
+
+import argparse
+import itertools
+import logging
+import statistics
+import tempfile
+import time
+import warnings
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import grad_norm
+from torch import nn
+
+from lightning_regularize import L1Penalty, WeightDecay, WeightNormMonitor
+from lightning_regularize.schedules import Cosine
+
+WARM_UP = 4  # steps of a run that are not timed
+
+
+class Timer(pl.Callback):
+    """The duration of each batch after the warm-up, from the end of one to the end of the next."""
+
+    def __init__(self):
+        self.ends = []
+
+    def on_train_batch_end(self, *_):
+        self.ends.append(time.perf_counter())
+
+    def median_step(self):
+        ends = self.ends[WARM_UP:]
+        return statistics.median(b - a for a, b in itertools.pairwise(ends))
+
+
+class Deep(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        layers = [nn.Sequential(nn.Linear(1024, 1024), nn.LayerNorm(1024), nn.GELU()) for _ in range(12)]
+        self.layers = nn.Sequential(*layers)
+        self.register_buffer("x", torch.randn(16, 1024))
+
+    def training_step(self, batch, batch_idx):
+        return self.layers(self.x).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=1e-4)
+
+
+class PenaltyInLoss(Deep):
+    """The usual loop over ``abs().sum()``."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return loss + 1e-5 * sum(p.abs().sum() for p in self.parameters() if p.dim() > 1)
+
+
+class LoggedGradientNorms(Deep):
+    """What Lightning's documentation recommends."""
+
+    def on_before_optimizer_step(self, optimizer):
+        self.log_dict(grad_norm(self, norm_type=2))
+
+
+class Watched(Deep):
+    """``wandb.watch``, every step."""
+
+    def on_fit_start(self):
+        import wandb
+
+        self.run = wandb.init(mode="offline", dir=tempfile.mkdtemp(), settings=wandb.Settings(silent=True))
+        wandb.watch(self, log="all", log_freq=1)
+
+    def on_train_batch_end(self, *_):
+        self.run.log({})
+
+    def on_fit_end(self):
+        self.run.finish()
+
+
+CASES = {
+    "bare": (Deep, lambda: []),
+    "WeightDecay(Cosine)": (Deep, lambda: [WeightDecay(Cosine(0.01, 0.1))]),
+    "L1Penalty": (Deep, lambda: [L1Penalty(1e-5)]),
+    "abs().sum() in the loss": (PenaltyInLoss, lambda: []),
+    "WeightNormMonitor": (Deep, lambda: [WeightNormMonitor()]),
+    "WeightNormMonitor, each parameter, each step": (
+        Deep,
+        lambda: [WeightNormMonitor(detail="parameter", every_n_steps=1)],
+    ),
+    "Lightning's grad_norm, each step": (LoggedGradientNorms, lambda: []),
+}
+
+
+def step_time(make_module, make_callbacks, steps):
+    timer = Timer()
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        callbacks=[*make_callbacks(), timer],
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        logger=CSVLogger(tempfile.mkdtemp()),
+        max_steps=steps + WARM_UP,
+    )
+    torch.manual_seed(0)
+    trainer.fit(make_module(), torch.utils.data.DataLoader(range(steps + WARM_UP)))
+    return timer.median_step()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--wandb", action="store_true", help="also time wandb.watch(log='all', log_freq=1)")
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    cases = CASES | ({"wandb.watch(log='all'), each step": (Watched, lambda: [])} if arguments.wandb else {})
+    times = {name: [] for name in cases}
+    for _ in range(arguments.rounds):
+        for name, case in cases.items():
+            times[name].append(step_time(*case, arguments.steps))
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {arguments.rounds} rounds")
+    for name, values in times.items():
+        ratios = [value / bare for value, bare in zip(values, times["bare"], strict=True)]
+        spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
+        print(f"{name:46s} {statistics.median(values) * 1e3:7.1f} ms   x {statistics.median(ratios):.3f}   ({spread})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,223 @@
+"""How much is dropped, and when?"""
+
+from __future__ import annotations
+
+import math
+import re
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback
+from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from lightning_regularize import _stepping
+from lightning_regularize.schedules import Constant, Position, Schedule, as_schedule, value_at
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    import lightning.pytorch as pl
+
+# torch recompiles a compiled model for each value of a rate, at most 8 times by default, and once more for evaluation.
+_COMPILED_LEVELS = 4
+_SAMPLES = 1000  # positions at which a schedule's range is looked up
+_WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(\.|$)")
+
+
+class _Rate(NamedTuple):
+    """A float attribute of a module that is a dropout rate, and what it was."""
+
+    name: str
+    module: nn.Module
+    attribute: str
+    original: float
+
+
+class DropoutSchedule(Callback):
+    """Sets the dropout rate of a module's layers on a schedule while it trains.
+
+    Scheduled are ``p`` of torch's dropout layers and of torchvision's ``StochasticDepth``, ``dropout`` of
+    ``MultiheadAttention`` and of recurrent layers with more than one layer, ``drop_prob`` of whatever module has it
+    (timm's ``DropPath``), and the ``attributes`` you name. All get the same rate. The original rates come back when
+    training ends, by an exception too. Evaluation mode drops nothing and is not concerned. A compiled model is
+    recompiled for each rate, so the rate then takes 4 values from the schedule's lowest to its highest. Logged as
+    ``dropout/p`` whenever Lightning logs.
+
+    Args:
+        p: A rate in [0, 1), a :class:`~lightning_regularize.schedules.Schedule`, or a callable from a
+            :class:`~lightning_regularize.schedules.Position` to a rate. See
+            :func:`~lightning_regularize.schedules.early_dropout` and
+            :func:`~lightning_regularize.schedules.late_dropout` for ready ones.
+        include: Which modules: globs on their names (``"encoder.*"``), ``"type:Dropout"`` for a class or one of its
+            bases, or module classes.
+        attributes: Names of further float attributes that are dropout rates.
+        total_steps: Length of the schedule in optimizer steps; by default what the Trainer expects.
+
+    Raises:
+        TypeError: An argument is of the wrong type.
+        ValueError: An argument is out of range.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> from lightning_regularize import DropoutSchedule
+        >>> from lightning_regularize.schedules import Linear
+        >>> trainer = Trainer(callbacks=[DropoutSchedule(Linear(0.5, 0.0))], logger=False, accelerator="cpu")
+
+    References:
+        Srivastava et al., "Dropout: A Simple Way to Prevent Neural Networks from Overfitting", JMLR 2014.
+        Morerio et al., "Curriculum Dropout", ICCV 2017.
+        Liu et al., "Dropout Reduces Underfitting", ICML 2023: early and late dropout.
+    """
+
+    def __init__(
+        self,
+        p: float | Schedule | Callable[[Position], float],
+        *,
+        include: Sequence[str | type[nn.Module]] = ("*",),
+        attributes: Sequence[str] = (),
+        total_steps: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.schedule = as_schedule(p)
+        if isinstance(p, (int, float)):
+            _check_rate(p)
+        if isinstance(include, str) or not all(isinstance(rule, (str, type)) for rule in include):
+            raise TypeError(f"`include` should be a sequence of globs, 'type:Name' or module classes, got {include!r}.")
+        self.include = tuple(include)
+        self.attributes = tuple(attributes)
+        self.total_steps = _stepping.check_total_steps(total_steps)
+        self._rates: list[_Rate] = []
+        self._levels: list[float] = []
+        self._horizon = math.inf
+        self._start_lr = 1.0
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._restore()
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._rates = list(self._find(pl_module))
+        if not self._rates:
+            raise MisconfigurationException(
+                f"There is nothing to drop: no module that matches {self.include} has a dropout rate. "
+                "Name a float attribute that is one in `attributes`, or take DropoutSchedule out."
+            )
+        self._check_all_found()
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        self._start_lr = float(groups[0].get("lr", 1.0)) if groups else 1.0
+
+    def _check_all_found(self) -> None:
+        """A misspelled rule or attribute finds nothing.
+
+        Raises:
+            MisconfigurationException: There is one.
+        """
+        idle = [rule for rule in self.include if not any(_matches(rule, r.name, r.module) for r in self._rates)]
+        absent = [attribute for attribute in self.attributes if all(attribute != r.attribute for r in self._rates)]
+        if idle or absent:
+            what = f"`include` {idle}" if idle else f"`attributes` {absent}"
+            found = [f"{rate.name}.{rate.attribute}" for rate in self._rates]
+            raise MisconfigurationException(f"No dropout rate is found by {what}; all that is found is {found}.")
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Not before: who asks for the length of the data too early keeps a loader's own state from being restored."""
+        self._horizon = self.total_steps or _stepping.total_steps(trainer)
+        _stepping.check_horizon(self.schedule, self._horizon)
+        rates = self._sampled_rates()
+        self._levels = self._compiled_levels(rates) if _is_compiled(pl_module) else []
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Before the forward pass, so that it drops at the rate of the step it belongs to."""
+        step = trainer.global_step // max(len(trainer.optimizers), 1)
+        group = trainer.optimizers[0].param_groups[0] if trainer.optimizers else {}
+        at = _stepping.position(trainer, group, step, self._horizon, self._start_lr)
+        p = _check_rate(value_at(self.schedule, at))
+        if self._levels:
+            p = min(self._levels, key=lambda level: abs(level - p))
+        for rate in self._rates:
+            setattr(rate.module, rate.attribute, p)
+        if _stepping.logs_now(trainer):
+            pl_module.log("dropout/p", p)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._restore()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._restore()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        for rate in self._rates:
+            setattr(rate.module, rate.attribute, rate.original)
+        self._rates = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is of the callback, and not of a run: it would restore rates of modules it does not know."""
+        return {**self.__dict__, "_rates": [], "_levels": []}
+
+    def _find(self, root: nn.Module) -> Iterator[_Rate]:
+        for name, module in root.named_modules():
+            name = _WRAPPERS.sub("", name)
+            if not any(_matches(rule, name, module) for rule in self.include):
+                continue
+            for attribute in _known_attributes(module) | dict.fromkeys(self.attributes):
+                value = getattr(module, attribute, None)
+                if isinstance(value, (int, float)) and not isinstance(value, bool):
+                    yield _Rate(name, module, attribute, value)
+
+    def _sampled_rates(self) -> list[float]:
+        """What the schedule has in store, checked before training; without an end, its first value."""
+        last = 0 if math.isinf(self._horizon) else max(int(self._horizon) - 1, 0)
+        steps = [*range(0, last, max(last // _SAMPLES, 1)), last]
+        return [_check_rate(value_at(self.schedule, Position(step=s, total_steps=self._horizon))) for s in steps]
+
+    def _compiled_levels(self, rates: Sequence[float]) -> list[float]:
+        if math.isinf(self._horizon) and not isinstance(self.schedule, Constant):
+            raise MisconfigurationException(
+                "A compiled model is recompiled for each dropout rate, so that DropoutSchedule has to know them: "
+                "give `total_steps`."
+            )
+        low, high = min(rates), max(rates)
+        return [low + (high - low) * i / (_COMPILED_LEVELS - 1) for i in range(_COMPILED_LEVELS)]
+
+
+def _known_attributes(module: nn.Module) -> dict[str, None]:
+    """Names, in order, of the attributes that are dropout rates wherever they stand."""
+    names = dict.fromkeys(["drop_prob"])
+    if isinstance(module, _DropoutNd) or type(module).__name__ == "StochasticDepth":  # torchvision's
+        names |= dict.fromkeys(["p"])
+    if isinstance(module, nn.MultiheadAttention) or (isinstance(module, nn.RNNBase) and module.num_layers > 1):
+        names |= dict.fromkeys(["dropout"])
+    return names
+
+
+def _matches(rule: str | type, name: str, module: nn.Module) -> bool:
+    if isinstance(rule, type):
+        return isinstance(module, rule)
+    if rule.startswith("type:"):
+        return rule.removeprefix("type:") in (base.__name__ for base in type(module).__mro__)
+    return fnmatchcase(name, rule)
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    wrapped = getattr(module, "_compiler_ctx", None) is not None  # how Lightning remembers torch.compile(module)
+    return wrapped or any(
+        isinstance(m, torch._dynamo.OptimizedModule) or m._compiled_call_impl is not None for m in module.modules()
+    )
+
+
+def _check_rate(p: float) -> float:
+    """``p``, if it is a dropout rate.
+
+    Raises:
+        ValueError: It is not in [0, 1).
+    """
+    if not 0 <= p < 1:
+        raise ValueError(f"A dropout rate should be in [0, 1), got {p!r}.")
+    return p

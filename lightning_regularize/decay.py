@@ -1,0 +1,181 @@
+"""How does a weight shrink? One step of each manner of weight decay, as functions on tensors.
+
+``share`` is always the part of a weight that one step removes: learning rate times weight decay where the two are
+coupled by the optimizer's convention, and weight decay alone where they are not. All functions change their first
+argument in place, are exact for the pieces of a sharded tensor, and record nothing for autograd.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def decay_(weight: Tensor, share: float | Tensor) -> None:
+    r"""Shrink a weight, as AdamW does before its update.
+
+    .. math:: w \leftarrow (1 - s)\,w
+
+    With ``s = lr * weight_decay`` this is decoupled decay, to the last bit what torch's AdamW does; with a share that
+    does not depend on the learning rate it is independent decay.
+
+    Args:
+        weight: Any shape, floating.
+        share: ``s``, in [0, 1].
+
+    Example:
+        >>> weight = torch.tensor([1.0, -2.0])
+        >>> decay_(weight, 0.25)
+        >>> weight
+        tensor([ 0.7500, -1.5000])
+
+    References:
+        Loshchilov and Hutter, "Decoupled Weight Decay Regularization", ICLR 2019;
+        Wortsman et al., "Small-scale proxies for large-scale Transformer training instabilities", 2023,
+        https://arxiv.org/abs/2309.14322 (independent decay).
+    """
+    weight.mul_(1 - share)
+
+
+@torch.no_grad()
+def decay_stochastic_(weight: Tensor, share: float, *, seed: int) -> None:
+    r"""Shrink a weight in float32, and round to its low precision at random, so that the mean is right.
+
+    .. math:: w \leftarrow \mathrm{round}_\xi\bigl((1 - s)\,w\bigr), \qquad
+        \mathbb{E}\,[\mathrm{round}_\xi(x)] = x
+
+    Rounding to nearest, ``w * (1 - s)`` is ``w`` again for every weight while ``s`` is below :math:`2^{-9}` in bfloat16
+    and :math:`2^{-12}` in float16: nothing decays. Weights of float32 and wider are rounded to nearest as ever.
+
+    Args:
+        weight: Any shape, floating.
+        share: ``s``, in [0, 1].
+        seed: The noise is a function of it and of the shape alone, so that replicas stay equal and runs resume.
+
+    Example:
+        >>> weight = torch.ones(100_000, dtype=torch.bfloat16)
+        >>> decay_stochastic_(weight, 1e-3, seed=0)
+        >>> abs(weight.double().mean().item() - 0.999) < 1e-4
+        True
+    """
+    if weight.dtype not in (torch.bfloat16, torch.float16):
+        decay_(weight, share)
+        return
+    generator = torch.Generator(weight.device).manual_seed(seed)
+    pieces = torch.split(weight.view(-1), _PIECE) if weight.is_contiguous() else (weight,)
+    for piece in pieces:
+        piece.copy_(_round_stochastically(piece.float().mul_(1 - share), piece.dtype, generator))
+
+
+@torch.no_grad()
+def couple_(gradient: Tensor, weight: Tensor, weight_decay: float | Tensor) -> None:
+    r"""Add the gradient of :math:`\tfrac{\lambda}{2}\lVert w \rVert^2`, which an optimizer then treats as any other.
+
+    .. math:: g \leftarrow g + \lambda w
+
+    Args:
+        gradient: Like ``weight``.
+        weight: Any shape, floating.
+        weight_decay: :math:`\lambda`, at least 0; a 0-d tensor where a loss scale is in it.
+
+    Example:
+        >>> gradient = torch.zeros(2)
+        >>> couple_(gradient, torch.tensor([1.0, -2.0]), 0.5)
+        >>> gradient
+        tensor([ 0.5000, -1.0000])
+    """
+    if isinstance(weight_decay, Tensor):
+        gradient.addcmul_(weight, weight_decay.to(weight.dtype))
+    else:
+        gradient.add_(weight, alpha=weight_decay)
+
+
+@torch.no_grad()
+def decay_cautiously_(weight: Tensor, before: Tensor, share: float) -> None:
+    r"""Shrink, after an update, the weights that the update has moved towards zero as well.
+
+    .. math:: w \leftarrow w' - s\,\mathbf{1}\,[\,u \odot w \ge 0\,] \odot w, \qquad w' = w - \eta u
+
+    Args:
+        weight: :math:`w'`, the weight after the update; any shape.
+        before: :math:`w`, the weight before it.
+        share: ``s``, in [0, 1].
+
+    Example:
+        >>> weight = torch.tensor([0.9, 1.1])
+        >>> decay_cautiously_(weight, torch.tensor([1.0, 1.0]), 0.1)
+        >>> weight
+        tensor([0.8000, 1.1000])
+
+    References:
+        Chen et al., "Cautious Weight Decay", 2025, https://arxiv.org/abs/2510.12402.
+    """
+    agree = (before - weight).mul_(before).ge_(0)
+    weight.addcmul_(before, agree, value=-share)
+
+
+@torch.no_grad()
+def pull_(weight: Tensor, anchor: Tensor, share: float) -> None:
+    r"""Move a weight towards an anchor.
+
+    .. math:: w \leftarrow w - s\,(w - w_0)
+
+    Args:
+        weight: Any shape, floating.
+        anchor: :math:`w_0`, like ``weight``.
+        share: ``s``, in [0, 1].
+
+    Example:
+        >>> weight = torch.tensor([1.0, 3.0])
+        >>> pull_(weight, torch.tensor([1.0, 1.0]), 0.5)
+        >>> weight
+        tensor([1., 2.])
+
+    References:
+        Li et al., "Explicit Inductive Bias for Transfer Learning with Convolutional Networks" (L2-SP), ICML 2018.
+    """
+    weight.lerp_(anchor, share)
+
+
+def next_multiplier(multiplier: Tensor, square_norm: Tensor, bound: Tensor, numel: Tensor) -> Tensor:
+    r"""The Lagrange multiplier of :math:`\lVert W \rVert^2 \le \kappa` after one step of constrained decay.
+
+    .. math:: l \leftarrow \max\bigl(0,\; l + (\lVert W \rVert^2 - \kappa) / n\bigr)
+
+    The weight then becomes :math:`W (1 - 2 l)`, which is :func:`decay_` with a share of :math:`2 l`.
+
+    Args:
+        multiplier: ``l`` of each matrix, shape ``(k,)``.
+        square_norm: :math:`\lVert W \rVert^2` of each, after the optimizer's step.
+        bound: :math:`\kappa` of each; infinite where it is not known yet.
+        numel: ``n``, the number of weights of each.
+
+    Returns:
+        The new ``l``, shape ``(k,)``, at least 0.
+
+    Example:
+        >>> one = torch.tensor([1.0])
+        >>> next_multiplier(0 * one, square_norm=3 * one, bound=one, numel=4 * one)
+        tensor([0.5000])
+
+    References:
+        Franke et al., "Improving Deep Learning Optimization through Constrained Parameter Regularization" (CPR),
+        NeurIPS 2024, https://arxiv.org/abs/2311.09058.
+    """
+    return (multiplier + (square_norm - bound) / numel).clamp_min(0)
+
+
+_PIECE = 2**20  # elements that are rounded at a time, so that no full-size float32 copy is made
+
+
+def _round_stochastically(value: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """float32 to ``dtype``, up or down with a probability that keeps the mean."""
+    dropped = 16 if dtype == torch.bfloat16 else 13  # bits that the mantissa loses
+    noise = torch.randint(0, 1 << dropped, value.shape, generator=generator, device=value.device, dtype=torch.int32)
+    rounded = value.view(torch.int32).add(noise).bitwise_and_(-1 << dropped).view(torch.float32)
+    if dtype == torch.float16:  # below its normal range the spacing no longer shrinks
+        quantum = 2.0**-24
+        uniform = noise.float().div_(1 << dropped)
+        rounded = torch.where(value.abs() < 2.0**-14, value.div(quantum).add_(uniform).floor_() * quantum, rounded)
+    return torch.where(value.isfinite(), rounded, value).to(dtype)

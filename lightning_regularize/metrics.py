@@ -1,0 +1,197 @@
+"""The same numbers as torchmetrics, for those who log in their own module.
+
+Weights are the same on all ranks of DDP, so that these metrics do not add ranks up; pieces that ranks hold of a sharded
+weight are reduced in ``update``, which all ranks should therefore call.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+from torchmetrics.wrappers.abstract import WrapperMetric
+
+from lightning_regularize._sharding import Sharding
+from lightning_regularize.norms import check_norm_type, combine, count_below, local_statistics, norms
+from lightning_regularize.selection import check_rules, select
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lightning_regularize.selection import Rule
+
+__all__ = ["WeightNorm", "Sparsity", "GeneralizationGap"]
+
+
+class WeightNorm(Metric):
+    r"""The norm of a module's trainable parameters together, at the last ``update``.
+
+    .. math:: \lVert w \rVert_p = \bigl(\sum_i |w_i|^p\bigr)^{1/p}
+
+    Args:
+        norm_type: ``p``, at least 1, or ``math.inf``.
+        include: Rules for what counts.
+        exclude: Rules for what does not.
+        kwargs: What every torchmetrics metric takes.
+
+    Raises:
+        TypeError: A rule is of no known type.
+        ValueError: An argument is out of range.
+
+    Example:
+        >>> layer = nn.Linear(2, 1)
+        >>> _ = layer.weight.data.copy_(torch.tensor([[3.0, 4.0]]))
+        >>> norm = WeightNorm(exclude=("bias",))
+        >>> norm.update(layer)
+        >>> norm.compute()
+        tensor(5.)
+    """
+
+    is_differentiable = False
+    higher_is_better = None
+    full_state_update = False
+    plot_lower_bound = 0.0
+    value: Tensor
+
+    def __init__(
+        self, norm_type: float = 2.0, *, include: Sequence[Rule] = ("*",), exclude: Sequence[Rule] = (), **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        check_norm_type(norm_type)
+        self.norm_type = norm_type
+        self.include = check_rules(include, argument="include")
+        self.exclude = check_rules(exclude, argument="exclude")
+        self.add_state("value", torch.tensor(0.0), dist_reduce_fx=_last)
+
+    def update(self, module: nn.Module) -> None:
+        """Measure a module; under FSDP1 the wrapped one."""
+        parameters = [info.parameter for info in select(module, include=self.include, exclude=self.exclude)]
+        found = norms(parameters, self.norm_type, sharding=Sharding(module))
+        self.value = self.value.new_tensor(combine(found.tolist(), self.norm_type))
+
+    def compute(self) -> Tensor:
+        """0-d."""
+        return self.value
+
+    def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
+        """A figure and its axes, of ``val`` or else of :meth:`compute`, as torchmetrics draws them."""
+        return self._plot(val, ax)
+
+
+class Sparsity(Metric):
+    """The share of a module's trainable parameters that are zero, or at most ``threshold``, at the last ``update``.
+
+    Args:
+        threshold: Largest magnitude that counts, at least 0; 0 counts exact zeros.
+        include: Rules for what is looked at.
+        exclude: Rules for what is not.
+        kwargs: What every torchmetrics metric takes.
+
+    Raises:
+        TypeError: A rule is of no known type.
+        ValueError: An argument is out of range.
+
+    Example:
+        >>> layer = nn.Linear(2, 1)
+        >>> _ = layer.weight.data.copy_(torch.tensor([[0.0, 0.3]]))
+        >>> sparsity = Sparsity(include=("weight",))
+        >>> sparsity(layer)
+        tensor(0.5000)
+    """
+
+    is_differentiable = False
+    higher_is_better = None
+    full_state_update = False
+    plot_lower_bound = 0.0
+    plot_upper_bound = 1.0
+    value: Tensor
+
+    def __init__(
+        self, threshold: float = 0.0, *, include: Sequence[Rule] = ("*",), exclude: Sequence[Rule] = (), **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        if not 0 <= threshold < float("inf"):
+            raise ValueError(f"`threshold` should be finite and at least 0, got {threshold!r}.")
+        self.threshold = threshold
+        self.include = check_rules(include, argument="include")
+        self.exclude = check_rules(exclude, argument="exclude")
+        self.add_state("value", torch.tensor(0.0), dist_reduce_fx=_last)
+
+    def update(self, module: nn.Module) -> None:
+        """Measure a module; under FSDP1 the wrapped one."""
+        infos = select(module, include=self.include, exclude=self.exclude)
+        parameters = [info.parameter for info in infos]
+        found = Sharding(module).reduce(local_statistics(parameters, [count_below(self.threshold)]), parameters)
+        elements = sum(info.shape.numel() for info in infos)
+        self.value = self.value.new_tensor(found.sum().item() / elements if elements else float("nan"))
+
+    def compute(self) -> Tensor:
+        """0-d, in [0, 1]; NaN if nothing was looked at."""
+        return self.value
+
+    def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
+        """A figure and its axes, of ``val`` or else of :meth:`compute`, as torchmetrics draws them."""
+        return self._plot(val, ax)
+
+
+class GeneralizationGap(WrapperMetric):
+    """How much higher a metric is on training data than on validation data.
+
+    Args:
+        metric: Any metric; two copies of it are made, which see their own data and are reduced over ranks as it is.
+
+    Raises:
+        TypeError: ``metric`` is none.
+
+    Example:
+        >>> from torchmetrics import MeanMetric
+        >>> gap = GeneralizationGap(MeanMetric())
+        >>> gap.update(torch.tensor([1.0, 0.8]), stage="train")
+        >>> gap.update(torch.tensor([0.6]), stage="val")
+        >>> gap.compute()
+        tensor(0.3000)
+    """
+
+    is_differentiable = False
+    higher_is_better = None
+    full_state_update = True
+
+    def __init__(self, metric: Metric) -> None:
+        super().__init__()
+        if not isinstance(metric, Metric):
+            raise TypeError(f"`metric` should be a torchmetrics.Metric, got {type(metric).__name__}.")
+        self.train_metric, self.val_metric = metric.clone(), metric.clone()
+
+    def update(self, *args: Any, stage: Literal["train", "val"], **kwargs: Any) -> None:
+        """Update the metric of one stage with the other arguments.
+
+        Raises:
+            ValueError: ``stage`` is neither "train" nor "val".
+        """
+        if stage not in ("train", "val"):
+            raise ValueError(f"`stage` should be 'train' or 'val', got {stage!r}.")
+        (self.train_metric if stage == "train" else self.val_metric).update(*args, **kwargs)
+
+    def compute(self) -> Tensor:
+        """Training minus validation; NaN as long as one of them has seen nothing."""
+        if not (self.train_metric.update_called and self.val_metric.update_called):
+            return torch.tensor(float("nan"), device=self.device)
+        gap: Tensor = self.train_metric.compute() - self.val_metric.compute()
+        return gap
+
+    def reset(self) -> None:
+        """Forget both."""
+        super().reset()
+        self.train_metric.reset()
+        self.val_metric.reset()
+
+    def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
+        """A figure and its axes, of ``val`` or else of :meth:`compute`, as torchmetrics draws them."""
+        return self._plot(val, ax)
+
+
+def _last(values: Tensor) -> Tensor:
+    """Of replicas any, of an old and a new value the new one: both come stacked."""
+    return values[-1]

@@ -1,0 +1,175 @@
+"""Everything can be built from YAML by LightningCLI, and wrong YAML says what is wrong."""
+
+import sys
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch.cli import LightningCLI
+from torch import nn
+
+from lightning_regularize import RegularizedModule, WeightConstraint
+from tests.models import randn
+
+pytest.importorskip("jsonargparse")
+
+
+@pytest.fixture(autouse=True)
+def _command_line(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["cli"])  # LightningCLI warns where both it and `args` are given
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # lightning 2.6 calls what jsonargparse renames
+
+
+SCHEDULE = """
+class_path: lightning_regularize.schedules.Warmup
+init_args:
+  schedule: {class_path: lightning_regularize.schedules.Cosine, init_args: {start: 0.1, end: 0.4}}
+  steps: 2
+  start: 0.05
+"""
+
+# One of each, and two of some, as a user would write them.
+CALLBACKS = f"""
+- class_path: lightning_regularize.WeightDecay
+  init_args:
+    weight_decay: {yaml.safe_load(SCHEDULE)}
+    factors: {{"layers.3.*": 0.5}}
+    exclude: [bias, norm, "type:LayerNorm"]
+- class_path: lightning_regularize.L1Penalty
+  init_args: {{strength: 1.0e-4, include: ["layers.0.*"]}}
+- class_path: lightning_regularize.L1Penalty
+  init_args: {{strength: 1.0e-5, include: ["layers.3.*"], method: proximal}}
+- class_path: lightning_regularize.GroupLassoPenalty
+  init_args: {{strength: 1.0e-6, include: ["layers.0.*"]}}
+- class_path: lightning_regularize.WeightConstraint
+  init_args:
+    projection: {{class_path: lightning_regularize.projections.MaxNorm, init_args: {{max_norm: 0.5}}}}
+- class_path: lightning_regularize.WeightConstraint
+  init_args:
+    projection: {{class_path: lightning_regularize.projections.Box, init_args: {{low: -0.3, high: 0.3}}}}
+    include: ["layers.0.*"]
+- class_path: lightning_regularize.DropoutSchedule
+  init_args:
+    p: {{class_path: lightning_regularize.schedules.Linear, init_args: {{start: 0.5, end: 0.0}}}}
+- class_path: lightning_regularize.WeightNormMonitor
+  init_args: {{detail: parameter, quantities: [weight, gradient]}}
+- class_path: lightning_regularize.RegularizationSummary
+"""
+
+# These decay as well, which the others would make them say in a warning.
+ALONE = {
+    "L2Penalty": {"strength": 1e-4},
+    "ElasticNetPenalty": {"l1": 1e-4, "l2": 1e-4},
+    "AnchorDecay": {"strength": 0.01},
+    "ConstrainedDecay": {"bound": "start", "exclude": ["layers.3.*"]},
+    "GeneralizationGapMonitor": {"metric": "loss"},
+}
+
+
+class Net(RegularizedModule):
+    def __init__(self, width: int = 4, **kwargs):
+        super().__init__(**kwargs)
+        self.layers = nn.Sequential(nn.Linear(4, width), nn.LayerNorm(width), nn.Dropout(0.1), nn.Linear(width, 1))
+
+    def training_step(self, batch, batch_idx):
+        loss = self.layers(batch).square().mean()
+        self.log("train_loss", loss, on_step=True, on_epoch=True)
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.layers(batch).square().mean())
+
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader(randn(8, 4), batch_size=2)
+
+    val_dataloader = train_dataloader
+
+
+def config(tmp_path, callbacks):
+    csv = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(tmp_path)}}
+    return {
+        "seed_everything": 0,
+        "trainer": {
+            "accelerator": "cpu",
+            "max_steps": 4,
+            "log_every_n_steps": 1,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "logger": csv,
+            "callbacks": callbacks,
+        },
+        "model": {
+            "width": 6,
+            "weight_decay": 0.0 if len(callbacks) == 1 else 0.05,
+            "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}},
+            "lr_scheduler": {"class_path": "torch.optim.lr_scheduler.StepLR", "init_args": {"step_size": 2}},
+        },
+    }
+
+
+def run(path, subcommand="fit"):
+    arguments = [subcommand, "--config", str(path)]
+    return LightningCLI(Net, auto_configure_optimizers=False, save_config_callback=None, args=arguments)
+
+
+def write(tmp_path, content):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def test_every_callback_trains_from_yaml_and_two_of_a_kind_as_well(tmp_path):
+    cli = run(write(tmp_path, config(tmp_path, yaml.safe_load(CALLBACKS))))
+    names = [type(callback).__name__ for callback in cli.trainer.callbacks]
+    assert names.count("L1Penalty") == names.count("WeightConstraint") == 2
+    assert cli.trainer.global_step == 4
+    decays = {group["name"]: group["weight_decay"] for group in cli.trainer.optimizers[0].param_groups}
+    assert decays == {"decay": 0.4, "decay x0.5": 0.2, "no_decay": 0.0}
+    norms = torch.linalg.vector_norm(cli.model.layers[0].weight, dim=1)
+    assert norms.max() <= 0.5
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_the_others_train_from_yaml(name, tmp_path):
+    callbacks = [{"class_path": f"lightning_regularize.{name}", "init_args": ALONE[name]}]
+    assert run(write(tmp_path, config(tmp_path, callbacks))).trainer.global_step == 4
+
+
+def test_what_print_config_prints_builds_the_same(tmp_path, capsys):
+    path = write(tmp_path, config(tmp_path, yaml.safe_load(CALLBACKS)))
+    with pytest.raises(SystemExit):
+        LightningCLI(Net, auto_configure_optimizers=False, args=["fit", "--config", str(path), "--print_config"])
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(capsys.readouterr().out)
+    first, second = run(path), run(printed)
+    assert [repr(c.schedule) for c in first.trainer.callbacks if hasattr(c, "schedule")] == [
+        repr(c.schedule) for c in second.trainer.callbacks if hasattr(c, "schedule")
+    ]
+    for a, b in zip(first.model.parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("WeightDecay", {"weight_decay": -1.0}, "weight_decay"),
+        ("WeightDecay", {"weight_decay": 0.1, "exclude": ["biases"]}, r"Did you mean 'bias'"),
+        ("WeightDecay", {"weight_decay": 0.1, "decay_biases": True}, "decay_biases"),
+        ("L1Penalty", {"strength": 0.1, "method": "proximity"}, "proximity"),
+        ("WeightNormMonitor", {"detail": "layer"}, "layer"),
+    ],
+    ids=["negative", "unknown word", "unknown argument", "unknown method", "unknown detail"],
+)
+def test_wrong_yaml_is_told(name, arguments, message, tmp_path, capsys):
+    callbacks = [{"class_path": f"lightning_regularize.{name}", "init_args": arguments}]
+    with pytest.raises((SystemExit, ValueError)) as caught:
+        run(write(tmp_path, config(tmp_path, callbacks)))
+    said = capsys.readouterr().err + str(caught.value)
+    assert message.strip("r") in said
+
+
+def test_constraints_are_built_with_their_numbers(tmp_path):
+    cli = run(write(tmp_path, config(tmp_path, yaml.safe_load(CALLBACKS))))
+    first, second = (c.projection for c in cli.trainer.callbacks if isinstance(c, WeightConstraint))
+    assert repr(first) == "MaxNorm(max_norm=0.5, dim=None)"
+    assert repr(second) == "Box(low=-0.3, high=0.3)"

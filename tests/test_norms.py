@@ -1,0 +1,319 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_regularize._sharding import Sharding
+from lightning_regularize.histograms import Histogram, histograms
+from lightning_regularize.norms import (
+    NONFINITE,
+    combine,
+    count_below,
+    count_nonfinite,
+    flat_copy,
+    local_changes,
+    local_statistics,
+    norms,
+    power,
+    spectral_norm,
+)
+from tests.distributed import run_distributed
+from tests.models import MODELS, randn
+
+ORDERS = (1.0, 1.5, 2.0, 3.0, math.inf)
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def true_norm(tensor, order):
+    return torch.linalg.vector_norm(tensor.detach().double().reshape(-1), ord=order).item()
+
+
+# -- against float64 -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.__name__)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("order", ORDERS)
+def test_norms_of_parameters_equal_those_in_float64(model, dtype, order):
+    parameters = list(model().to(dtype).parameters())
+    found = norms(parameters, order)
+    assert found.dtype == torch.float64
+    assert found.tolist() == pytest.approx([true_norm(p, order) for p in parameters], rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("order", ORDERS)
+def test_norms_over_many_blocks_and_slices_equal_those_in_float64(dtype, order):
+    tensor = randn(2**21 + 4096 + 7).to(dtype)
+    assert norms([tensor], order).item() == pytest.approx(true_norm(tensor, order), rel=1e-6)
+
+
+@pytest.mark.parametrize("order", [1.0, 2.0])
+def test_norms_of_as_many_elements_as_gpt2s_embedding_are_accurate(order):
+    tensor = randn(38_597_376)
+    # In float64 slices, so that the oracle takes little memory.
+    oracle = math.fsum(piece.double().abs().pow(order).sum().item() for piece in tensor.split(2**20)) ** (1 / order)
+    assert norms([tensor], order).item() == pytest.approx(oracle, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("order", [1.0, 2.0])
+def test_sums_of_a_million_half_precision_elements_do_not_overflow(dtype, order):
+    assert norms([torch.full((1_000_000,), 16.0, dtype=dtype)], order).item() == 16 * 1_000_000 ** (1 / order)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_layout_in_memory_does_not_matter(order):
+    image = randn(4, 3, 5, 6)
+    layouts = [
+        image,
+        image.to(memory_format=torch.channels_last),
+        image.transpose(0, 2),
+        image[:, ::2],
+        image.expand(2, 4, 3, 5, 6),
+    ]
+    assert norms(layouts, order).tolist() == pytest.approx([true_norm(t, order) for t in layouts], rel=1e-6)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_scalars_and_empty_tensors_have_norms(order):
+    assert norms([torch.tensor(-3.0), torch.zeros(0), torch.zeros(3, 0)], order).tolist() == pytest.approx([3, 0, 0])
+
+
+def test_no_tensors_have_no_norms():
+    assert norms([]).shape == (0,)
+
+
+@pytest.mark.parametrize("order", [1.0, 2.0, math.inf])
+def test_norms_of_what_is_not_finite_say_so(order):
+    found = norms([torch.tensor([1.0, math.nan]), torch.tensor([1.0, -math.inf]), torch.ones(2)], order)
+    assert found[0].isnan()
+    assert found[1].isposinf()
+    assert found[2].isfinite()
+
+
+def test_infinity_norm_of_a_large_tensor_with_nan_is_nan():
+    tensor = torch.ones(2**20 + 1)
+    tensor[5] = math.nan
+    assert norms([tensor], math.inf).isnan()
+
+
+@pytest.mark.filterwarnings(
+    "ignore:Sparse invariant checks are implicitly disabled:UserWarning"
+)  # torch, on making one
+@pytest.mark.parametrize("order", [1.0, 2.0, math.inf])
+def test_sparse_and_complex_tensors_have_norms(order):
+    sparse = torch.sparse_coo_tensor([[0, 2, 2]], [3.0, 1.0, 3.0], (5,))
+    complex_numbers = torch.tensor([3 + 4j, 0])
+    assert norms([sparse, complex_numbers], order).tolist() == pytest.approx(
+        [true_norm(torch.tensor([3.0, 4.0]), order), 5.0]
+    )
+
+
+@pytest.mark.parametrize("order", [0.5, 0, -math.inf, math.nan, "2", True])
+def test_what_is_no_norm_type_is_refused(order):
+    with pytest.raises(ValueError, match="`norm_type` should be at least 1"):
+        norms([torch.ones(1)], order)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_combined_norms_equal_the_norm_of_the_whole(order):
+    parts = [randn(7), randn(3, seed=1), torch.zeros(0)]
+    assert combine(norms(parts, order).tolist(), order) == pytest.approx(true_norm(torch.cat(parts), order))
+
+
+def test_combined_norms_carry_nan_and_neither_overflow_nor_underflow():
+    assert all(math.isnan(combine([1.0, math.nan, 2.0], order)) for order in (1.0, 2.0, math.inf))
+    assert combine([3e200, 4e200]) == pytest.approx(5e200)
+    assert combine([3e-200, 4e-200]) == pytest.approx(5e-200)
+    assert combine([]) == 0
+
+
+# -- other sums ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_counts_equal_those_of_numpy(dtype):
+    tensor = (randn(2**20 + 999) * 4).round().to(dtype)
+    tensor[:5] = torch.tensor([math.nan, math.inf, -math.inf, -0.0, 0.0])
+    values = tensor.double().numpy()
+    found = local_statistics([tensor, torch.zeros(3)], [count_below(), count_below(2.0), NONFINITE])
+    finite = values[np.isfinite(values)]
+    assert found.tolist() == [[(finite == 0).sum(), (abs(finite) <= 2).sum(), 3], [3, 3, 0]]
+
+
+def test_nonfinite_elements_are_counted_and_large_ones_are_not():
+    assert count_nonfinite([torch.tensor([1.0, math.nan, math.inf]), torch.full((3,), 3e38)]).tolist() == [2, 0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_changes_equal_those_in_float64(dtype):
+    tensors = [randn(2**20 + 3).to(dtype), randn(3, 4, seed=1).to(dtype), torch.zeros(0, dtype=dtype)]
+    before = [flat_copy(tensor) for tensor in tensors]
+    after = [(t + 0.01 * randn(*t.shape, seed=2)).to(dtype) for t in tensors]
+    found = local_changes(before, after, [power(1.0), power(2.0)])
+    for row, old, new in zip(found.tolist(), tensors, after, strict=True):
+        change = new.double() - old.double()
+        expected = [change.abs().sum().item(), change.square().sum().item()]
+        assert row[:2] == pytest.approx(expected, rel=1e-6)
+        assert row[2] == pytest.approx((old.double() * change).sum().item(), rel=1e-6, abs=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 3), (300, 40), (256, 128), (200, 700)], ids=str)
+def test_spectral_norm_equals_the_largest_singular_value(shape):
+    matrix = randn(*shape)
+    assert spectral_norm(matrix).item() == pytest.approx(torch.linalg.svdvals(matrix.double())[0].item(), rel=1e-3)
+
+
+def test_spectral_norm_of_low_rank_zero_empty_and_broken_matrices():
+    assert spectral_norm(randn(300, 1) @ randn(1, 200, seed=1)).item() == pytest.approx(
+        (randn(300, 1).norm() * randn(1, 200, seed=1).norm()).item(), rel=1e-5
+    )
+    assert spectral_norm(torch.zeros(200, 100)).item() == 0
+    assert spectral_norm(torch.zeros(0, 4)).item() == 0
+    assert spectral_norm(torch.full((200, 100), math.nan)).isnan()
+    assert spectral_norm(torch.ones(2, 2, dtype=torch.bfloat16)).item() == pytest.approx(2)
+
+
+# -- histograms ------------------------------------------------------------------------------------------------------
+
+
+def assert_same_histogram(found, values):
+    counts, edges = np.histogram(values, bins=len(found.counts), range=(found.low, found.high))
+    assert sum(found.counts) == counts.sum() == np.isfinite(values).sum()
+    # Elements within rounding of an edge may fall to either side.
+    assert np.abs(np.cumsum(found.counts) - np.cumsum(counts)).max() <= 2e-4 * len(values) + 2
+    assert found.edges == pytest.approx(edges.tolist())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("center", [0.0, 100.0])
+def test_histograms_equal_numpys(dtype, center):
+    tensor = (randn(2**20 + 99) + center).to(dtype)
+    (found,) = histograms([tensor], sharding=Sharding())
+    if dtype in (torch.float64, torch.float32):  # the values of half precision lie on edges
+        assert_same_histogram(found, tensor.double().numpy())
+    assert (found.low, found.high) == (tensor.min().item(), tensor.max().item())
+    assert sum(found.counts) == tensor.numel()
+
+
+def test_histograms_leave_out_what_is_not_finite():
+    tensor = torch.tensor([0.0, 1.0, 2.0, 4.0, math.nan, math.inf, -math.inf])
+    assert histograms([tensor], sharding=Sharding(), bins=4) == [Histogram([1, 1, 1, 1], 0.0, 4.0)]
+
+
+@pytest.mark.parametrize("tensor", [torch.zeros(0), torch.full((3,), math.nan)], ids=["empty", "nan"])
+def test_histograms_of_nothing_are_empty(tensor):
+    assert histograms([tensor], sharding=Sharding(), bins=2) == [Histogram([0, 0], 0.0, 1.0)]
+
+
+def test_histogram_of_equal_elements_has_a_width():
+    assert histograms([torch.ones(5)], sharding=Sharding(), bins=2) == [Histogram([0, 5], 0.5, 1.5)]
+
+
+# -- memory ----------------------------------------------------------------------------------------------------------
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that an operation made; views are none."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        inputs = {t.untyped_storage().data_ptr() for t in args if isinstance(t, torch.Tensor)}
+        for tensor in result if isinstance(result, (list, tuple)) else (result,):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in inputs:
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_full_size_temporary_is_made(dtype):
+    tensor = torch.zeros(5 * 2**20, dtype=dtype)
+    with Largest() as largest:
+        local_statistics([tensor], [power(2.0), count_below(), count_below(0.1), NONFINITE])
+        histograms([tensor], sharding=Sharding())
+    assert largest.elements <= 2**20
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_full_size_temporary_is_made_for_the_norms_of_several_tensors(dtype, order):
+    tensors = [torch.ones(3 * 2**20, dtype=dtype), torch.ones(5), *(torch.ones(2**19, dtype=dtype) for _ in range(4))]
+    with Largest() as largest:
+        found = norms(tensors, order)
+    assert largest.elements <= 2**20
+    assert found.tolist() == pytest.approx([t.numel() ** (1 / order) for t in tensors])
+
+
+# -- several ranks ---------------------------------------------------------------------------------------------------
+
+
+def _sharded(rank, world_size, shapes):
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    mesh = init_device_mesh("cpu", (world_size,))
+    whole = [randn(*shape, seed=i) for i, shape in enumerate(shapes)]
+    placements = [Shard(0), Shard(1), Replicate()]
+    found = {}
+    for order in (1.0, 2.0, 3.0, math.inf):
+        for placement in placements:
+            spread = [distribute_tensor(t, mesh, [placement]) for t in whole]
+            found[str(placement), order] = norms(spread, order).tolist()
+        mixed = [distribute_tensor(t, mesh, [placements[i % 3]]) if i % 4 else t for i, t in enumerate(whole)]
+        found["mixed", order] = norms(mixed, order).tolist()
+    spread = [distribute_tensor(t, mesh, [Shard(0)]) for t in whole]
+    return found, histograms(spread, sharding=Sharding(), bins=8), count_nonfinite([spread[0] / 0]).tolist()
+
+
+SHAPES = [(5, 3), (1, 4), (8, 8), (2, 1), (7, 2)]  # on two ranks: uneven, empty, even
+
+
+def test_norms_of_shards_and_replicas_equal_those_of_the_whole():
+    expected = [randn(*shape, seed=i) for i, shape in enumerate(SHAPES)]
+    for found, pictures, nonfinite in run_distributed(_sharded, SHAPES):
+        for (_, order), values in found.items():
+            assert values == pytest.approx([true_norm(t, order) for t in expected], rel=1e-6)
+        assert pictures == histograms(expected, sharding=Sharding(), bins=8)
+        assert nonfinite == [15]
+
+
+def _fsdp1(rank, world_size):
+    import torch.distributed as dist
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    module = _two_layers()
+    wrapped = FullyShardedDataParallel(module, use_orig_params=True, device_id=torch.device("cpu"))
+    wrapped(randn(4, 3)).sum().backward()
+    sharding, parameters = Sharding(wrapped), list(wrapped.parameters())
+    gradients = [p.new_empty(0) if p.grad is None else p.grad for p in parameters]  # a rank may have no piece of it
+    local = [p.numel() for p in parameters]
+    weights = norms(parameters, sharding=sharding).tolist()
+    return local, weights, norms(gradients, sharding=sharding, parameters=parameters).tolist()
+
+
+def _two_layers():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2))
+
+
+@pytest.mark.filterwarnings("ignore:.*FSDP.*:FutureWarning")  # torch.distributed.fsdp: FSDP1 is deprecated
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")  # torch.distributed.fsdp on CPU
+def test_norms_of_fsdp1_pieces_equal_those_of_the_whole():
+    module = _two_layers()
+    module(randn(4, 3)).sum().backward()
+    results = run_distributed(_fsdp1)
+    assert any(0 in local for local, *_ in results)  # one rank has no piece of some parameter
+    for _, weights, gradients in results:
+        assert weights == pytest.approx([true_norm(p, 2.0) for p in module.parameters()], rel=1e-6)
+        assert gradients == pytest.approx([true_norm(p.grad, 2.0) for p in module.parameters()], rel=1e-6)

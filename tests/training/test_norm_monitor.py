@@ -1,0 +1,893 @@
+"""Does WeightNormMonitor log what it says, on the steps it says, and nothing else?"""
+
+import gc
+import math
+import pickle
+
+import lightning.pytorch as L
+import numpy as np
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.plugins import MixedPrecision
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_regularize import WeightDecay, WeightNormMonitor, schedules
+from lightning_regularize.quantities import QUANTITIES
+from tests.distributed import run_distributed
+from tests.models import MODELS
+from tests.reading import read_csv, read_tensorboard, read_wandb
+from tests.training.support import QUIET, Batches, Regression, adamw, make_trainer
+
+pytestmark = [
+    *QUIET,
+    # lightning/fabric/loggers/csv_logs.py and trainer/connectors, when a run is resumed or begun again
+    pytest.mark.filterwarnings("ignore:Experiment logs directory .* exists and is not empty:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*Found unsupported keys in the lr scheduler:UserWarning"),
+]
+
+EVERYTHING = tuple(QUANTITIES)
+
+
+class Kept(Logger):
+    """All rows, in memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = []
+
+    name, version = "kept", 0
+
+    def log_hyperparams(self, params):
+        """Nothing to keep."""
+
+    def log_metrics(self, metrics, step):
+        self.rows.append((step, dict(metrics)))
+
+    def logged(self):
+        found = {}
+        for step, metrics in self.rows:
+            for key, value in metrics.items():
+                found.setdefault(key, {})[step] = value
+        return found
+
+
+class Oracle(L.Callback):
+    """Weights, gradients and changes of every step of a single optimizer, in float64."""
+
+    def __init__(self):
+        self.before, self.gradients, self.after = [], [], []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.before.append(wide(pl_module, lambda p: p))
+        self.gradients.append(wide(pl_module, lambda p: p.grad))
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        if len(self.after) < len(self.before):
+            self.after.append(wide(pl_module, lambda p: p))
+
+
+def wide(module, of):
+    named = ((name, of(p)) for name, p in module.named_parameters() if p.requires_grad)
+    return {name: tensor.detach().double().flatten().clone() for name, tensor in named if tensor is not None}
+
+
+class Wrapped(L.LightningModule):
+    """One of the shared models, pulled to zero output."""
+
+    def __init__(self, model, make_optimizer=adamw):
+        super().__init__()
+        torch.manual_seed(0)
+        self.model, self.make_optimizer = model(), make_optimizer
+
+    def training_step(self, batch, batch_idx):
+        loss = self.model(self.model.example()).square().sum()
+        self.log("train_loss", loss, batch_size=1)
+        return loss
+
+    def configure_optimizers(self):
+        return self.make_optimizer(self.parameters())
+
+
+def fit(*callbacks, module=None, steps=3, **options):
+    logger = Kept()
+    module = Regression() if module is None else module
+    make_trainer(*callbacks, **{"logger": logger, "max_epochs": 1, "limit_train_batches": steps, **options}).fit(
+        module, Batches()
+    )
+    return logger
+
+
+def monitored(monitor, **options):
+    oracle = Oracle()
+    return fit(monitor, oracle, **options).logged(), oracle
+
+
+# -- definitions -----------------------------------------------------------------------------------------------------
+
+PARTS = {
+    "parameter": lambda name: name,
+    "module": lambda name: name.rpartition(".")[0] or "_root_",
+    "total": lambda name: "total",
+}
+
+
+def by_hand(quantity, before, gradients, after, p=2.0):
+    """The definition, on the concatenation of what belongs to a part."""
+    w, v = torch.cat(list(before.values())), torch.cat(list(after.values()))
+    norm = lambda x: torch.linalg.vector_norm(x, ord=p).item()  # noqa: E731
+    if quantity == "gradient":
+        return norm(torch.cat(list(gradients.values())))
+    return {
+        "weight": lambda: norm(w),
+        "rms": lambda: w.square().mean().sqrt().item(),
+        "update": lambda: norm(v - w),
+        "ratio": lambda: norm(v - w) / norm(w) if w.any() else math.nan,
+        "angle": lambda: exact_angle(w, v),
+        "sparsity": lambda: (w == 0).double().mean().item(),
+    }[quantity]()
+
+
+def exact_angle(w, v):
+    """Kahan's formula: half the angle is the arc tangent of the ratio of a rhombus' diagonals."""
+    if not w.any():
+        return math.nan
+    a, b = w * v.norm(), v * w.norm()
+    return 2 * math.atan2((a - b).norm().item(), (a + b).norm().item())
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.__name__)
+@pytest.mark.parametrize("detail", PARTS)
+def test_each_quantity_equals_its_definition(model, detail):
+    asked = ("weight", "rms", "gradient", "update", "ratio", "angle", "sparsity")
+    monitor = WeightNormMonitor(quantities=asked, detail=detail, every_n_steps=1)
+    logged, oracle = monitored(monitor, module=Wrapped(model))
+    for step in range(3):
+        states = oracle.before[step], oracle.gradients[step], oracle.after[step]
+        for part in {PARTS[detail](name) for name in states[0]} | {"total"}:
+            own = [{n: x for n, x in state.items() if part in {PARTS[detail](n), "total"}} for state in states]
+            for quantity in asked:
+                if quantity == "gradient" and not own[1]:
+                    assert f"gradient_norm/{part}" not in logged
+                    continue
+                found = logged[f"{QUANTITIES[quantity].key}/{part}"][step]
+                # Of a change along the weights, float32 leaves a share of about 1e-4 across them.
+                tolerance = 1e-5 if quantity == "angle" else 1e-9
+                assert found == pytest.approx(by_hand(quantity, *own), rel=1e-5, abs=tolerance, nan_ok=True)
+
+
+@pytest.mark.parametrize("norm_type", [1.0, 3.0, math.inf])
+def test_norms_are_of_the_type_asked_for(norm_type):
+    asked = ("weight", "gradient", "update", "ratio", "angle", "rms")
+    monitor = WeightNormMonitor(quantities=asked, detail="module", norm_type=norm_type)
+    logged, oracle = monitored(monitor)
+    states = oracle.before[1], oracle.gradients[1], oracle.after[1]
+    for part in ("hidden", "norm", "output"):
+        own = [{n: x for n, x in state.items() if n.startswith(part)} for state in states]
+        for quantity in asked:
+            expected = by_hand(quantity, *own, p=norm_type)
+            assert logged[f"{QUANTITIES[quantity].key}/{part}"][1] == pytest.approx(expected, rel=1e-9)
+
+
+def test_groups_are_labeled_by_name_or_number():
+    def two_groups(parameters):
+        first, *others = parameters
+        return adamw([{"params": [first], "name": "first"}, {"params": others}])
+
+    logged, oracle = monitored(WeightNormMonitor(detail="group"), module=Regression(two_groups))
+    first, *others = oracle.before[0].values()
+    assert logged["weight_norm/first"][0] == pytest.approx(first.norm().item())
+    assert logged["weight_norm/pg2"][0] == pytest.approx(torch.cat(others).norm().item())
+    assert {key for key in logged if "/" in key} == {"weight_norm/first", "weight_norm/pg2", "weight_norm/total"}
+
+
+def test_stable_rank_is_of_matrices_as_blocks_of_one():
+    logged, oracle = monitored(WeightNormMonitor(quantities=("stable_rank",), detail="parameter"))
+    matrices = [oracle.before[0]["hidden.weight"].view(4, 3), oracle.before[0]["output.weight"].view(2, 4)]
+    squares = [m.square().sum().item() for m in matrices]
+    largest = [torch.linalg.svdvals(m)[0].item() ** 2 for m in matrices]
+    found = {key: steps[0] for key, steps in logged.items() if key.startswith("stable_rank")}
+    assert found == pytest.approx(
+        {
+            "stable_rank/hidden.weight": squares[0] / largest[0],
+            "stable_rank/output.weight": squares[1] / largest[1],
+            "stable_rank/total": sum(squares) / max(largest),
+        }
+    )
+
+
+def decay_and_no_decay(make, **options):
+    def configure(parameters):
+        weight, *others = parameters
+        return make([{"params": [weight], "weight_decay": 0.5}, {"params": others, "weight_decay": 0.0}], **options)
+
+    return configure
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "timescale"),
+    [
+        (torch.optim.AdamW, {"lr": 0.01}, 200.0),
+        (torch.optim.SGD, {"lr": 0.01}, 200.0),
+        (torch.optim.SGD, {"lr": 0.01, "momentum": 0.9}, 20.0),
+    ],
+    ids=["adamw", "sgd", "momentum"],
+)
+def test_effective_decay_and_timescale_are_of_what_decays(make, options, timescale):
+    monitor = WeightNormMonitor(quantities=("effective_decay", "timescale"), detail="group")
+    logged = fit(monitor, module=Regression(decay_and_no_decay(make, **options))).logged()
+    found = {key: steps[0] for key, steps in logged.items() if "/" in key}
+    assert found == pytest.approx(
+        {
+            "effective_decay/pg1": 0.005,
+            "effective_decay/pg2": 0.0,
+            "effective_decay/total": 0.005,
+            "timescale/pg1": timescale,
+            "timescale/total": timescale,
+            "timescale_epochs/pg1": timescale / 3,
+            "timescale_epochs/total": timescale / 3,
+        }
+    )
+
+
+def test_the_decay_is_that_of_the_step_and_not_of_the_next_one():
+    module = Regression(
+        decay_and_no_decay(torch.optim.AdamW, lr=0.01), lambda o: torch.optim.lr_scheduler.StepLR(o, 1, gamma=0.1)
+    )
+    logged = fit(WeightNormMonitor(quantities=("effective_decay",)), module=module).logged()
+    assert logged["effective_decay/total"] == pytest.approx({0: 5e-3, 1: 5e-4, 2: 5e-5})
+
+
+@pytest.mark.parametrize("method", ["optimizer", "decoupled"])
+def test_the_decay_is_counted_whoever_does_it(method):
+    decay = WeightDecay(schedules.Linear(0.4, 0.2), method=method)
+    monitor = WeightNormMonitor(quantities=("effective_decay",), detail="parameter")
+    logged = fit(decay, monitor, module=Regression(lambda parameters: adamw(parameters, lr=0.1))).logged()
+    assert logged["effective_decay/hidden.weight"] == pytest.approx({0: 0.04, 1: 0.03, 2: 0.02})
+    assert logged["effective_decay/hidden.bias"] == {0: 0, 1: 0, 2: 0}
+
+
+def test_a_timescale_of_epochs_counts_steps_and_not_batches():
+    monitor = WeightNormMonitor(quantities=("timescale",))
+    module = Regression(decay_and_no_decay(torch.optim.AdamW, lr=0.01))
+    logged = fit(monitor, module=module, steps=7, accumulate_grad_batches=2).logged()  # 4 steps an epoch
+    assert logged["timescale_epochs/total"][0] == pytest.approx(50)
+
+
+def test_small_weights_are_counted_apart_from_zeros():
+    module = Regression()
+    with torch.no_grad():
+        module.hidden.weight[:] = torch.tensor([0.0, 0.01, 1.0])
+    monitor = WeightNormMonitor(quantities=("sparsity",), detail="parameter", threshold=0.01)
+    logged = fit(monitor, module=module).logged()
+    assert logged["sparsity/hidden.weight"][0] == pytest.approx(1 / 3)
+    assert logged["below_threshold/hidden.weight"][0] == pytest.approx(2 / 3)
+
+
+def test_theory_stands_beside_what_is_measured():
+    asked = ("weight", "rms", "update", "ratio", "angle")
+    module = Regression(decay_and_no_decay(torch.optim.AdamW, lr=0.01, betas=(0.8, 0.99)))
+    logged = fit(WeightNormMonitor(quantities=asked, detail="parameter", expected=True), module=module).logged()
+    rms, angle = math.sqrt(0.01 / (2 * 0.5)), math.sqrt(2 * 0.01 * 0.5 * 0.2 / 1.8)
+    norm = rms * math.sqrt(12)
+    found = {key.split("/")[0]: v[0] for key, v in logged.items() if key.endswith("hidden.weight/expected")}
+    assert found == pytest.approx(
+        {"weight_norm": norm, "rms": rms, "update_norm": norm * angle, "ratio": angle, "angle": angle}
+    )
+    rest = logged["weight_norm/total"][0] ** 2 - logged["weight_norm/hidden.weight"][0] ** 2
+    assert logged["weight_norm/total/expected"][0] == pytest.approx(math.sqrt(rest + norm**2))
+    assert not any("expected" in key for key in logged if "hidden.bias" in key)
+
+
+def test_theory_of_sgd_takes_the_gradient_where_it_is_measured():
+    make = decay_and_no_decay(torch.optim.SGD, lr=0.01, momentum=0.9)
+    asked = ("weight", "gradient")
+    logged = fit(
+        WeightNormMonitor(quantities=asked, detail="parameter", expected=True), module=Regression(make)
+    ).logged()
+    gradient = logged["gradient_norm/hidden.weight"][0] * logged["weight_norm/hidden.weight"][0]
+    expected = (0.01 * gradient**2 / (2 * 0.5 * 0.1)) ** 0.25
+    assert logged["weight_norm/hidden.weight/expected"][0] == pytest.approx(expected)
+    without = fit(WeightNormMonitor(expected=True), module=Regression(make)).logged()
+    assert not any("expected" in key for key in without)
+
+
+# -- which steps -----------------------------------------------------------------------------------------------------
+
+
+def test_keys_stand_on_the_rows_of_train_loss(tmp_path):
+    logger = CSVLogger(tmp_path)
+    monitor = WeightNormMonitor(quantities=("weight", "update"))
+    fit(monitor, logger=logger, max_epochs=2, steps=7, log_every_n_steps=3)
+    logged = read_csv(logger)
+    assert list(logged["weight_norm/total"]) == list(logged["train_loss"]) == [2, 5, 8, 11]
+    assert list(logged["update_norm/total"]) == [2, 5, 8, 11]
+
+
+def test_a_period_of_its_own_is_kept():
+    logged = fit(WeightNormMonitor(every_n_steps=2), steps=7).logged()
+    assert list(logged["weight_norm/total"]) == [1, 3, 5]
+
+
+def test_accumulated_batches_are_one_step():
+    logged = fit(WeightNormMonitor(), steps=7, accumulate_grad_batches=3).logged()
+    assert list(logged["weight_norm/total"]) == list(logged["train_loss"]) == [0, 1, 2]
+
+
+def test_values_are_of_their_own_step_and_not_repeated():
+    logged, oracle = monitored(WeightNormMonitor(every_n_steps=2), steps=6)
+    expected = {step: torch.cat(list(oracle.before[step].values())).norm().item() for step in (1, 3, 5)}
+    assert logged["weight_norm/total"] == pytest.approx(expected)
+
+
+class Validated(Regression):
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.loss(batch), batch_size=1)
+
+
+def test_validation_and_the_sanity_check_log_nothing():
+    logger, monitor = Kept(), WeightNormMonitor()
+    trainer = make_trainer(monitor, logger=logger, max_epochs=1, num_sanity_val_steps=2, limit_val_batches=2)
+    module = Validated()
+    trainer.validate(module, Batches())
+    assert not any("weight_norm/total" in row for _, row in logger.rows)
+    trainer.fit(module, Batches(), Batches())
+    assert len(logger.logged()["weight_norm/total"]) == 7
+
+
+class TwoOptimizers(Regression):
+    """Steps the first optimizer on every batch and the second on every other one."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def configure_optimizers(self):
+        return adamw(self.hidden.parameters()), adamw([*self.norm.parameters(), *self.output.parameters()])
+
+    def training_step(self, batch, batch_idx):
+        self.log("train_loss", self.loss(batch), batch_size=1)
+        for optimizer in self.optimizers()[: 1 if batch_idx % 2 else 2]:
+            optimizer.zero_grad()
+            self.manual_backward(self.loss(batch))
+            optimizer.step()
+
+
+@pytest.mark.parametrize("detail", ["total", "group", "module", "parameter"])
+def test_each_optimizer_has_keys_of_its_own(detail):
+    module = TwoOptimizers()
+    first = torch.cat([p.flatten() for p in module.hidden.parameters()]).norm().item()
+    logger = fit(WeightNormMonitor(detail=detail, quantities=("weight", "update")), module=module, steps=4)
+    logged = logger.logged()
+    assert logged["weight_norm/optimizer0 total"][0] == pytest.approx(first)
+    assert list(logged["update_norm/optimizer0 total"]) == [0, 1, 2, 3]
+    assert list(logged["update_norm/optimizer1 total"]) == [0, 2]
+    rows = [step for step, row in logger.rows if "weight_norm/optimizer0 total" in row]
+    assert rows == [0, 1, 2, 3]  # one for both
+
+
+class SameNames(TwoOptimizers):
+    def configure_optimizers(self):
+        return [adamw([{"params": list(layer.parameters()), "name": "all"}]) for layer in (self.hidden, self.output)]
+
+
+def test_groups_of_one_name_do_not_write_over_each_other():
+    logged = fit(WeightNormMonitor(detail="group"), module=SameNames()).logged()
+    assert logged["weight_norm/optimizer0 all"][0] == logged["weight_norm/optimizer0 total"][0]
+    assert logged["weight_norm/optimizer1 all"][0] == logged["weight_norm/optimizer1 total"][0]
+
+
+def test_lbfgs_is_logged_once_a_step():
+    module = Regression(lambda parameters: torch.optim.LBFGS(parameters, max_iter=3))
+    logger = fit(WeightNormMonitor(quantities=("weight", "update")), module=module)
+    assert [step for step, row in logger.rows if "weight_norm/total" in row] == [0, 1, 2]
+    logged = logger.logged()
+    assert all(value > 0 for value in logged["update_norm/total"].values())
+
+
+# -- mixed precision, clipping ---------------------------------------------------------------------------------------
+
+
+def scaled(init_scale=1024.0):
+    return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=init_scale))
+
+
+def in_float32(**options):
+    return Regression(lambda parameters: torch.optim.AdamW(parameters, lr=0.01, **options)).float()
+
+
+class Float32(Batches):
+    def __init__(self):
+        super().__init__()
+        self.batches = [(x.float(), y.float()) for x, y in self.batches]
+
+
+def fit_scaled(module, *callbacks, scale=1024.0, data=None, **options):
+    logger = Kept()
+    trainer = make_trainer(*callbacks, logger=logger, max_epochs=1, plugins=[scaled(scale)], **options)
+    trainer.fit(module, data or Float32())
+    return logger.logged()
+
+
+@pytest.mark.parametrize("norm_type", [1.0, 2.0, math.inf])
+@pytest.mark.parametrize("fused", [False, True], ids=["unfused", "fused"])
+def test_gradients_are_logged_unscaled(fused, norm_type):
+    def monitor():
+        return WeightNormMonitor(quantities=("gradient",), norm_type=norm_type)
+
+    found = fit_scaled(in_float32(fused=fused), monitor())["gradient_norm/total"]
+    logger = Kept()
+    make_trainer(monitor(), logger=logger, max_epochs=1, precision="bf16-mixed").fit(in_float32(fused=fused), Float32())
+    expected = logger.logged()["gradient_norm/total"]
+    assert found[0] == pytest.approx(expected[0], rel=0.05)  # half precision; the scale is 1024
+
+
+class Overflowing(Float32):
+    """The third batch of each epoch is too large for float16."""
+
+    def __init__(self):
+        super().__init__()
+        self.batches[2] = (self.batches[2][0], torch.full_like(self.batches[2][1], 1e30))
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["unfused", "fused"])
+def test_a_step_that_overflows_is_counted_and_changes_nothing(fused):
+    monitor = WeightNormMonitor(quantities=("gradient", "weight", "update", "angle", "ratio"), detail="parameter")
+    logged = fit_scaled(in_float32(fused=fused), monitor, data=Overflowing())
+    nonfinite = logged["gradient_nonfinite/total"]
+    assert nonfinite[2] > 0
+    assert not any(nonfinite[step] for step in nonfinite if step != 2)
+    assert not math.isfinite(logged["gradient_norm/total"][2])
+    assert logged["update_norm/total"][2] == logged["angle/total"][2] == logged["ratio/total"][2] == 0
+    assert logged["update_norm/total"][3] > 0
+    assert logged["weight_norm/total"][3] == logged["weight_norm/total"][2]
+
+
+def test_gradients_are_logged_before_clipping():
+    free = fit(WeightNormMonitor(quantities=("gradient",)), steps=1).logged()
+    clipped = fit(WeightNormMonitor(quantities=("gradient",)), steps=1, gradient_clip_val=1e-3).logged()
+    assert clipped["gradient_norm/total"] == free["gradient_norm/total"]
+
+
+def test_a_model_of_nan_is_reported_with_a_count():
+    module = Regression()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.fill_(math.nan)
+    logged = fit(WeightNormMonitor(quantities=EVERYTHING, detail="parameter", expected=True), module=module).logged()
+    assert math.isnan(logged["weight_norm/total"][0])
+    assert math.isnan(logged["stable_rank/total"][0])
+    elements = sum(p.numel() for p in module.parameters())
+    assert logged["weight_nonfinite/total"][0] == logged["gradient_nonfinite/total"][0] == elements
+
+
+# -- what is measured ------------------------------------------------------------------------------------------------
+
+
+def test_frozen_parameters_do_not_count():
+    module = Regression()
+    module.hidden.requires_grad_(False)
+    logged, oracle = monitored(WeightNormMonitor(detail="module"), module=module)
+    assert "weight_norm/hidden" not in logged
+    assert logged["weight_norm/total"][0] == pytest.approx(torch.cat(list(oracle.before[0].values())).norm().item())
+
+
+def test_rules_choose_what_is_measured():
+    monitor = WeightNormMonitor(detail="parameter", include=("hidden.*", "output.*"), exclude=("bias",))
+    logged = fit(monitor).logged()
+    parts = {key.partition("/")[2] for key in logged if key.startswith("weight_norm")}
+    assert parts == {"hidden.weight", "output.weight", "total"}
+
+
+def test_a_rule_that_matches_nothing_raises():
+    with pytest.raises(ValueError, match=r"'hiden\.\*' matches no parameter; the nearest are 'hidden\.bias'"):
+        fit(WeightNormMonitor(include=("hiden.*",)))
+
+
+def test_a_model_without_gradients_is_told_once_and_not_logged_as_0():
+    monitor = WeightNormMonitor(quantities=("gradient", "weight"), include=(lambda info: info.name == "spare",))
+    module = Regression()
+    module.spare = nn.Parameter(torch.ones(2, dtype=torch.float64))
+    with pytest.warns(UserWarning, match="no gradient norm") as caught:
+        logged = fit(monitor, module=module).logged()
+    assert sum("no gradient norm" in str(w.message) for w in caught) == 1
+    assert not any(key.startswith("gradient") for key in logged)
+    assert logged["weight_norm/total"][0] == pytest.approx(math.sqrt(2))
+
+
+def test_what_deepspeed_keeps_on_a_disk_is_told_and_not_logged_as_0():
+    class Placeholder(L.Callback):
+        def on_fit_start(self, trainer, pl_module):
+            pl_module.spare.ds_shape = torch.Size([2, 3])
+            pl_module.spare.ds_tensor = torch.zeros(0)
+            pl_module.spare.ds_tensor.ds_numel = 6
+
+    module = Regression()
+    module.spare = nn.Parameter(torch.zeros(0, dtype=torch.float64))
+    with pytest.warns(UserWarning, match="on a disk"):
+        logged = fit(Placeholder(), WeightNormMonitor(detail="parameter"), module=module).logged()
+    assert "weight_norm/spare" not in logged
+
+
+def test_parametrized_weights_belong_to_their_module():
+    module = Regression()
+    nn.utils.parametrizations.weight_norm(module.hidden)
+    logged = fit(WeightNormMonitor(detail="module"), module=module).logged()
+    parts = {key.partition("/")[2] for key in logged if key.startswith("weight_norm")}
+    assert parts == {"hidden", "norm", "output", "total"}
+
+
+# -- bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"every_n_steps": 0}, "`every_n_steps` should be a positive integer, got 0"),
+        ({"every_n_steps": 1.5}, "`every_n_steps` should be a positive integer, got 1.5"),
+        ({"every_n_steps": True}, "`every_n_steps` should be a positive integer, got True"),
+        ({"quantities": ("wieght",)}, "`quantities` should be some of weight, rms, .* Did you mean 'weight'"),
+        ({"quantities": "weight"}, "`quantities` should be some of"),
+        ({"quantities": ()}, "`quantities` should be some of"),
+        ({"detail": "layer"}, "`detail` should be one of"),
+        ({"norm_type": 0.5}, "`norm_type` should be at least 1"),
+        ({"norm_type": math.nan}, "`norm_type` should be at least 1"),
+        ({"threshold": -1.0}, "`threshold` should be finite and at least 0"),
+        ({"threshold": math.nan}, "`threshold` should be finite and at least 0"),
+        ({"max_keys": 0}, "`max_keys` should be a positive integer"),
+        ({"max_histogram_megabytes": 0}, "`max_histogram_megabytes` should be positive"),
+        ({"include": ("biases",)}, "Did you mean 'bias'"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        WeightNormMonitor(**arguments)
+
+
+def test_a_monitor_without_a_logger_is_refused():
+    with pytest.raises(MisconfigurationException, match="nowhere to log to"):
+        fit(WeightNormMonitor(), logger=False)
+
+
+# -- runs ------------------------------------------------------------------------------------------------------------
+
+
+def test_totals_are_there_for_other_callbacks():
+    logger, monitor = Kept(), WeightNormMonitor(detail="parameter")
+    trainer = make_trainer(monitor, logger=logger, max_epochs=1)
+    trainer.fit(Regression(), Batches())
+    assert trainer.callback_metrics["weight_norm/total"].item() == pytest.approx(
+        logger.logged()["weight_norm/total"][6]
+    )
+    assert "weight_norm/hidden.weight" not in trainer.callback_metrics
+    assert not any("weight_norm" in key for key in trainer.progress_bar_metrics)
+
+
+def test_a_second_fit_logs_as_a_first_one():
+    monitor = WeightNormMonitor(quantities=EVERYTHING)
+    first = fit(monitor).logged()
+    module = Regression()
+    second = fit(monitor, module=module).logged()
+    assert second == first
+    assert not list(module.trainer.optimizers[0]._optimizer_step_post_hooks)
+
+
+def test_an_exception_leaves_no_hook_behind():
+    class Broken(L.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            raise KeyError("stop")
+
+    monitor, module = WeightNormMonitor(quantities=("update",)), Regression()
+    with pytest.raises(KeyError):
+        fit(Broken(), monitor, module=module)
+    assert not list(module.trainer.optimizers[0]._optimizer_step_post_hooks)
+    assert fit(monitor).logged()["update_norm/total"][0] > 0
+
+
+def test_a_resumed_run_logs_the_same_values(tmp_path):
+    def monitor():
+        return WeightNormMonitor(quantities=EVERYTHING, detail="parameter", expected=True)
+
+    uninterrupted = fit(monitor(), steps=7, max_epochs=2).logged()
+    trainer = make_trainer(monitor(), logger=Kept(), max_epochs=1)
+    trainer.fit(Regression(), Batches())
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    logger = Kept()
+    make_trainer(monitor(), logger=logger, max_epochs=2).fit(Regression(), Batches(), ckpt_path=tmp_path / "half.ckpt")
+    resumed = {key: steps for key, steps in logger.logged().items() if "/" in key}
+    second_half = {key: {s: v for s, v in uninterrupted[key].items() if s >= 7} for key in resumed}
+    assert resumed == second_half
+
+
+def test_a_copy_of_a_callback_that_trains_is_new():
+    monitor = WeightNormMonitor(quantities=("update",), detail="group")
+    copies = []
+
+    class Copy(L.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            copies.append(pickle.loads(pickle.dumps(monitor)))
+
+    fit(monitor, Copy(), steps=1)
+    assert copies[0].detail == "group"
+    assert fit(copies[0]).logged()["update_norm/pg1"][0] > 0
+
+
+def test_nothing_grows_with_the_run():
+    monitor = WeightNormMonitor(quantities=EVERYTHING, detail="parameter", expected=True)
+    sizes = []
+
+    class Size(L.Callback):
+        def on_train_batch_start(self, trainer, *_):
+            sizes.append(len(pickle.dumps({k: v for k, v in vars(monitor).items() if k in GROWING})))
+
+    fit(monitor, Size(), max_epochs=10, steps=7)
+    assert max(sizes[2:]) - min(sizes[2:]) <= 16  # step numbers have more digits
+
+
+GROWING = ("_logged", "_readings", "_told", "_histogram_bytes")
+
+
+# -- loggers ---------------------------------------------------------------------------------------------------------
+
+
+class Mlflow(Kept):
+    """Allows in keys what MLflow does, and only numbers as values."""
+
+    def log_metrics(self, metrics, step):
+        for key, value in metrics.items():
+            assert set(key) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-. /")
+            assert isinstance(value, (int, float))
+        super().log_metrics(metrics, step)
+
+
+def test_several_loggers_have_the_same_numbers(tmp_path):
+    csv, board, kept = CSVLogger(tmp_path / "csv"), TensorBoardLogger(tmp_path / "board"), Mlflow()
+    monitor = WeightNormMonitor(quantities=EVERYTHING, detail="module", expected=True, histograms=True)
+    fit(monitor, logger=[csv, board, kept])
+    expected = {key: steps for key, steps in kept.logged().items() if "/" in key}
+    from_csv = read_csv(csv)
+    scalars, pictures = read_tensorboard(board)
+    assert len(expected) > 30
+    for key, steps in expected.items():
+        assert from_csv[key] == pytest.approx(steps, nan_ok=True)
+        assert scalars[key] == pytest.approx(steps, rel=1e-6, nan_ok=True)  # float32
+    assert list(scalars["train_loss"]) == list(scalars["weight_norm/total"]) == [0, 1, 2]
+    assert {key.partition("/")[0] for key in pictures} == {"weight_histogram", "gradient_histogram"}
+
+
+def test_histograms_in_tensorboard_count_the_weights(tmp_path):
+    board, oracle = TensorBoardLogger(tmp_path), Oracle()
+    fit(WeightNormMonitor(quantities=("gradient",), histograms=True), oracle, logger=board, steps=2)
+    _, pictures = read_tensorboard(board)
+    for label, states in (("weight", oracle.before), ("gradient", oracle.gradients)):
+        for name, values in states[1].items():
+            picture = pictures[f"{label}_histogram/{name}"][1]
+            assert picture.num == values.numel()
+            assert picture.min <= values.min() <= values.max() <= picture.max
+            upper = np.array(picture.bucket_limit)
+            below = [(values <= edge + 1e-9).sum().item() for edge in upper]
+            assert np.abs(np.cumsum(picture.bucket) - below).max() <= 1  # an element may lie on an edge
+
+
+# lightning/pytorch/loggers/wandb.py and wandb/analytics: third parties in an offline run
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_weights_and_biases_gets_one_row_a_step(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    logger = WandbLogger(save_dir=tmp_path, offline=True, project="test")
+    calls = []
+    run = logger.experiment
+    log = run.log
+    monkeypatch.setattr(run, "log", lambda *args, **kwargs: calls.append((args, kwargs)) or log(*args, **kwargs))
+    module = Regression()
+    monitor = WeightNormMonitor(quantities=("weight", "update"), detail="parameter", histograms=True)
+    fit(monitor, module=module, logger=logger, log_every_n_steps=2, steps=6)
+    wandb.finish()
+    assert not any("step" in kwargs for _, kwargs in calls)
+    rows = read_wandb(tmp_path)
+    ours = [row for row in rows if "weight_norm/total" in row]
+    losses = [row for row in rows if "train_loss" in row]
+    steps = [row["trainer/global_step"] for row in ours]
+    assert steps == [row["trainer/global_step"] for row in losses] == [1, 3, 5]
+    assert sum("weight_norm/total" in args[0] for args, _ in calls) == 3
+    picture = ours[0]["weight_histogram/hidden.weight"]
+    assert picture["_type"] == "histogram"
+    assert sum(picture["values"]) == module.hidden.weight.numel()
+    assert len(picture["bins"]) == len(picture["values"]) + 1
+
+
+def test_wandb_is_not_imported_for_others():
+    code = """
+import sys, warnings
+warnings.simplefilter("ignore")
+import lightning_regularize
+from lightning_regularize import WeightDecay, WeightNormMonitor, schedules
+WeightNormMonitor(histograms=True)
+print("wandb" in sys.modules)
+"""
+    import subprocess
+    import sys
+
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "False"
+
+
+def test_histograms_without_a_place_are_told(tmp_path):
+    with pytest.warns(UserWarning, match="CSVLogger has no place for them"):
+        fit(WeightNormMonitor(histograms=True), logger=CSVLogger(tmp_path))
+
+
+def test_keys_beyond_the_cap_are_told_and_left_out():
+    with pytest.warns(UserWarning, match="logs 2 of 6 keys a step"):
+        logged = fit(WeightNormMonitor(detail="parameter", max_keys=2)).logged()
+    assert {key for key in logged if "/" in key} == {
+        "weight_norm/total",
+        "weight_norm/hidden.weight",
+        "weight_norm/hidden.bias",
+    }
+
+
+def test_histograms_end_at_the_cap(tmp_path):
+    board = TensorBoardLogger(tmp_path)
+    monitor = WeightNormMonitor(histograms=True, max_histogram_megabytes=2 * 6 * 1024 / 1e6)
+    with pytest.warns(UserWarning, match="draws no more histograms"):
+        fit(monitor, logger=board, steps=5)
+    _, pictures = read_tensorboard(board)
+    assert list(pictures["weight_histogram/hidden.weight"]) == [0, 1]
+
+
+# -- cost ------------------------------------------------------------------------------------------------------------
+
+
+class Calls(TorchDispatchMode):
+    """How often an operation that waits for a device ran: ``.item()``, ``bool(tensor)``, a copy to the host."""
+
+    WAITING = ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.is_nonzero", "aten.equal")
+
+    def __init__(self):
+        super().__init__()
+        self.waits, self.operations = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.operations += 1
+        self.waits += str(func).startswith(self.WAITING)
+        return func(*args, **(kwargs or {}))
+
+
+class Counting(WeightNormMonitor):
+    """What the monitor's own hooks did in each step."""
+
+    def on_train_start(self, *args):
+        super().on_train_start(*args)
+        self.steps = []
+
+    def on_before_optimizer_step(self, *args):
+        with Calls() as calls:
+            super().on_before_optimizer_step(*args)
+        self.steps.append(calls)
+
+    def on_train_batch_end(self, *args):
+        with Calls() as calls:
+            super().on_train_batch_end(*args)
+        self.steps[-1].waits += calls.waits
+        self.steps[-1].operations += calls.operations
+
+
+def test_steps_that_are_not_logged_compute_nothing():
+    monitor = Counting(quantities=EVERYTHING, detail="parameter", every_n_steps=3)
+    fit(monitor, steps=6)
+    assert [calls.operations > 0 for calls in monitor.steps] == [False, False, True, False, False, True]
+
+
+def test_logged_steps_wait_for_no_single_number():
+    monitor = Counting(quantities=READ_ONLY, detail="parameter", every_n_steps=1)
+    fit(monitor, steps=3)
+    assert [calls.waits for calls in monitor.steps] == [0, 0, 0]
+
+
+def test_weights_are_copied_for_what_compares_only():
+    monitor = WeightNormMonitor(quantities=("weight", "gradient", "rms", "sparsity", "timescale"))
+    fit(monitor)
+    assert monitor._real_steps is None
+    gc.collect()
+
+
+# -- several processes -----------------------------------------------------------------------------------------------
+
+
+def _train_on_two(rank, world_size, strategy, path):
+    import warnings
+
+    warnings.simplefilter("ignore")
+    kept = Kept()
+    monitor = WeightNormMonitor(
+        quantities=EVERYTHING if strategy != "fsdp1" else tuple(q for q in EVERYTHING if q != "stable_rank"),
+        detail="parameter",
+        histograms=True,
+        expected=True,
+    )
+    trainer = make_trainer(
+        monitor,
+        logger=[kept, TensorBoardLogger(path)],
+        max_epochs=1,
+        strategy=_strategy(strategy),
+        devices=world_size,
+        use_distributed_sampler=False,
+    )
+    trainer.fit(Spread() if strategy == "fsdp2" else Regression(), Batches())
+    return kept.logged()
+
+
+def _count_collectives(rank, world_size):
+    import warnings
+
+    from lightning_regularize import _sharding
+
+    warnings.simplefilter("ignore")
+    calls, reduce = [], _sharding._all_reduce
+    _sharding._all_reduce = lambda *args: calls.append(args) or reduce(*args)
+    monitor = WeightNormMonitor(quantities=READ_ONLY, detail="parameter", every_n_steps=2)
+    options = {"max_epochs": 1, "devices": world_size, "use_distributed_sampler": False}
+    trainer = make_trainer(monitor, logger=Kept(), strategy=_strategy("fsdp2"), **options)
+    trainer.fit(Spread(), Batches())
+    return len(calls)
+
+
+READ_ONLY = tuple(quantity for quantity in EVERYTHING if quantity != "stable_rank")
+
+
+def test_all_parameters_and_quantities_share_one_collective():
+    meshes_and_placements = 1
+    assert run_distributed(_count_collectives) == [3 * meshes_and_placements] * 2  # on steps 1, 3, 5
+
+
+def _strategy(name):
+    if name == "fsdp2":
+        from lightning.pytorch.strategies import ModelParallelStrategy
+
+        return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
+    if name == "fsdp1":
+        from lightning.pytorch.strategies import FSDPStrategy
+
+        class CPUFSDPStrategy(FSDPStrategy):
+            def _setup_model(self, model):
+                from torch.distributed.fsdp import FullyShardedDataParallel
+
+                return FullyShardedDataParallel(module=model, device_id=torch.device("cpu"), **self.kwargs)
+
+        return CPUFSDPStrategy(process_group_backend="gloo")
+    return name
+
+
+class Spread(Regression):
+    def configure_model(self):
+        from torch.distributed.fsdp import fully_shard
+
+        for layer in (self.hidden, self.norm, self.output):
+            fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "fsdp1"])
+def test_two_processes_log_what_one_does(strategy, tmp_path):
+    quantities = EVERYTHING if strategy != "fsdp1" else tuple(q for q in EVERYTHING if q != "stable_rank")
+    board = TensorBoardLogger(tmp_path / "one")
+    monitor = WeightNormMonitor(quantities=quantities, detail="parameter", histograms=True, expected=True)
+    kept = Kept()
+    fit(monitor, logger=[kept, board], steps=7)
+    alone = {key: steps for key, steps in kept.logged().items() if "/" in key}
+    first, second = run_distributed(_train_on_two, strategy, tmp_path / "two")
+    for key, steps in alone.items():
+        assert first[key] == pytest.approx(steps, rel=1e-5, abs=5e-5, nan_ok=True), key  # FSDP1 trains in float32
+    assert not any("/" in key for key in second)  # rank 0 alone writes
+    found = read_tensorboard(TensorBoardLogger(tmp_path / "two", version=0))[1]
+    expected = read_tensorboard(board)[1]
+    for key, pictures in expected.items():
+        for step, picture in pictures.items():
+            assert found[key][step].num == picture.num
+            if strategy != "fsdp1":  # trains in float32, which moves elements over edges
+                assert list(found[key][step].bucket) == list(picture.bucket)

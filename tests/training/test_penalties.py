@@ -1,0 +1,685 @@
+"""Does a penalty act once per step, on the right weights, by the right amount, whatever the Trainer does around it?"""
+
+import csv
+import functools
+import itertools
+import pickle
+
+import lightning.pytorch as L
+import numpy as np
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins import MixedPrecision
+from torch import nn
+from torch.optim import LBFGS, SGD, Adadelta, Adam, AdamW, Muon, RMSprop
+
+from lightning_regularize import ElasticNetPenalty, GroupLassoPenalty, L1Penalty, L2Penalty, WeightDecay
+from lightning_regularize.schedules import Linear, Steps
+from tests.models import ConvNet
+from tests.training import spread
+from tests.training.support import (
+    QUIET,
+    Batches,
+    Regression,
+    assert_identical_weights,
+    assert_same_weights,
+    make_trainer,
+    train,
+    weights,
+)
+
+pytestmark = QUIET
+
+PENALIZED = ("hidden.weight", "output.weight")
+STRENGTH = 0.125
+sgd = functools.partial(SGD, lr=0.1)
+momentum = functools.partial(SGD, lr=0.1, momentum=0.5)
+
+
+def scaler(init_scale=1024.0, **options):
+    """A GradScaler on a CPU; float64 is left alone by autocast, so that weights can be compared exactly."""
+    return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=init_scale, **options))
+
+
+# --- the oracle: a loop without Lightning and without this package ------------------------------------------------
+
+
+def l1_gradient(weight, strength):
+    weight.grad += strength * weight.detach().sign()
+
+
+def soft_threshold(weight, threshold):
+    weight.data.copy_(weight.data.sign() * (weight.data.abs() - threshold).clamp(min=0))
+
+
+def windows(accumulate, epochs=3):
+    data = list(Batches())
+    return [data[i : i + accumulate] for _ in range(epochs) for i in range(0, len(data), accumulate)]
+
+
+def loop(optimizer, module, steps, *, gradient=None, after=None, accumulate=1):
+    """``gradient(parameter, k)`` and ``after(parameter, k)`` see the penalized parameters at each step ``k``."""
+    penalized = [p for name, p in module.named_parameters() if name in PENALIZED]
+    for k, window in enumerate(steps):
+        optimizer.zero_grad()
+        for batch in window:
+            (module.loss(batch) / accumulate).backward()
+        for parameter in penalized if gradient else ():
+            gradient(parameter, k)
+        optimizer.step()
+        for parameter in penalized if after else ():
+            after(parameter, k)
+
+
+def by_hand(make_optimizer, **options):
+    module = Regression()
+    loop(make_optimizer(module.parameters()), module, windows(options.get("accumulate", 1)), **options)
+    return weights(module)
+
+
+# --- when and how much --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("accumulate", [1, 3, 100])
+def test_the_gradient_comes_once_per_step_in_the_trailing_window_too(accumulate):
+    module = Regression(momentum)
+    train(module, L1Penalty(STRENGTH), accumulate_grad_batches=accumulate)
+    expected = by_hand(momentum, gradient=lambda w, k: l1_gradient(w, STRENGTH), accumulate=accumulate)
+    assert_same_weights(weights(module), expected)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize(
+    ("make_optimizer", "threshold"), [(sgd, 0.1 * STRENGTH), (momentum, 0.2 * STRENGTH)], ids=["SGD", "momentum"]
+)
+def test_the_proximal_step_comes_once_per_step(make_optimizer, threshold, accumulate):
+    module = Regression(make_optimizer)
+    train(module, L1Penalty(STRENGTH, method="proximal"), accumulate_grad_batches=accumulate)
+    expected = by_hand(make_optimizer, after=lambda w, k: soft_threshold(w, threshold), accumulate=accumulate)
+    assert_same_weights(weights(module), expected)
+
+
+@pytest.mark.parametrize(
+    ("make_penalty", "gradient"),
+    [
+        (L1Penalty, lambda w: w.sign()),
+        (L2Penalty, lambda w: w),
+        (functools.partial(ElasticNetPenalty, l2=0.5), lambda w: w.sign() + 4 * w),
+        (GroupLassoPenalty, lambda w: w.shape[1] ** 0.5 * w / w.norm(dim=1, keepdim=True)),
+    ],
+    ids=["L1", "L2", "elastic net", "group lasso"],
+)
+def test_each_penalty_adds_its_gradient(make_penalty, gradient):
+    module = Regression(sgd)
+    train(module, make_penalty(STRENGTH))
+
+    def add(weight, k):
+        weight.grad += STRENGTH * gradient(weight.detach())
+
+    assert_same_weights(weights(module), by_hand(sgd, gradient=add))
+
+
+@pytest.mark.parametrize("method", ["gradient", "proximal"])
+def test_the_strength_follows_its_schedule(method):
+    module = Regression(sgd)
+    train(module, L1Penalty(Linear(0.0, 0.2), method=method))
+    hooks = {
+        "gradient": {"gradient": lambda w, k: l1_gradient(w, 0.01 * k)},
+        "proximal": {"after": lambda w, k: soft_threshold(w, 0.1 * 0.01 * k)},
+    }
+    assert_same_weights(weights(module), by_hand(sgd, **hooks[method]))
+
+
+def test_the_threshold_follows_the_learning_rate():
+    module = Regression(sgd, functools.partial(torch.optim.lr_scheduler.StepLR, step_size=7, gamma=0.1))
+    train(module, L1Penalty(STRENGTH, method="proximal"))
+    twin = Regression()
+    optimizer = sgd(twin.parameters())
+    for k, window in enumerate(windows(1)):
+        lr = optimizer.param_groups[0]["lr"] = 0.1 * 0.1 ** (k // 7)
+        loop(optimizer, twin, [window], after=lambda w, _, lr=lr: soft_threshold(w, lr * STRENGTH))
+    assert_same_weights(weights(module), weights(twin))
+
+
+def test_clipping_comes_after_the_gradient():
+    module, twin = Regression(sgd), Regression()
+    train(module, L1Penalty(STRENGTH), gradient_clip_val=0.05)
+    plain = sgd(twin.parameters())
+    plain.register_step_pre_hook(lambda *_: nn.utils.clip_grad_norm_(twin.parameters(), 0.05) and None)
+    loop(plain, twin, windows(1), gradient=lambda w, k: l1_gradient(w, STRENGTH))
+    assert_same_weights(weights(module), weights(twin))
+
+
+@pytest.mark.parametrize("line_search", [None, "strong_wolfe"])
+def test_every_evaluation_of_lbfgs_has_the_gradient_once(line_search):
+    make_optimizer = functools.partial(LBFGS, lr=0.1, max_iter=3, line_search_fn=line_search)
+    module, twin = Regression(make_optimizer), Regression()
+    make_trainer(L1Penalty(STRENGTH), max_epochs=1).fit(module, Batches())
+    optimizer = make_optimizer(twin.parameters())
+    for (batch,) in windows(1, epochs=1):
+
+        def closure(batch=batch):
+            optimizer.zero_grad()
+            loss = twin.loss(batch)
+            loss.backward()
+            for name, parameter in twin.named_parameters():
+                if name in PENALIZED:
+                    l1_gradient(parameter, STRENGTH)
+            return loss
+
+        optimizer.step(closure)
+    assert_same_weights(weights(module), weights(twin))
+
+
+# --- zeros --------------------------------------------------------------------------------------------------------
+
+
+class Watch(L.Callback):
+    """The weights after every step."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.seen.append(weights(pl_module))
+
+
+@pytest.mark.parametrize("make_optimizer", [sgd, functools.partial(Adam, lr=0.05)], ids=["SGD", "Adam"])
+def test_signs_never_flip_in_a_proximal_step(make_optimizer):
+    before = []
+
+    class Remember(L.Callback):
+        def on_train_start(self, trainer, pl_module):
+            trainer.optimizers[0].register_step_post_hook(lambda *_: before.append(weights(pl_module)))
+
+    watch = Watch()
+    train(Regression(make_optimizer), Remember(), L1Penalty(STRENGTH, method="proximal"), watch)
+    zeros = 0
+    for old, new in zip(before, watch.seen, strict=True):
+        for name in PENALIZED:
+            assert (old[name] * new[name] >= 0).all()
+            zeros += (new[name] == 0).sum().item()
+    assert zeros > 0
+
+
+class Insensitive(Regression):
+    """Its loss does not depend on the first input, which every batch has at zero."""
+
+    def loss(self, batch):
+        x, y = batch
+        return super().loss((x * torch.tensor([0.0, 1.0, 1.0]), y))
+
+
+@pytest.mark.parametrize("make_optimizer", [sgd, functools.partial(AdamW, lr=0.05)], ids=["SGD", "AdamW"])
+def test_zero_weights_that_no_gradient_moves_stay_at_zero(make_optimizer):
+    watch = Watch()
+    train(Insensitive(make_optimizer), L1Penalty(0.5, method="proximal"), watch, max_epochs=10)
+    columns = [seen["hidden.weight"][:, 0] for seen in watch.seen]
+    first = next(i for i, column in enumerate(columns) if (column == 0).all())
+    assert all((column == 0).all() for column in columns[first:])
+
+
+class Classifier(L.LightningModule):
+    def __init__(self, make_optimizer):
+        super().__init__()
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(0)
+            self.net = ConvNet()
+        self.make_optimizer = make_optimizer
+
+    def training_step(self, batch, batch_idx):
+        return self.net(self.net.example(8)).square().mean()
+
+    def configure_optimizers(self):
+        return self.make_optimizer(self.parameters())
+
+
+@pytest.mark.parametrize("make_optimizer", [momentum, functools.partial(Adam, lr=0.01)], ids=["SGD", "Adam"])
+def test_whole_channels_become_zero_and_the_rest_of_the_layer_stays_dense(make_optimizer):
+    module = Classifier(make_optimizer)
+    trainer = make_trainer(GroupLassoPenalty(0.02, include=("*conv*.weight",), method="proximal"), max_epochs=1)
+    trainer.fit(module, range(30))
+    zero = {n: (p == 0).flatten(1) for n, p in module.named_parameters() if "conv" in n}
+    assert any(z.all(dim=1).any() for z in zero.values())
+    assert all((z.all(dim=1) == z.any(dim=1)).all() for z in zero.values())
+    assert (module.net.fc.weight != 0).all()
+
+
+def test_a_scalar_can_be_penalized():
+    class Scaled(Regression):
+        def __init__(self):
+            super().__init__(functools.partial(Adam, lr=0.05))
+            self.logit_scale = nn.Parameter(torch.tensor(0.05, dtype=torch.float64))
+
+        def loss(self, batch):
+            return super().loss(batch) + 1e-3 * self.logit_scale
+
+    module = Scaled()
+    train(module, L1Penalty(1.0, include=("logit_scale*",), exclude=(), method="proximal"))
+    assert module.logit_scale == 0
+
+
+# --- on which weights ---------------------------------------------------------------------------------------------
+
+
+def moved(module, *callbacks, **options):
+    """Names of what differs from a run without the callbacks."""
+    twin = pickle.loads(pickle.dumps(module))
+    train(module, *callbacks, **options)
+    train(twin, **options)
+    plain = weights(twin)
+    return {name for name, weight in weights(module).items() if not torch.equal(weight, plain[name])}
+
+
+class OnlyHidden(Regression):
+    """So that the penalty cannot reach a weight by way of another: each acts on the loss by itself."""
+
+    def loss(self, batch):
+        return sum((p - 0.3).square().sum() for p in self.parameters() if p is not self.output.weight)
+
+
+@pytest.mark.parametrize("method", ["gradient", "proximal"])
+@pytest.mark.parametrize(
+    ("rules", "expected"),
+    [
+        ({}, {"hidden.weight"}),
+        ({"include": ("*.bias",), "exclude": ()}, {"hidden.bias", "norm.bias", "output.bias"}),
+        ({"include": ("norm",), "exclude": ("*.bias",)}, {"norm.weight"}),
+    ],
+    ids=["default", "biases", "norms"],
+)
+def test_rules_select(rules, expected, method):
+    assert moved(OnlyHidden(sgd), L1Penalty(STRENGTH, method=method, **rules)) == expected
+
+
+@pytest.mark.parametrize("method", ["gradient", "proximal"])
+def test_a_parameter_without_a_gradient_gets_none_and_stays(method):
+    module = OnlyHidden(sgd)
+    before = weights(module)
+    train(module, L1Penalty(STRENGTH, method=method))
+    assert module.output.weight.grad is None
+    assert torch.equal(module.output.weight, before["output.weight"])
+
+
+class Unfreeze(L.Callback):
+    """The hidden layer trains from the second epoch on."""
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        pl_module.hidden.requires_grad_(trainer.current_epoch > 0)
+
+
+@pytest.mark.parametrize("method", ["gradient", "proximal"])
+def test_frozen_weights_rest_until_they_are_unfrozen(method):
+    watch, module = Watch(), Regression(sgd)
+    before = weights(module)
+    train(module, Unfreeze(), L1Penalty(STRENGTH, method=method), watch, max_epochs=2)
+    assert torch.equal(watch.seen[6]["hidden.weight"], before["hidden.weight"])
+
+    plain, other = Watch(), Regression(sgd)
+    train(other, Unfreeze(), L1Penalty(STRENGTH, method=method, include=("output.*",)), plain, max_epochs=2)
+    assert torch.equal(watch.seen[6]["output.weight"], plain.seen[6]["output.weight"])
+    assert not torch.equal(watch.seen[7]["hidden.weight"], plain.seen[7]["hidden.weight"])
+
+
+class Adversaries(L.LightningModule):
+    """A generator that steps with every batch, and a discriminator that steps with every other."""
+
+    def __init__(self, make_generator=sgd, make_discriminator=sgd):
+        super().__init__()
+        self.generator, self.discriminator = Regression(), Regression()
+        self.makers = make_generator, make_discriminator
+        self.automatic_optimization = False
+
+    def configure_optimizers(self):
+        return [make(part.parameters()) for make, part in zip(self.makers, self.children(), strict=True)]
+
+    def training_step(self, batch, batch_idx):
+        pairs = zip(self.optimizers(), self.children(), strict=True)
+        for optimizer, part in itertools.islice(pairs, 1 + self.trainer.fit_loop.total_batch_idx % 2):
+            optimizer.zero_grad()
+            self.manual_backward(part.loss(batch))
+            optimizer.step()
+
+
+@pytest.mark.parametrize("method", ["gradient", "proximal"])
+@pytest.mark.parametrize("part", ["generator", "discriminator"])
+def test_only_the_parameters_of_the_stepping_optimizer_are_touched_at_its_own_pace(part, method):
+    module = Adversaries()
+    train(module, L1Penalty(Linear(0.0, 0.3), include=(f"{part}.*",), method=method, total_steps=31))
+    expected = {}
+    for name, every in (("generator", 1), ("discriminator", 2)):
+        twin = Regression()
+        steps = windows(1)[every - 1 :: every]
+        hooks = {
+            "gradient": {"gradient": lambda w, k: l1_gradient(w, 0.01 * k)},
+            "proximal": {"after": lambda w, k: soft_threshold(w, 0.1 * 0.01 * k)},
+        }
+        loop(sgd(twin.parameters()), twin, steps, **(hooks[method] if name == part else {}))
+        expected |= {f"{name}.{key}": weight for key, weight in weights(twin).items()}
+    assert_same_weights(weights(module), expected)
+
+
+class Words(L.LightningModule):
+    def __init__(self, make_optimizer=sgd):
+        super().__init__()
+        self.table = nn.Embedding(4, 3, sparse=True)
+        nn.init.ones_(self.table.weight)
+        self.make_optimizer = make_optimizer
+
+    def training_step(self, batch, batch_idx):
+        return self.table(torch.tensor([0])).sum() * 0.0
+
+    def configure_optimizers(self):
+        return self.make_optimizer(self.parameters())
+
+
+def test_sparse_gradients_are_refused_and_nothing_has_changed():
+    module = Words()
+    with pytest.raises(ValueError, match=r"`gradient` should be dense.* or a proximal step"):
+        train(module, L1Penalty(STRENGTH), data=range(3))
+    assert (module.table.weight == 1).all()
+
+
+def test_sparse_gradients_allow_proximal_steps_on_the_whole_table():
+    module = Words()
+    train(module, L1Penalty(STRENGTH, method="proximal"), data=range(3), max_epochs=1)
+    torch.testing.assert_close(module.table.weight.detach(), torch.full((4, 3), 1 - 3 * 0.1 * STRENGTH))
+
+
+# --- mixed precision ----------------------------------------------------------------------------------------------
+
+
+class Overflowing(Regression):
+    """Its third batch has an infinite loss."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return loss * torch.inf if self.trainer.global_step == 2 else loss
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["unfused", "fused"])
+@pytest.mark.parametrize("method", ["gradient", "proximal"])
+@pytest.mark.parametrize("make", [sgd, functools.partial(Adam, lr=0.05)], ids=["SGD", "Adam"])
+def test_a_grad_scaler_changes_nothing(make, method, fused):
+    found, expected = Regression(functools.partial(make, fused=fused)), Regression(make)
+    train(found, L1Penalty(STRENGTH, method=method), plugins=[scaler()])
+    train(expected, L1Penalty(STRENGTH, method=method))
+    assert_same_weights(weights(found), weights(expected))
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler")
+@pytest.mark.parametrize("fused", [False, True], ids=["unfused", "fused"])
+@pytest.mark.parametrize("method", ["gradient", "proximal"])
+def test_a_step_that_overflows_moves_nothing(method, fused):
+    watch = Watch()
+    make_optimizer = functools.partial(Adam, lr=0.05, fused=fused)
+    train(Overflowing(make_optimizer), L1Penalty(STRENGTH, method=method), watch, plugins=[scaler()], max_epochs=1)
+    assert_identical_weights(watch.seen[2], watch.seen[1])
+    assert not torch.equal(watch.seen[3]["hidden.weight"], watch.seen[2]["hidden.weight"])
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["unfused", "fused"])
+@pytest.mark.parametrize("module_class", [Regression, Overflowing])
+def test_the_scale_grows_and_backs_off_as_without_a_penalty(module_class, fused):
+    scales = []
+    for callbacks in ([], [L1Penalty(1e4)]):
+        plugin = scaler(growth_interval=4)
+        train(module_class(functools.partial(Adam, lr=0.05, fused=fused)), *callbacks, plugins=[plugin])
+        scales.append(plugin.scaler.get_scale())
+    assert scales[0] == scales[1] != 1024.0
+
+
+# --- what is logged -----------------------------------------------------------------------------------------------
+
+
+def rows(logger):
+    with open(f"{logger.log_dir}/metrics.csv") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize(
+    ("penalty", "key", "value"),
+    [
+        (L1Penalty(0.1), "penalty/l1", lambda w: 0.1 * w.abs().sum()),
+        (L1Penalty(0.1, method="proximal"), "penalty/l1", lambda w: 0.1 * w.abs().sum()),
+        (L2Penalty(0.1), "penalty/l2", lambda w: 0.05 * w.square().sum()),
+        (
+            ElasticNetPenalty(0.1, 0.3),
+            "penalty/elastic_net",
+            lambda w: 0.1 * w.abs().sum() + 0.15 * w.square().sum(),
+        ),
+        (
+            GroupLassoPenalty(0.1),
+            "penalty/group_lasso",
+            lambda w: 0.1 * w.shape[1] ** 0.5 * w.norm(dim=1).sum(),
+        ),
+    ],
+    ids=["L1", "proximal L1", "L2", "elastic net", "group lasso"],
+)
+def test_the_value_is_logged_of_the_weights_that_the_step_finds(penalty, key, value, tmp_path):
+    watch, module, logger = Watch(), Regression(sgd), CSVLogger(tmp_path)
+    found = [weights(module)]
+    train(module, penalty, watch, logger=logger)
+    found += watch.seen[:-1]
+    logged = [float(row[key]) for row in rows(logger)]
+    assert logged == pytest.approx([sum(value(seen[name]) for name in PENALIZED).item() for seen in found], rel=1e-6)
+
+
+def test_the_value_is_logged_when_lightning_logs(tmp_path):
+    logger = CSVLogger(tmp_path)
+    train(Regression(sgd), L1Penalty(Steps([0.1, 0.2], [5])), logger=logger, log_every_n_steps=5)
+    assert [int(row["step"]) for row in rows(logger) if row["penalty/l1"]] == [4, 9, 14, 19]
+
+
+def test_lbfgs_logs_the_weights_of_its_first_evaluation(tmp_path):
+    logger, module = CSVLogger(tmp_path), Regression(functools.partial(LBFGS, lr=0.1, max_iter=3))
+    first = sum(weights(module)[name].abs().sum() for name in PENALIZED).item()
+    make_trainer(L1Penalty(1.0), logger=logger, max_steps=1).fit(module, Batches())
+    assert float(rows(logger)[0]["penalty/l1"]) == pytest.approx(first, rel=1e-6)
+
+
+def test_two_of_a_kind_and_two_optimizers_have_keys_of_their_own(tmp_path):
+    logger = CSVLogger(tmp_path)
+    penalties = [L1Penalty(0.1, include=("generator.*",)), L1Penalty(0.2, include=("discriminator.*",))]
+    train(Adversaries(), *penalties, logger=logger, max_epochs=1)
+    keys = {key for row in rows(logger) for key, value in row.items() if key.startswith("penalty") and value}
+    assert keys == {"penalty/l1 1 optimizer0", "penalty/l1 2 optimizer1"}
+
+
+# --- state --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (L1Penalty(0.1), L1Penalty(0.2)),
+        (L1Penalty(0.1), L1Penalty(0.1, include=("output.*",))),
+        (L1Penalty(0.1), L1Penalty(0.1, exclude=("bias",))),
+        (L1Penalty(0.1), L1Penalty(0.1, method="proximal")),
+        (L1Penalty(0.1), L1Penalty(Linear(0.1, 0.0))),
+        (L1Penalty(0.1), L2Penalty(0.1)),
+    ],
+    ids=["strength", "include", "exclude", "method", "schedule", "class"],
+)
+def test_state_keys_tell_instances_apart(first, second):
+    assert first.state_key != second.state_key
+    assert first.state_key == pickle.loads(pickle.dumps(first)).state_key
+
+
+@pytest.mark.parametrize("method", ["gradient", "proximal"])
+@pytest.mark.parametrize("step", [3, 8, 15])
+@pytest.mark.parametrize("module_class", [functools.partial(Regression, momentum), Adversaries], ids=["one", "two"])
+def test_resumed_equals_uninterrupted(module_class, step, method, tmp_path):
+    class Save(L.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            path = tmp_path / "checkpoint.ckpt"
+            if trainer.fit_loop.total_batch_idx + 1 == step:
+                trainer.save_checkpoint(path)
+
+    def penalties():
+        scheduled = L1Penalty(Linear(0.0, 0.5), include=("*hidden.*",), method=method, total_steps=31)
+        return scheduled, L1Penalty(0.1, include=("*output.*",), method=method)
+
+    whole, resumed = module_class(), module_class()
+    train(whole, *penalties(), Save())
+    train(resumed, *penalties(), ckpt_path=tmp_path / "checkpoint.ckpt")
+    assert_identical_weights(weights(resumed), weights(whole))
+
+
+def test_a_second_fit_acts_once():
+    module, twin, penalty = Regression(sgd), Regression(sgd), L1Penalty(STRENGTH)
+    for _ in range(2):
+        train(module, penalty)
+        train(twin, L1Penalty(STRENGTH))
+    assert_identical_weights(weights(module), weights(twin))
+
+
+@pytest.mark.parametrize("method", ["gradient", "proximal"])
+def test_after_an_exception_the_optimizer_steps_alone(method):
+    class Failing(Regression):
+        def training_step(self, batch, batch_idx):
+            if self.trainer.global_step == 2:
+                raise RuntimeError("on purpose")
+            return super().training_step(batch, batch_idx)
+
+    module, trainer = Failing(sgd), make_trainer(L1Penalty(STRENGTH, method=method), max_epochs=1)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        trainer.fit(module, Batches())
+    optimizer, before = trainer.optimizers[0], weights(module)
+    for parameter in module.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert_identical_weights(weights(module), before)
+
+
+# --- what cannot work ---------------------------------------------------------------------------------------------
+
+
+class PastLightning(Regression):
+    automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers().optimizer
+        optimizer.zero_grad()
+        self.manual_backward(self.loss(batch))
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "callback", [L1Penalty(STRENGTH), WeightDecay(0.1, method="cautious")], ids=["gradient", "cautious"]
+)
+def test_an_optimizer_that_is_stepped_past_lightning_is_told_of_once(callback):
+    with pytest.warns(UserWarning, match="SGD was stepped past Lightning, so that .* could not act") as told:
+        train(PastLightning(sgd), callback, max_epochs=1)
+    assert sum("stepped past" in str(warning.message) for warning in told) == 1
+
+
+def test_proximal_steps_come_after_an_optimizer_that_is_stepped_past_lightning():
+    module = PastLightning(sgd)
+    train(module, L1Penalty(STRENGTH, method="proximal"))
+    assert_same_weights(weights(module), by_hand(sgd, after=lambda w, k: soft_threshold(w, 0.1 * STRENGTH)))
+
+
+class Matrices(Regression):
+    def __init__(self, make_optimizer):
+        super().__init__(make_optimizer)
+        self.norm, self.hidden.bias, self.output.bias = nn.Identity(), None, None
+
+
+@pytest.mark.parametrize("make_optimizer", [Muon, Adadelta, LBFGS])
+def test_an_unknown_metric_is_an_error_before_training_that_names_the_known(make_optimizer):
+    module = Matrices(make_optimizer)
+    before = weights(module)
+    known = "SGD, Adam, AdamW, NAdam, RMSprop, Adagrad"
+    with pytest.raises(
+        MisconfigurationException, match=f"{known}, not of {make_optimizer.__name__}.*method='gradient'"
+    ):
+        train(module, L1Penalty(STRENGTH, method="proximal"))
+    assert_identical_weights(weights(module), before)
+
+
+def test_the_metric_of_an_optimizer_that_holds_nothing_penalized_does_not_matter():
+    penalty = L1Penalty(STRENGTH, include=("discriminator.*",), method="proximal")
+    train(Adversaries(make_generator=Adadelta), penalty, max_epochs=1)
+
+
+@pytest.mark.parametrize(
+    ("penalty", "make_optimizer", "message"),
+    [
+        (L1Penalty(0.1), functools.partial(SGD, lr=0.1, maximize=True), "maximize=True.* use method='proximal'"),
+        (L1Penalty(0.1, include=("embedding",)), sgd, "L1Penalty has nothing to pull at: no parameter matches"),
+    ],
+    ids=["climbing", "nothing penalized"],
+)
+def test_what_cannot_work_is_told_before_training(penalty, make_optimizer, message):
+    with pytest.raises(MisconfigurationException, match=message):
+        train(Regression(make_optimizer), penalty)
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [("output.wieght", r"'output.wieght' matches no parameter; the nearest are 'output.weight'"), ("*.gamma", "no")],
+    ids=["misspelled", "absent"],
+)
+def test_a_rule_that_matches_nothing_is_an_error_before_training(rule, message):
+    with pytest.raises(ValueError, match=message):
+        train(Regression(sgd), L1Penalty(0.1, include=(rule,)))
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: L1Penalty(-0.1), ValueError, r"not negative, got -0\.1"),
+        (lambda: L1Penalty(float("nan")), ValueError, "finite number that is not negative, got nan"),
+        (lambda: L1Penalty("0.1"), TypeError, r"a `Schedule` or a callable .*, got '0\.1'"),
+        (lambda: L1Penalty(0.1, method="prox"), ValueError, "`method` should be 'gradient' or 'proximal', got 'prox'"),
+        (lambda: L1Penalty(0.1, include="weight"), TypeError, "`include` should be a sequence of rules, got 'weight'"),
+        (lambda: L1Penalty(0.1, include=("wieght",)), ValueError, "Did you mean 'weight'"),
+        (lambda: L1Penalty(0.1, exclude=(3,)), TypeError, "`exclude` should hold kinds"),
+        (
+            lambda: L1Penalty(0.1, total_steps=0),
+            ValueError,
+            "`total_steps` should be a positive integer or None, got 0",
+        ),
+        (lambda: L2Penalty(-1.0), ValueError, "not negative"),
+        (lambda: GroupLassoPenalty(-1.0), ValueError, "not negative"),
+        (lambda: ElasticNetPenalty(-0.1, 0.1), ValueError, "`l1`"),
+        (lambda: ElasticNetPenalty(0.1, float("inf")), ValueError, "`l2`"),
+        (lambda: ElasticNetPenalty(0.0, 0.0), ValueError, "`l1` or `l2` should be positive, got 0 for both"),
+        (lambda: ElasticNetPenalty(0.1, 0.1, schedule=-1.0), ValueError, "not negative"),
+    ],
+)
+def test_bad_input_is_refused_at_once(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+# --- two processes ------------------------------------------------------------------------------------------------
+
+adam = functools.partial(Adam, lr=0.05)
+found = spread.results(
+    {
+        "L1": (lambda: L1Penalty(0.05), adam),
+        "L1, proximal": (lambda: L1Penalty(0.05, method="proximal"), adam),
+        "L1, proximal, SGD": (lambda: L1Penalty(0.05, method="proximal"), sgd),
+        "L1 of everything": (lambda: L1Penalty(0.05, exclude=()), adam),
+        "L2": (lambda: L2Penalty(0.05), adam),
+        "group lasso": (lambda: GroupLassoPenalty(0.01), adam),
+        "group lasso, proximal": (lambda: GroupLassoPenalty(0.01, method="proximal"), adam),
+        "group lasso, proximal, RMSprop": (
+            lambda: GroupLassoPenalty(0.01, method="proximal"),
+            functools.partial(RMSprop, lr=0.05),
+        ),
+        "group lasso, proximal, SGD": (lambda: GroupLassoPenalty(0.05, method="proximal"), sgd),
+    }
+)
+
+
+@pytest.mark.parametrize("name", found.names)
+@pytest.mark.parametrize("strategy", spread.STRATEGIES)
+def test_two_processes_equal_one(strategy, name):
+    one, two = found("one process")[name], found(strategy)[name]
+    for key, weight in one.items():
+        np.testing.assert_allclose(two[key], weight, rtol=0, atol=1e-12)
