@@ -75,6 +75,8 @@ def measure(rank, port, rounds, results):
                 times[name].append(time.perf_counter() - start)
     if rank == 0:
         results.put({name: statistics.median(values) for name, values in times.items()})
+    dist.barrier()  # or one would leave while the other still talks to it
+    del model, parameters
     dist.destroy_process_group()
 
 

@@ -40,7 +40,15 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
-from lightning_regularize import L1Penalty, WeightDecay, WeightNormMonitor
+from lightning_regularize import (
+    ConstrainedDecay,
+    DropoutSchedule,
+    L1Penalty,
+    WeightConstraint,
+    WeightDecay,
+    WeightNormMonitor,
+)
+from lightning_regularize.projections import FrobeniusBall, MaxNorm
 from lightning_regularize.schedules import Cosine
 
 if TYPE_CHECKING:
@@ -61,12 +69,20 @@ class Run(NamedTuple):
     callbacks: Callable[[], list[Callback]]
 
 
-RUNS = {
+MAIN_RUNS = {
     "none": Run("none", list),
     "weight-decay": Run("weight decay 3", lambda: [WeightDecay(3.0)]),
     "cosine": Run("weight decay 1 to 10", lambda: [WeightDecay(Cosine(1.0, 10.0))]),
     "l1": Run("L1 0.0003", lambda: [L1Penalty(3e-4)]),
 }
+MORE_RUNS = {
+    "proximal-l1": Run("proximal L1 0.0003", lambda: [L1Penalty(3e-4, method="proximal")]),
+    "max-norm": Run("max-norm 0.5", lambda: [WeightConstraint(MaxNorm(0.5))]),
+    "frobenius-ball": Run("Frobenius ball 0.7", lambda: [WeightConstraint(FrobeniusBall(0.7, relative=True))]),
+    "cpr": Run("CPR 0.7", lambda: [ConstrainedDecay("start", factor=0.7**2)]),
+    "dropout": Run("dropout 0.5", lambda: [DropoutSchedule(0.5)]),
+}
+RUNS = MAIN_RUNS | MORE_RUNS
 
 
 class Classifier(LightningModule):
@@ -303,9 +319,19 @@ def plot_histograms(results: Sequence[Result]) -> Figure:
 def look(name: str) -> dict[str, str]:
     """A run's color, the same in every figure, and how its line is told from the others without it."""
     index = list(RUNS).index(name)
-    colors = "black", "#0072B2", "#E69F00", "#CC79A7", "#009E73", "#D55E00", "#56B4E9"  # of Okabe and Ito
+    colors = (
+        "black",
+        "#0072B2",
+        "#E69F00",
+        "#CC79A7",
+        "#009E73",
+        "#D55E00",
+        "#56B4E9",
+        "0.55",
+        "#8C6D31",
+    )  # of Okabe and Ito
     dashes, markers = ("-", "--", "-.", ":"), ("", "o", "s", "^", "D", "v", "P")
-    return {"color": colors[index % 7], "linestyle": dashes[index % 4], "marker": markers[index % 7]}
+    return {"color": colors[index % 9], "linestyle": dashes[index % 4], "marker": markers[index % 7]}
 
 
 def draw_line(ax: Axes, name: str, x: Sequence[float], y: Sequence[float]) -> None:
@@ -325,7 +351,14 @@ def tidy(ax: Axes) -> None:
 
 def add_legend(figure: Figure, lines: Sequence[Line2D]) -> None:
     """Above the panels, where it hides nothing."""
-    figure.legend(handles=lines, loc="outside upper center", ncols=4, frameon=False, fontsize="small", handlelength=3)
+    figure.legend(
+        handles=lines,
+        loc="outside upper center",
+        ncols=4 if len(lines) <= 4 else 3,
+        frameon=False,
+        fontsize="small",
+        handlelength=3,
+    )
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
@@ -351,10 +384,11 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--runs",
         nargs="+",
         choices=RUNS,
-        default=list(RUNS),
+        default=list(MAIN_RUNS),
         metavar="RUN",
-        help=f"of {', '.join(RUNS)}; by default all",
+        help=f"of {', '.join(RUNS)}; by default the first {len(MAIN_RUNS)}",
     )
+    parser.add_argument("--all", action="store_true", help="all of these runs")
     parser.add_argument("--epochs", type=integer(1, 100_000), help="of each run, by default 60")
     parser.add_argument(
         "--seed", type=integer(0, 2**32 - 1), default=0, help="of noise, weights and order, by default 0"
@@ -367,7 +401,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--fast", action="store_true", help="2 epochs, to see whether all works")
     options = parser.parse_args(arguments)
-    options.runs = list(dict.fromkeys(options.runs))
+    options.runs = list(RUNS) if options.all else list(dict.fromkeys(options.runs))
     options.epochs = options.epochs or (2 if options.fast else 60)
     return options
 

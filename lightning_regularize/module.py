@@ -91,8 +91,7 @@ class RegularizedModule(LightningModule):
         """The given optimizer over :func:`~lightning_regularize.param_groups` of this module.
 
         Raises:
-            ValueError: The optimizer has no weight decay to be set, the LR scheduler no metric to watch, or FSDP
-                shows no parameter of its own.
+            ValueError: The optimizer has no weight decay to be set, or the LR scheduler no metric to watch.
         """
         root = model_root(self._trainer, self)
         groups = param_groups(
@@ -199,7 +198,7 @@ class _Split:
         """Split the groups of ``optimizers`` in place, and repair ``schedulers``.
 
         Raises:
-            ValueError: An optimizer has no weight decay that could be set, or FSDP shows no parameter of its own.
+            ValueError: An optimizer has no weight decay that could be set.
         """
         root = model_root(module._trainer, module)
         infos = parameter_infos(root)

@@ -96,8 +96,12 @@ class WeightConstraint(Callback):
         self._told = False
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy is of the callback and not of a run."""
-        return {**self.__dict__, "_targets": {}, "_steps": None, "_bound": None}
+        """A copy is of the callback and not of a run: Lightning hangs the module on it, as ``log``."""
+        return {key: self.__dict__[key] for key in ("projection", "include", "exclude")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._begin_run()
 
     @property
     def state_key(self) -> str:

@@ -82,13 +82,18 @@ class DropoutSchedule(Callback):
     ) -> None:
         super().__init__()
         self.schedule = as_schedule(p)
-        if isinstance(p, (int, float)):
-            _check_rate(p)
+        if isinstance(self.schedule, Constant):
+            _check_rate(self.schedule.value)
         if isinstance(include, str) or not all(isinstance(rule, (str, type)) for rule in include):
             raise TypeError(f"`include` should be a sequence of globs, 'type:Name' or module classes, got {include!r}.")
+        if isinstance(attributes, str) or not all(isinstance(name, str) for name in attributes):
+            raise TypeError(f"`attributes` should be a sequence of names, got {attributes!r}.")
         self.include = tuple(include)
         self.attributes = tuple(attributes)
         self.total_steps = _stepping.check_total_steps(total_steps)
+        self._begin_run()
+
+    def _begin_run(self) -> None:
         self._rates: list[_Rate] = []
         self._levels: list[float] = []
         self._horizon = math.inf
@@ -158,8 +163,12 @@ class DropoutSchedule(Callback):
         self._rates = []
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy is of the callback, and not of a run: it would restore rates of modules it does not know."""
-        return {**self.__dict__, "_rates": [], "_levels": []}
+        """A copy is of the callback, and not of a run: Lightning hangs the module on it, as ``log``."""
+        return {key: self.__dict__[key] for key in ("schedule", "include", "attributes", "total_steps")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._begin_run()
 
     def _find(self, root: nn.Module) -> Iterator[_Rate]:
         for name, module in root.named_modules():

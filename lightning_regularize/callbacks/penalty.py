@@ -419,6 +419,10 @@ class ElasticNetPenalty(PenaltyCallback):
 
     name = "elastic_net"
 
+    @property
+    def state_key(self) -> str:
+        return f"{super().state_key}[l1={self.l1}, l2={self.l2}]"
+
     def __getstate__(self) -> dict[str, Any]:
         """As of every penalty, with both strengths."""
         return {**super().__getstate__(), "l1": self.l1, "l2": self.l2}

@@ -500,8 +500,9 @@ def test_two_of_a_kind_and_two_optimizers_have_keys_of_their_own(tmp_path):
         (L1Penalty(0.1), L1Penalty(0.1, method="proximal")),
         (L1Penalty(0.1), L1Penalty(Linear(0.1, 0.0))),
         (L1Penalty(0.1), L2Penalty(0.1)),
+        (ElasticNetPenalty(0.1, 0.2), ElasticNetPenalty(0.1, 0.3)),
     ],
-    ids=["strength", "include", "exclude", "method", "schedule", "class"],
+    ids=["strength", "include", "exclude", "method", "schedule", "class", "elastic net"],
 )
 def test_state_keys_tell_instances_apart(first, second):
     assert first.state_key != second.state_key
