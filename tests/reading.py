@@ -3,6 +3,7 @@
 import csv
 import json
 import struct
+import time
 from pathlib import Path
 
 _BLOCK = 32 * 1024
@@ -32,8 +33,13 @@ def read_tensorboard(logger):
 
 def read_wandb(directory):
     """Of the one offline run below a directory: its rows, as they were sent."""
-    (path,) = Path(directory).glob("**/*.wandb")
-    return [_row(record.history) for record in _records(path) if record.WhichOneof("record_type") == "history"]
+    (path,) = [path for path in Path(directory).glob("**/*.wandb") if not path.parent.is_symlink()]
+    deadline = time.monotonic() + 30
+    # Another process writes the file; on a busy machine it goes on for a moment after the run has been finished.
+    while (records := list(_records(path)))[-1].WhichOneof("record_type") != "exit":
+        assert time.monotonic() < deadline, f"{path} was not written to its end"
+        time.sleep(0.1)
+    return [_row(record.history) for record in records if record.WhichOneof("record_type") == "history"]
 
 
 def _row(history):

@@ -3,6 +3,7 @@ import pickle
 
 import numpy as np
 import pytest
+import scipy.optimize
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -318,6 +319,79 @@ def penalize_spread(rank, world_size, mesh_shape, placements):
 )
 def test_a_weight_spread_over_ranks_is_penalized_as_a_whole(mesh_shape, placements):
     run_distributed(penalize_spread, mesh_shape, placements, world_size=math.prod(mesh_shape))
+
+
+# --- groups in the metric of an adaptive optimizer ----------------------------------------------------------------
+
+
+def in_metric(weight, thresholds):
+    """The minimizer row by row: scipy finds the norm that solves its own equation, in float64."""
+    rows = []
+    for w, t in zip(weight.double().numpy(), thresholds.double().numpy(), strict=True):
+        removed = t * math.sqrt(w.size)
+
+        def excess(norm, w=w, removed=removed):
+            return ((w / (norm + removed)) ** 2).sum() - 1
+
+        norm = scipy.optimize.brentq(excess, 0, np.linalg.norm(w), xtol=1e-300, rtol=1e-15) if excess(0) > 0 else 0.0
+        rows.append(w * norm / (norm + removed))
+    return torch.from_numpy(np.array(rows))
+
+
+@pytest.mark.parametrize("spread", [0, 1, 5, 20, 40], ids="spread e^{}".format)
+@pytest.mark.parametrize("scale", [1e-6, 1e-2, 0.1, 1.0], ids=str)
+def test_groups_under_an_elementwise_threshold_end_where_scipy_says(scale, spread):
+    weight = randn(40, 12).double() * torch.linspace(0.1, 3, 40)[:, None]
+    thresholds = scale * torch.exp(spread * (randn(40, 12, seed=1).double().sigmoid() - 1))
+    found = proximal(GroupLasso(), weight, thresholds)
+    torch.testing.assert_close(found, in_metric(weight, thresholds), rtol=1e-12, atol=1e-15)
+
+
+def test_a_group_whose_solution_is_zero_is_exactly_zero_and_others_are_nowhere():
+    weight = torch.tensor([[0.1, -0.2, 0.3], [1.0, 1.0, -1.0]], dtype=torch.float64)
+    thresholds = torch.tensor([[1.0, 0.5, 2.0], [0.1, 0.2, 0.5]], dtype=torch.float64)
+    found = proximal(GroupLasso(), weight, thresholds)
+    assert (found[0] == 0).all()
+    assert (found[1] * weight[1] > 0).all()
+
+
+@each_dtype
+def test_equal_elementwise_thresholds_do_what_one_number_does(dtype):
+    weight = randn(20, 30).to(dtype)
+    expected = proximal(GroupLasso(), weight.double(), 0.15)
+    found = proximal(GroupLasso(), weight, torch.full_like(weight, 0.15))
+    torch.testing.assert_close(found.double(), expected, rtol=4 * torch.finfo(dtype).eps, atol=1e-4)
+
+
+def test_weights_without_a_threshold_are_left_and_zero_groups_too():
+    weight = torch.tensor([[1.0, -2.0], [0.0, 0.0]], dtype=torch.float64)
+    found = proximal(GroupLasso(), weight, torch.zeros(2, 2, dtype=torch.float64))
+    torch.testing.assert_close(found, weight, rtol=1e-15, atol=0)
+
+
+@pytest.mark.parametrize("layer", [nn.Conv2d(4, 6, 3, groups=2), nn.ConvTranspose1d(4, 6, 3)], ids=str)
+def test_the_groups_under_an_elementwise_threshold_are_units_of_the_layer(layer):
+    weight = layer.weight.detach().double()
+    thresholds = 0.05 * randn(*weight.shape, seed=1).double().sigmoid()
+    _, dims = norm_dims(layer, "weight", weight.shape)
+    unit = next(d for d in range(weight.dim()) if d not in dims)
+    found = proximal(GroupLasso(), weight, thresholds, dim=dims).movedim(unit, 0).flatten(1)
+    expected = in_metric(weight.movedim(unit, 0).flatten(1), thresholds.movedim(unit, 0).flatten(1))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-15)
+
+
+def shrink_spread_in_metric(rank, world_size, placements):
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=world_size)
+    mesh = init_device_mesh("cpu", (world_size,))
+    whole, thresholds = randn(5, 7).double(), 0.3 * randn(5, 7, seed=1).double().sigmoid()
+    weight, expected = distribute_tensor(whole.clone(), mesh, placements), in_metric(whole, thresholds)
+    GroupLasso().proximal_(weight, distribute_tensor(thresholds, mesh, placements))
+    torch.testing.assert_close(weight.full_tensor(), expected, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("placement", [Shard(0), Shard(1), Replicate()], ids=["rows apart", "rows cut", "replicated"])
+def test_groups_spread_over_ranks_are_shrunk_in_the_metric_of_the_whole(placement):
+    run_distributed(shrink_spread_in_metric, [placement])
 
 
 # --- bad input ----------------------------------------------------------------------------------------------------

@@ -46,6 +46,8 @@ from lightning_regularize.schedules import (
     Steps,
     Warmup,
     as_schedule,
+    early_dropout,
+    late_dropout,
     simulate,
     value_at,
 )
@@ -319,6 +321,41 @@ def test_a_warmup_longer_than_the_run_holds_past_the_end():
 
 def test_a_warmup_longer_than_the_run_leads_to_the_first_value_all_the_same():
     assert simulate(Warmup(Join([0.2, 0.8], [0.9]), steps=4), 3) == pytest.approx([0.0, 0.05, 0.1], rel=1e-15)
+
+
+# Early and late dropout
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        (early_dropout(0.4, until=5), [0.4, 0.3, 0.2, 0.1, 0.0, 0.0, 0.0, 0.0]),
+        (early_dropout(0.4, until=0.625), [0.4, 0.3, 0.2, 0.1, 0.0, 0.0, 0.0, 0.0]),
+        (early_dropout(0.4, until=0), [0.0] * 8),
+        (early_dropout(0.7, until=1.0), [0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0]),
+        (late_dropout(0.4, start=5), [0.0] * 5 + [0.4] * 3),
+        (late_dropout(0.4, start=0.625), [0.0] * 5 + [0.4] * 3),
+        (late_dropout(0.4, start=0), [0.4] * 8),
+        (late_dropout(0.4, start=1.0), [0.0] * 8),
+    ],
+    ids=printed,
+)
+def test_early_and_late_dropout(schedule, expected):
+    assert simulate(schedule, 8) == pytest.approx(expected)
+
+
+def test_early_and_late_dropout_end_and_begin_at_50_of_300_epochs():
+    early, late = (simulate(schedule(0.1), 3000) for schedule in (early_dropout, late_dropout))
+    assert early[:500] == pytest.approx(np.linspace(0.1, 0, 500))  # as drop_scheduler.py of facebookresearch/dropout
+    assert set(early[500:]) == {0.0}
+    assert late == [0.0] * 500 + [0.1] * 2500
+
+
+@pytest.mark.parametrize("make", [early_dropout, late_dropout])
+@pytest.mark.parametrize(("p", "error"), [(1.0, ValueError), (-0.1, ValueError), ("0.1", TypeError)])
+def test_early_and_late_dropout_refuse_what_is_no_rate(make, p, error):
+    with pytest.raises(error, match="`p` should be"):
+        make(p)
 
 
 # FollowLR

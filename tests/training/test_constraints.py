@@ -23,6 +23,7 @@ from lightning_regularize.projections import (
     FrobeniusSphere,
     MaxNorm,
     NonNegative,
+    Projection,
     SpectralBall,
     UnitNorm,
 )
@@ -45,6 +46,10 @@ pytestmark = QUIET
 
 sgd = functools.partial(SGD, lr=0.5)
 adam = functools.partial(Adam, lr=0.1)
+
+
+def named(argument):
+    return repr(argument) if isinstance(argument, Projection) else ""
 
 
 class Watch(L.Callback):
@@ -156,7 +161,7 @@ def test_the_bound_is_strict_in_every_precision(max_norm, dtype):
         (FrobeniusSphere(2.0), lambda w: torch.allclose(w.norm(), torch.tensor(2.0, dtype=w.dtype))),
         (SpectralBall(0.4), lambda w: torch.linalg.matrix_norm(w, 2) <= 0.4 * (1 + 1e-9)),
     ],
-    ids=repr,
+    ids=named,
 )
 def test_every_projection_holds_after_every_step(projection, holds):
     watch = Watch()
@@ -595,7 +600,7 @@ def constrain_under_fsdp1(rank, world_size, projection, message):
         (FrobeniusBall(0.5), "FrobeniusBall needs norms of whole units"),
         (NonNegative(), None),
     ],
-    ids=repr,
+    ids=named,
 )
 def test_fsdp1_serves_what_acts_on_each_weight_and_refuses_the_rest(projection, message):
     run_distributed(constrain_under_fsdp1, projection, message)

@@ -50,7 +50,7 @@ def alone(row, dtype):
 def spread(request, tmp_path_factory):
     """A column, and what it makes of the rows that are asked for, all trained by the same processes."""
     column = request.param
-    items = [item for item in request.session.items if item.originalname == "test_cell"]
+    items = [item for item in request.session.items if getattr(item, "originalname", None) == "test_cell"]
     rows = [item.callspec.params["row"] for item in items if item.callspec.params["spread"] == column]
     return column, train_all(rows, column, tmp_path_factory.mktemp("progress") / "row")
 
