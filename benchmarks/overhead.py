@@ -1,15 +1,17 @@
 """What a callback adds to a training step on a CPU, beside the usual ways, as ratios to a bare Trainer.
 
-Run: python benchmarks/overhead.py [--rounds 7] [--steps 24]
+Run: python benchmarks/overhead.py [--rounds 12] [--steps 20]
 
 The model is bound by its parameters (12 x Linear(1024, 1024) + LayerNorm, batch 16, AdamW), which is the worst case for
-whatever reads or writes each of them. All cases run in turn in every round, so that drifts of the machine hit all;
-printed are the medians over rounds of the ratio to the bare step of the same round. `--wandb` adds `wandb.watch`.
+whatever reads or writes each of them. All cases run in turn in every round, in another order each time, so that drifts
+of the machine hit all. Printed is the lower quartile of all steps of a case, since other processes only ever add time,
+and its ratio to that of the bare step. `--wandb` adds `wandb.watch`.
 """
 
 import argparse
 import itertools
 import logging
+import random
 import statistics
 import tempfile
 import time
@@ -36,9 +38,8 @@ class Timer(pl.Callback):
     def on_train_batch_end(self, *_):
         self.ends.append(time.perf_counter())
 
-    def median_step(self):
-        ends = self.ends[WARM_UP:]
-        return statistics.median(b - a for a, b in itertools.pairwise(ends))
+    def steps(self):
+        return [b - a for a, b in itertools.pairwise(self.ends[WARM_UP:])]
 
 
 class Deep(pl.LightningModule):
@@ -100,7 +101,7 @@ CASES = {
 }
 
 
-def step_time(make_module, make_callbacks, steps):
+def step_times(make_module, make_callbacks, steps):
     timer = Timer()
     trainer = pl.Trainer(
         accelerator="cpu",
@@ -113,13 +114,13 @@ def step_time(make_module, make_callbacks, steps):
     )
     torch.manual_seed(0)
     trainer.fit(make_module(), torch.utils.data.DataLoader(range(steps + WARM_UP)))
-    return timer.median_step()
+    return timer.steps()
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--wandb", action="store_true", help="also time wandb.watch(log='all', log_freq=1)")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -127,13 +128,12 @@ def main():
     cases = CASES | ({"wandb.watch(log='all'), each step": (Watched, lambda: [])} if arguments.wandb else {})
     times = {name: [] for name in cases}
     for _ in range(arguments.rounds):
-        for name, case in cases.items():
-            times[name].append(step_time(*case, arguments.steps))
+        for name in random.sample(list(cases), len(cases)):
+            times[name] += step_times(*cases[name], arguments.steps)
+    quartiles = {name: statistics.quantiles(values, n=4)[0] for name, values in times.items()}
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {arguments.rounds} rounds")
-    for name, values in times.items():
-        ratios = [value / bare for value, bare in zip(values, times["bare"], strict=True)]
-        spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
-        print(f"{name:46s} {statistics.median(values) * 1e3:7.1f} ms   x {statistics.median(ratios):.3f}   ({spread})")
+    for name, value in quartiles.items():
+        print(f"{name:46s} {value * 1e3:7.1f} ms   x {value / quartiles['bare']:.3f}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,19 @@
+"""The README's Python blocks run, one after another, as a reader would type them."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+@pytest.mark.filterwarnings("ignore:.*[Ll]ogger.*:UserWarning")  # lightning: a Trainer without tensorboard
+def test_python_blocks_run_in_order(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    assert len(blocks) >= 3
+    names = {}
+    for block in blocks:
+        exec(block, names)
+    assert type(names["callbacks"][0]).__name__ == "WeightDecay"
