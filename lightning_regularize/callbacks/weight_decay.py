@@ -131,7 +131,7 @@ class WeightDecay(Callback):
         self._saved_layouts: list[list[list[str]]] = []
         self._steps: _stepping.RealSteps | None = None
         self._manner: Manner | None = None
-        self._told_rounding = self._told_uncounted = False
+        self._told_rounding = self._told_uncounted = self._has_half = False
         self._rearranged: dict[int, tuple[list[int], list[dict[str, Any]]]] = {}
         self._ready = False
 
@@ -199,6 +199,7 @@ class WeightDecay(Callback):
         if self.schedule != Constant(0.0):
             check_something_decays(self.grouping, infos)
         self._infos = {id(info.parameter): info for info in infos}
+        self._has_half = any(info.parameter.dtype in (torch.bfloat16, torch.float16) for info in infos)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The optimizers exist, nothing is restored yet."""
@@ -299,9 +300,13 @@ class WeightDecay(Callback):
         optimizer, plan = self._plans[index]
         values = []
         for i, (group, factor) in enumerate(zip(optimizer.param_groups, plan.factors, strict=True)):
+            if not factor:
+                values.append(0.0)
+                continue
             at = self._clock.position(trainer, index, i)
-            values.append(factor * value_at(self.schedule, at) if factor else 0.0)
-            self._tell_rounding(group, values[-1] * (1.0 if self.method == "independent" else at.peak_lr))
+            values.append(factor * value_at(self.schedule, at))
+            if self._has_half:
+                self._tell_rounding(group, values[-1] * (1.0 if self.method == "independent" else at.peak_lr))
         return values
 
     def by_parameter(self, trainer: pl.Trainer) -> dict[str, tuple[float, float]]:
