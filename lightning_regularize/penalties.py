@@ -231,7 +231,8 @@ class ElasticNet(Penalty):
         """Add ``strength * (r * sign(weight) + (1 - r) * weight)``, see :meth:`Penalty.add_gradient_`."""
         _check("strength", strength, gradient)
         for g, w in _pieces(gradient, weight):
-            _add_(g, w.sign().mul_(self.l1_ratio).add_(w, alpha=1 - self.l1_ratio), strength)
+            _add_(g, w.sign(), strength * self.l1_ratio)
+            _add_(g, w, strength * (1 - self.l1_ratio))
 
     def proximal_(self, weight: Tensor, threshold: float | Tensor, *, dim: int | Sequence[int] | None = None) -> None:
         """Move towards zero, then divide, see :meth:`Penalty.proximal_`."""

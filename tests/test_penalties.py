@@ -158,6 +158,16 @@ def test_zeros_are_exact_and_signs_never_flip(penalty, elementwise, weight, thre
     assert (found.abs() <= weight.abs()).all()
 
 
+@pytest.mark.parametrize("strength", [0.5, torch.tensor(0.5)], ids=["number", "tensor"])
+@each_dtype
+def test_the_elastic_net_rounds_its_parts_apart(dtype, strength):
+    # The sum of sign and weight, rounded to bfloat16 by itself, would leave nothing of so small a weight.
+    weight = torch.tensor([2.0**-10, -(2.0**-10)], dtype=dtype)
+    gradient = -0.25 * weight.sign()  # what the first part adds
+    ElasticNet(0.5).add_gradient_(gradient, weight, strength)
+    assert_same_bits(gradient, 0.25 * weight)
+
+
 def test_the_ends_of_the_elastic_net_are_its_parts():
     weight = randn(5, 6)
     torch.testing.assert_close(proximal(ElasticNet(1.0), weight, 0.3), proximal(L1(), weight, 0.3))
