@@ -19,20 +19,18 @@ The model knows nothing of all this. `RUNS` adds each method to the Trainer as c
 
 from __future__ import annotations
 
-import argparse
 import csv
-import logging
 import os
 import shutil
 import time
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from claims import Claim, be_quiet, conclude, integer, parser_of
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
-from matplotlib.figure import Figure
+from pictures import look, panels, save
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -52,13 +50,16 @@ from lightning_regularize.projections import FrobeniusBall, MaxNorm
 from lightning_regularize.schedules import Cosine
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Callable, Iterator, Sequence
 
     from lightning.pytorch.loggers import Logger
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
 WRONG_FRACTION = 0.4
+FULL = 60  # epochs
 SMALL = 1e-3  # what counts as a small weight: at the start, 2 % of them do
 
 
@@ -264,10 +265,28 @@ def table_of(results: Sequence[Result]) -> Table:
     return table
 
 
+def claims_of(results: Sequence[Result]) -> list[Claim]:
+    """That each method learns fewer wrong labels than none does, and recognizes more of the clean images."""
+    last = {
+        result.name: [result.series(f"{part}_accuracy", over="epoch")[1][-1] for part in Data._fields]
+        for result in results
+    }
+    if "none" not in last:
+        return []  # nothing to compare with
+    baseline = last.pop("none")
+    return [
+        Claim(
+            f"{RUNS[name].label} learns fewer wrong labels and is right more often by 0.05 or more",
+            f"{train:.3f} beside {baseline[0]:.3f} on noisy labels, {test:.3f} beside {baseline[1]:.3f} on clean ones",
+            train < baseline[0] - 0.05 and test > baseline[1] + 0.05,
+        )
+        for name, (train, test) in last.items()
+    ]
+
+
 def plot_accuracies(results: Sequence[Result]) -> Figure:
     """Accuracy on the noisy labels, and on clean test images, after each epoch."""
-    figure = Figure(figsize=(6.5, 3.3), layout="constrained")
-    axes = figure.subplots(1, 2)
+    figure, axes = panels(1, 2)
     titles = "training images, noisy labels", "test images, clean labels"
     for ax, part, title in zip(axes, Data._fields, titles, strict=True):
         for result in results:
@@ -284,8 +303,7 @@ def plot_accuracies(results: Sequence[Result]) -> Figure:
 
 def plot_norms(results: Sequence[Result]) -> Figure:
     """The norm of all weights together, as the steps find it."""
-    figure = Figure(figsize=(6.5, 3.3), layout="constrained")
-    ax = figure.subplots()
+    figure, (ax,) = panels(1, 1)
     for result in results:
         draw_line(ax, result.name, *result.series("weight_norm/total", over="step"))
     ax.set(xlabel="optimizer step", ylabel=r"norm of all weights, $\Vert w \Vert_2$", ylim=(0, None))
@@ -297,16 +315,15 @@ def plot_histograms(results: Sequence[Result]) -> Figure:
     """How the final weights are distributed: a panel for each run, with an outline of the first one in all of them."""
     columns = min(len(results), 4)
     rows = -(-len(results) // columns)
-    figure = Figure(figsize=(0.6 + 1.7 * columns, 0.4 + 2.0 * rows), layout="constrained")
-    axes = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
+    size = {"width": 0.6 + 1.7 * columns, "height": 0.4 + 2.0 * rows}
+    figure, axes = panels(rows, columns, **size, sharex=True, sharey=True)
     widest = max(result.weights.abs().max().item() for result in results)
     first, *_ = histograms = [torch.histogram(result.weights, 81, range=(-widest, widest)) for result in results]
     for ax, result, histogram in zip(axes, results, histograms, strict=False):
         edges = histogram.bin_edges.tolist()
-        ax.stairs(histogram.hist.tolist(), edges, fill=True, color=look(result.name)["color"], alpha=0.5)
+        ax.stairs(histogram.hist.tolist(), edges, fill=True, color=look_of(result.name)["color"], alpha=0.5)
         ax.stairs(first.hist.tolist(), edges, color="black", linewidth=0.8, label=RUNS[results[0].name].label)
         ax.set_title(RUNS[result.name].label, fontsize="medium")
-        tidy(ax)
     for unused in axes[len(results) :]:
         unused.remove()
     axes[0].set_yscale("log")
@@ -316,37 +333,16 @@ def plot_histograms(results: Sequence[Result]) -> Figure:
     return figure
 
 
-def look(name: str) -> dict[str, str]:
-    """A run's color, the same in every figure, and how its line is told from the others without it."""
-    index = list(RUNS).index(name)
-    colors = (
-        "black",
-        "#0072B2",
-        "#E69F00",
-        "#CC79A7",
-        "#009E73",
-        "#D55E00",
-        "#56B4E9",
-        "0.55",
-        "#8C6D31",
-    )  # of Okabe and Ito
-    dashes, markers = ("-", "--", "-.", ":"), ("", "o", "s", "^", "D", "v", "P")
-    return {"color": colors[index % 9], "linestyle": dashes[index % 4], "marker": markers[index % 7]}
+def look_of(name: str) -> dict[str, str]:
+    """The same in every figure."""
+    return look(list(RUNS).index(name))
 
 
 def draw_line(ax: Axes, name: str, x: Sequence[float], y: Sequence[float]) -> None:
     """A run as a line with a few markers that do not hide those of the others."""
     every = max(len(x) // 5, 1)
     first = list(RUNS).index(name) * every // len(RUNS)
-    ax.plot(x, y, label=RUNS[name].label, markevery=(first, every), markersize=4, linewidth=1.3, **look(name))
-    tidy(ax)
-
-
-def tidy(ax: Axes) -> None:
-    """Only the part of the frame that is an axis, and a faint grid."""
-    ax.grid(color="0.92", linewidth=0.6)
-    ax.set_axisbelow(True)
-    ax.spines[["top", "right"]].set_visible(False)
+    ax.plot(x, y, label=RUNS[name].label, markevery=(first, every), markersize=4, linewidth=1.3, **look_of(name))
 
 
 def add_legend(figure: Figure, lines: Sequence[Line2D]) -> None:
@@ -364,22 +360,9 @@ def add_legend(figure: Figure, lines: Sequence[Line2D]) -> None:
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
-def integer(minimum: int, maximum: int) -> Callable[[str], int]:
-    """What argparse converts and checks an integer with."""
-
-    def convert(text: str) -> int:
-        value = int(text)
-        if not minimum <= value <= maximum:
-            raise argparse.ArgumentTypeError(f"should be from {minimum} to {maximum}, got {value}")
-        return value
-
-    convert.__name__ = "integer"  # as argparse calls it in "invalid integer value"
-    return convert
-
-
 def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """What the command line asks for."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = parser_of(__doc__, "label_noise")
     parser.add_argument(
         "--runs",
         nargs="+",
@@ -389,20 +372,13 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help=f"of {', '.join(RUNS)}; by default the first {len(MAIN_RUNS)}",
     )
     parser.add_argument("--all", action="store_true", help="all of these runs")
-    parser.add_argument("--epochs", type=integer(1, 100_000), help="of each run, by default 60")
-    parser.add_argument(
-        "--seed", type=integer(0, 2**32 - 1), default=0, help="of noise, weights and order, by default 0"
-    )
-    parser.add_argument(
-        "--output", type=Path, default=Path("runs/label_noise"), metavar="DIR", help="by default %(default)s"
-    )
+    parser.add_argument("--epochs", type=integer(1, 100_000), help=f"of each run, by default {FULL}")
     parser.add_argument(
         "--wandb", action="store_true", help="log to Weights & Biases, too; offline, or as WANDB_MODE says"
     )
-    parser.add_argument("--fast", action="store_true", help="2 epochs, to see whether all works")
     options = parser.parse_args(arguments)
     options.runs = list(RUNS) if options.all else list(dict.fromkeys(options.runs))
-    options.epochs = options.epochs or (2 if options.fast else 60)
+    options.epochs = options.epochs or (2 if options.fast else FULL)
     return options
 
 
@@ -427,24 +403,19 @@ def train_all(options: argparse.Namespace, console: Console) -> list[Result]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train all runs, and show what came of it."""
     options = parse_options(arguments)
-    torch.set_num_threads(1)  # so small a model waits for a second thread longer than it gains from it
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)  # which devices there are, what else to buy
-    warnings.filterwarnings("ignore", message=".*GPU available but not used")
-    warnings.filterwarnings("ignore", message=".*LeafSpec")  # lightning 2.6 calls what torch 2.13 has deprecated
+    be_quiet()
     console, start = Console(), time.monotonic()
     results = train_all(options, console)
     console.print(table_of(results))
     for name, plot in (("accuracy", plot_accuracies), ("weight_norm", plot_norms), ("histogram", plot_histograms)):
-        path = options.output / f"{name}.png"
-        plot(results).savefig(path, dpi=200)
-        console.print(f"Figure: {path}", soft_wrap=True, highlight=False)
+        save(plot(results), options.output / f"{name}.png")
     console.print(
         f"Metrics: {options.output}/csv, tensorboard --logdir {options.output}/tensorboard",
         soft_wrap=True,
         highlight=False,
     )
     console.print(f"{time.monotonic() - start:.0f} seconds")
+    conclude(claims_of(results), is_fast=options.epochs != FULL)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,15 @@
-"""Do the examples run, and do they show what they say?"""
+"""Does the demo run, and does it show what it says?"""
 
 import csv
-import os
 import runpy
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from matplotlib.image import imread
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+from tests.examples.support import EXAMPLES, run
+
 RUNS = {
     "none": "none",
     "weight-decay": "weight decay 3",
@@ -22,19 +19,6 @@ RUNS = {
 LOGGED = {"train_loss", "train_accuracy", "test_accuracy", "weight_norm/total"}
 
 pytestmark = pytest.mark.timeout(600)  # seconds; the demo takes 30 on two free cores, which tests have not
-
-
-def run(example, *arguments, **environment):
-    """The finished process of an example, run as a user runs it."""
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
-    return subprocess.run(
-        [sys.executable, EXAMPLES / example, *map(str, arguments)],
-        env=inherited | {"OMP_NUM_THREADS": "1", "COLUMNS": "80"} | environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 def rows_of(text):
@@ -48,7 +32,7 @@ def fast_demo(tmp_path_factory):
     output = tmp_path_factory.mktemp("label_noise")
     (output / "tensorboard" / "none").mkdir(parents=True)
     (output / "tensorboard" / "none" / "events.out.tfevents.1.of-an-earlier-demo.0").touch()
-    return output, run("label_noise.py", "--fast", "--output", output)
+    return output, run("label_noise", "--fast", "--output", output)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +87,7 @@ def test_demo_logs_to_tensorboard(fast_demo, name):
 
 
 def test_demo_logs_to_wandb_without_an_account(tmp_path):
-    process = run("label_noise.py", "--fast", "--runs", "none", "l1", "--wandb", "--output", tmp_path)
+    process = run("label_noise", "--fast", "--runs", "none", "l1", "--wandb", "--output", tmp_path)
     assert process.returncode == 0, process.stderr
     logs = list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
     assert len(logs) == 2
@@ -117,7 +101,7 @@ def test_demo_begins_anew_where_one_ran_before(fast_demo):
 
 
 def test_demo_shows_what_its_docstring_says(tmp_path):
-    process = run("label_noise.py", "--output", tmp_path)
+    process = run("label_noise", "--output", tmp_path)
     rows = rows_of(process.stdout)
     train_accuracy, test_accuracy, norm, _ = zip(*rows.values(), strict=True)
     none, *regularized = map(float, train_accuracy)
@@ -153,7 +137,7 @@ def test_wrong_arguments_are_told_and_exit_with_2(label_noise, capsys, arguments
 
 
 def test_wrong_arguments_end_the_command_with_2(tmp_path):
-    process = run("label_noise.py", "--epochs", "0", "--output", tmp_path / "none")
+    process = run("label_noise", "--epochs", "0", "--output", tmp_path / "none")
     assert process.returncode == 2
     assert process.stderr.startswith("usage: label_noise.py")
     assert not (tmp_path / "none").exists()

@@ -1,0 +1,24 @@
+"""Examples as a user runs them: in a process of their own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+NOT_EXAMPLES = {"__main__", "claims", "pictures"}
+NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem not in NOT_EXAMPLES)
+
+
+def run(name, *arguments, cwd=None, **environment):
+    """The finished process of ``python examples/<name>.py``."""
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
+    return subprocess.run(
+        [sys.executable, EXAMPLES / f"{name}.py", *map(str, arguments)],
+        env=inherited | {"OMP_NUM_THREADS": "1", "COLUMNS": "80"} | environment,
+        cwd=cwd,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
