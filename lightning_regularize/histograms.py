@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from lightning_regularize._sharding import Sharding
 
-_BUFFER = 2**17  # elements
+_BUFFER = 2**18  # elements
 
 BINS = 64
 """As many as ``wandb.watch`` draws, and few enough for an 8-bit index."""
@@ -37,8 +37,8 @@ class Histogram(NamedTuple):
     @property
     def edges(self) -> list[float]:
         """One more than bins."""
-        width = (self.high - self.low) / len(self.counts)
-        return [*(self.low + i * width for i in range(len(self.counts))), self.high]
+        shares = (i / len(self.counts) for i in range(len(self.counts)))
+        return [*((1 - share) * self.low + share * self.high for share in shares), self.high]
 
 
 def histograms(
@@ -71,14 +71,22 @@ def measure(
     tensors: Sequence[Tensor], sharding: Sharding, parameters: Sequence[Tensor], bins: int
 ) -> tuple[Tensor, Tensor]:
     """The common range of the pieces of each tensor, shape ``(n, 2)``, and this rank's counts, ``(n, bins)``."""
-    spans = torch.stack([_span(tensor) for tensor in tensors])
+    on_cpu = all(tensor.device.type == "cpu" for tensor in tensors)
+    found = [_cpu_span(tensor) for tensor in tensors] if on_cpu else []
+    spans = (
+        torch.tensor([ends for ends, _ in found], dtype=torch.float64)
+        if on_cpu
+        else torch.stack([_span(tensor) for tensor in tensors])
+    )
     spans = sharding.reduce(spans, parameters, "max")
     low, high = -spans[:, 0], spans[:, 1]
     empty, flat = low > high, low == high  # no finite element, or all the same
-    low = torch.where(empty, 0.0, torch.where(flat, low - 0.5, low))
-    high = torch.where(empty, 1.0, torch.where(flat, high + 0.5, high))
+    width = torch.where(flat, (2**-20 * low.abs()).clamp_min(0.5), 0.0)  # large numbers swallow a half
+    low, high = torch.where(empty, 0.0, low - width), torch.where(empty, 1.0, high + width)
     ranges = torch.stack([low, high], dim=1)
-    return ranges, torch.stack([_counts(t, ends, bins) for t, ends in zip(tensors, ranges, strict=True)])
+    if on_cpu:
+        return ranges, _cpu_counts(tensors, ranges.tolist(), [is_finite for _, is_finite in found], bins)
+    return ranges, torch.stack([_counts(tensor, ends, bins) for tensor, ends in zip(tensors, ranges, strict=True)])
 
 
 def as_histogram(low: float, high: float, *counts: float) -> Histogram:
@@ -88,25 +96,29 @@ def as_histogram(low: float, high: float, *counts: float) -> Histogram:
 
 def _span(tensor: Tensor) -> Tensor:
     """Minus the smallest and the largest finite element of the local piece, so that the maximum combines both."""
-    spans = []
+    spans = [torch.full((2,), -math.inf, dtype=torch.float64, device=tensor.device)]
     for piece in pieces(tensor):
-        if not piece.numel():
-            continue
-        low, high = piece.aminmax()
-        is_known = piece.device.type == "cpu" and all(map(math.isfinite, torch.stack([low, high]).tolist()))
-        if not is_known:  # NaN would have been carried on
-            finite = piece.isfinite()
+        if piece.numel():
+            finite = piece.isfinite()  # NaN would be carried on
             low, high = piece.where(finite, math.inf).amin(), piece.where(finite, -math.inf).amax()
-        spans.append(torch.stack([-low, high]))
-    if not spans:
-        return torch.full((2,), -math.inf, dtype=torch.float64, device=tensor.device)
-    return torch.stack(spans).amax(dim=0).to(torch.float64)
+            spans.append(torch.stack([-low, high]).to(torch.float64))
+    return torch.stack(spans).amax(dim=0)
+
+
+def _cpu_span(tensor: Tensor) -> tuple[list[float], bool]:
+    """As :func:`_span`, and whether all elements are finite, which costs nothing as long as they are."""
+    lows, highs, all_finite = [math.inf], [-math.inf], True
+    for piece in filter(torch.numel, pieces(tensor)):
+        low, high = (end.item() for end in piece.aminmax())
+        if not (math.isfinite(low) and math.isfinite(high)):
+            finite, all_finite = piece.isfinite(), False
+            low, high = piece.where(finite, math.inf).amin().item(), piece.where(finite, -math.inf).amax().item()
+        lows.append(low)
+        highs.append(high)
+    return [-min(lows), max(highs)], all_finite
 
 
 def _counts(tensor: Tensor, ends: Tensor, bins: int) -> Tensor:
-    if ends.device.type == "cpu":
-        left, right = ends.tolist()
-        return _cpu_counts(tensor, left, bins / (right - left), bins)
     low, scale = ends[0], bins / (ends[1] - ends[0])
     found = torch.zeros(bins, dtype=ends.dtype, device=ends.device)
     for piece in pieces(tensor):
@@ -115,20 +127,44 @@ def _counts(tensor: Tensor, ends: Tensor, bins: int) -> Tensor:
     return found
 
 
-def _cpu_counts(tensor: Tensor, low: float, scale: float, bins: int) -> Tensor:
-    """As ``torch.histc``, which takes ten times as long; in buffers, for fresh memory costs more than arithmetic."""
-    found = torch.zeros(bins + 1, dtype=torch.int64)
-    buffers: list[Tensor] = []
-    for large in pieces(tensor):
-        for piece in torch.split(large, _BUFFER):
-            if not buffers:
-                buffers = [piece.new_empty(len(piece), dtype=d) for d in (piece.dtype, torch.int32, torch.uint8)]
-            scaled, index, byte = (buffer[: len(piece)] for buffer in buffers)
-            torch.sub(piece, low, out=scaled).mul_(scale)
-            if math.isfinite(scaled.sum()):
-                byte.copy_(index.copy_(scaled))  # the detour is faster
-            else:
-                byte = scaled[scaled.isfinite()].to(torch.uint8)
-            found += torch.bincount(byte, minlength=bins + 1)
-    found[bins - 1] += found[bins]  # the largest element is the end of the last bin
-    return found[:bins].double()
+def _cpu_counts(
+    tensors: Sequence[Tensor], ranges: Sequence[Sequence[float]], all_finite: Sequence[bool], bins: int
+) -> Tensor:
+    """As :func:`_counts`, for ``torch.histc`` takes ten times as long; in buffers, for fresh memory costs more yet."""
+    found = torch.zeros(len(tensors), bins + 1, dtype=torch.int64)
+    buffers: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
+    for row, tensor, (low, high), is_finite in zip(found, tensors, ranges, all_finite, strict=True):
+        for large in pieces(tensor):
+            dtype, factor = _arithmetic(large.dtype, low, high)
+            if dtype not in buffers:
+                buffers[dtype] = large.new_empty(_BUFFER, dtype=dtype), torch.empty(_BUFFER, dtype=torch.int32)
+            scaled, index = buffers[dtype]
+            for piece in torch.split(large if is_finite else large[large.isfinite()], _BUFFER):
+                source, size = piece if factor == 1 else piece.to(dtype) * factor, len(piece)
+                torch.sub(source, low * factor, out=scaled[:size]).mul_(bins / (high * factor - low * factor))
+                row += _tally_(index[:size].copy_(scaled[:size]), bins + 1)
+    found[:, bins - 1] += found[:, bins]  # the largest element is the end of the last bin
+    return found[:, :bins].double()
+
+
+def _arithmetic(dtype: torch.dtype, low: float, high: float) -> tuple[torch.dtype, float]:
+    """In which precision to find bins, and by what to multiply: near the ends of a range, differences leave it."""
+    limits = torch.finfo(dtype)
+    if 1e9 * limits.tiny < high - low < limits.max:
+        return dtype, 1.0
+    exponent = math.frexp(max(abs(low), abs(high)))[1]
+    return torch.float64, 2.0 ** min(-exponent, 1000)
+
+
+def _tally_(index: Tensor, count: int) -> Tensor:
+    """How often each of ``count`` numbers stands in ``index``, which is used up."""
+    half = len(index) // 2
+    if half < count**2:
+        return torch.bincount(index, minlength=count)
+    # Two at a time: a pair is a place in a square table, of which rows and columns are added up.
+    pairs = index[:half].add_(index[half : 2 * half], alpha=count)
+    table = torch.bincount(pairs, minlength=count**2).view(count, count)
+    found = table.sum(dim=0) + table.sum(dim=1)
+    if len(index) % 2:
+        found[index[-1]] += 1
+    return found

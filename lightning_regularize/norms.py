@@ -256,14 +256,14 @@ def _slice_size(vector: Tensor) -> int:
 
 def _runs(vectors: Sequence[Tensor], slices: float = 1.0) -> Iterator[slice]:
     """Ranges of vectors that together fit so many slices; one that does not fit is a range of its own."""
-    start, size = 0, 0
+    start, total, before = 0, 0, 0
     for i, vector in enumerate(vectors):
-        limit = _slice_size(vector)
-        is_full = size + vector.numel() > slices * limit or max(vector.numel(), vectors[i - 1].numel()) > limit
+        size, limit = vector.numel(), _slice_size(vector)
+        is_full = total + size > slices * limit or max(size, before) > limit
         if i > start and (is_full or vector.device != vectors[start].device):
             yield slice(start, i)
-            start, size = i, 0
-        size += vector.numel()
+            start, total = i, 0
+        total, before = total + size, size
     if vectors:
         yield slice(start, len(vectors))
 
@@ -308,26 +308,32 @@ def _fresh_norms(vectors: list[Tensor], order: float) -> Tensor:
         vectors = [v if v.numel() else v.new_zeros(1) for v in vectors]
     if vectors[0].is_cuda:  # reduces as a tree, so that its own multi-tensor kernel is accurate
         return _stacked(list(torch._foreach_norm(vectors, order)))
-    # One call for all the small ones: Python's cost a tensor would be larger than the reduction itself.
+    # One call, and one conversion, for all the small ones: each would cost more than the reduction of one.
     small = [i for i, v in enumerate(vectors) if v.numel() <= _BLOCK and order in (1, 2, math.inf)]
-    result = dict(zip(small, torch._foreach_norm([vectors[i] for i in small], order) if small else (), strict=True))
-    return _stacked([result[i] if i in result else _blocked_norm(v, order) for i, v in enumerate(vectors)])
+    large = sorted(set(range(len(vectors))) - set(small))
+    found = _wide(vectors[0].new_empty(len(vectors)))
+    if small:
+        found[small] = _stacked(list(torch._foreach_norm([vectors[i] for i in small], order)))
+    if large:
+        found[large] = _blocked_norms([vectors[i] for i in large], order)
+    return found
 
 
-def _blocked_norm(vector: Tensor, order: float) -> Tensor:
+def _blocked_norms(vectors: list[Tensor], order: float) -> Tensor:
     if math.isinf(order):
-        low, high = vector.aminmax()  # 40 times as fast as the norm, and carries NaN as well
-        return torch.maximum(-low, high)
+        ends = [vector.aminmax() for vector in vectors]  # 40 times as fast as the norm, and carries NaN as well
+        return _stacked([torch.maximum(-low, high) for low, high in ends])
     if order == 1:
-        return _block_sum(vector.abs())  # eight times as fast
+        return _stacked([_block_sum(vector.abs()) for vector in vectors])  # eight times as fast
     if order != 2:  # a power an element is slow, and its float32 sums are the least accurate
-        vector = _wide(vector)
-    blocks, rest = _blocks(vector)
-    norms_of_blocks = torch.linalg.vector_norm(blocks, ord=order, dim=1)
-    if rest.numel():
-        norms_of_blocks = torch.cat([norms_of_blocks, torch.linalg.vector_norm(rest, ord=order)[None]])
-    norm: Tensor = torch.linalg.vector_norm(_wide(norms_of_blocks), ord=order)
-    return norm
+        vectors = [_wide(vector) for vector in vectors]
+    blocks, rests = zip(*map(_blocks, vectors), strict=True)
+    # Python does nothing else between these calls, for each of them leaves none of its own data in the cache.
+    parts = [torch.linalg.vector_norm(block, ord=order, dim=1) for block in blocks]
+    powers = _wide(torch.cat(parts)).pow(order)
+    owners = torch.repeat_interleave(torch.tensor([len(block) for block in blocks], device=powers.device))
+    found = _stacked(list(torch._foreach_norm(rests, order))).pow(order)
+    return found.index_add_(0, owners, powers).pow(1 / order)
 
 
 def _block_sum(vector: Tensor) -> Tensor:
@@ -367,7 +373,9 @@ def _counts(values: list[Any], like: Tensor) -> Tensor:
 
 
 def _stacked(values: list[Tensor]) -> Tensor:
-    return torch.stack([_wide(value) for value in values])
+    if len({value.dtype for value in values}) > 1:
+        values = [_wide(value) for value in values]
+    return _wide(torch.stack(values))
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -200,6 +200,32 @@ def test_histograms_equal_numpys(dtype, center):
     assert sum(found.counts) == tensor.numel()
 
 
+@pytest.mark.parametrize("size", [1, 2, 999, 8450, 8451, 2**18 + 1, 2**19 + 4097])
+def test_histograms_equal_numpys_at_any_size(size):
+    values = randn(size).double()
+    (found,) = histograms([values], sharding=Sharding())
+    assert sum(found.counts) == size
+    if size > 1:
+        assert_same_histogram(found, values.numpy())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_histograms_reach_to_the_ends_of_the_range(dtype):
+    limits = torch.finfo(dtype)
+    for scale in (limits.max, limits.smallest_normal / 8):
+        tensor = scale * torch.tensor([-1.0, -1.0, 0.5, 1.0, math.nan], dtype=dtype)
+        (found,) = histograms([tensor], sharding=Sharding(), bins=4)
+        assert found.counts == [2, 0, 0, 2]
+        assert found.edges == pytest.approx([scale * share for share in (-1.0, -0.5, 0.0, 0.5, 1.0)], rel=1e-15)
+
+
+@pytest.mark.parametrize("value", [0.0, 3.0, -1e30, 1e-40])
+def test_histograms_of_one_number_are_about_it(value):
+    (found,) = histograms([torch.full((7,), value)], sharding=Sharding(), bins=2)
+    assert sum(found.counts) == 7
+    assert found.low < value < found.high
+
+
 def test_histograms_leave_out_what_is_not_finite():
     tensor = torch.tensor([0.0, 1.0, 2.0, 4.0, math.nan, math.inf, -math.inf])
     assert histograms([tensor], sharding=Sharding(), bins=4) == [Histogram([1, 1, 1, 1], 0.0, 4.0)]
