@@ -201,7 +201,7 @@ def train(name: str, data: Data, options: argparse.Namespace, bar: EpochBar) -> 
     trainer = Trainer(
         max_epochs=options.epochs,
         accelerator="cpu",
-        callbacks=[*RUNS[name].callbacks(), WeightNormMonitor(include=("weight",)), bar],
+        callbacks=[*RUNS[name].callbacks(), WeightNormMonitor(include=("weight",), histograms=True), bar],
         logger=loggers(name, options),
         log_every_n_steps=5,
         num_sanity_val_steps=0,
