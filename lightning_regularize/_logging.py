@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def log(loggers: Iterable[Any], scalars: Mapping[str, float], histograms: Mapping[str, Histogram], step: int) -> None:
     """One row for every logger, in one call; to be made on rank 0."""
     for logger in loggers:
-        if histograms and _is_wandb(logger):
+        if histograms and _is(logger, "WandbLogger"):
             import numpy as np
             import wandb
 
@@ -26,31 +26,34 @@ def log(loggers: Iterable[Any], scalars: Mapping[str, float], histograms: Mappin
             logger.log_metrics({**scalars, **drawn}, step=step)  # one call, or there would be two rows
             continue
         if scalars:
-            logger.log_metrics(dict(scalars), step=step)
-        if _is_tensorboard(logger):
+            logger.log_metrics(_as_files(scalars) if _is(logger, "MLFlowLogger") else dict(scalars), step=step)
+        if _is(logger, "TensorBoardLogger"):
             for key, histogram in histograms.items():
                 _add_histogram(logger.experiment, key, histogram, step)
 
 
 def shows_histograms(logger: Any) -> bool:
     """Can it draw them? CSV and MLflow cannot."""
-    return _is_wandb(logger) or _is_tensorboard(logger)
+    return _is(logger, "WandbLogger") or _is(logger, "TensorBoardLogger")
 
 
 def define_step_axis(loggers: Iterable[Any], quantities: Iterable[str]) -> None:
     """Draw our keys over ``trainer/global_step`` in Weights & Biases, also in a run that the user began."""
-    for logger in filter(_is_wandb, loggers):
+    for logger in loggers:
+        if not _is(logger, "WandbLogger"):
+            continue
         logger.experiment.define_metric("trainer/global_step")
         for quantity in quantities:
             logger.experiment.define_metric(f"{quantity}/*", step_metric="trainer/global_step")
 
 
-def _is_wandb(logger: Any) -> bool:
-    return any(cls.__name__ == "WandbLogger" for cls in type(logger).__mro__)
+def _is(logger: Any, name: str) -> bool:
+    return any(cls.__name__ == name for cls in type(logger).__mro__)
 
 
-def _is_tensorboard(logger: Any) -> bool:
-    return any(cls.__name__ == "TensorBoardLogger" for cls in type(logger).__mro__)
+def _as_files(scalars: Mapping[str, float]) -> dict[str, float]:
+    """With keys of which none lies below another: MLflow's file store makes a file of each, and folders on the way."""
+    return {key.replace("/expected", " expected"): value for key, value in scalars.items()}
 
 
 def _add_histogram(writer: Any, key: str, histogram: Histogram, step: int) -> None:

@@ -81,7 +81,7 @@ class WeightNormMonitor(Callback):
         include: Rules for what is measured.
         exclude: Rules for what is not.
         threshold: If given, ``below_threshold/<part>`` is the share of weights of at most this magnitude.
-        expected: Whether to log ``<quantity>/<part>/expected`` too: where :mod:`~lightning_regularize.theory` sees the
+        expected: Whether to log ``<quantity>/<part>/expected`` too (in MLflow with a space before the word): where :mod:`~lightning_regularize.theory` sees the
             equilibrium of noise and weight decay, at the lr and weight decay of the step, for weights before a norm.
             Of AdamW and Lion it is known for ``weight``, ``rms``, ``update``, ``ratio`` and ``angle``; of SGD as well
             if ``gradient`` is among the quantities. What does not decay counts as measured.

@@ -634,10 +634,11 @@ GROWING = ("_logged", "_readings", "_told", "_histogram_bytes")
 # -- loggers ---------------------------------------------------------------------------------------------------------
 
 
-class Mlflow(Kept):
-    """Allows in keys what MLflow does, and only numbers as values."""
+class MLFlowLogger(Kept):
+    """Allows in keys what MLflow and its file store do, and only numbers as values."""
 
     def log_metrics(self, metrics, step):
+        assert not any(other.startswith(f"{key}/") for key in metrics for other in metrics)
         for key, value in metrics.items():
             assert set(key) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-. /")
             assert isinstance(value, (int, float))
@@ -645,15 +646,18 @@ class Mlflow(Kept):
 
 
 def test_several_loggers_have_the_same_numbers(tmp_path):
-    csv, board, kept = CSVLogger(tmp_path / "csv"), TensorBoardLogger(tmp_path / "board"), Mlflow()
+    csv, board = CSVLogger(tmp_path / "csv"), TensorBoardLogger(tmp_path / "board")
+    kept, mlflow = Kept(), MLFlowLogger()
     monitor = WeightNormMonitor(quantities=EVERYTHING, detail="module", expected=True, histograms=True)
-    fit(monitor, logger=[csv, board, kept])
+    fit(monitor, logger=[csv, board, kept, mlflow])
     expected = {key: steps for key, steps in kept.logged().items() if "/" in key}
     from_csv = read_csv(csv)
     scalars, pictures = read_tensorboard(board)
     assert len(expected) > 30
+    in_mlflow = mlflow.logged()
     for key, steps in expected.items():
         assert from_csv[key] == pytest.approx(steps, nan_ok=True)
+        assert in_mlflow[key.replace("/expected", " expected")] == pytest.approx(steps, nan_ok=True)
         assert scalars[key] == pytest.approx(steps, rel=1e-6, nan_ok=True)  # float32
     assert list(scalars["train_loss"]) == list(scalars["weight_norm/total"]) == [0, 1, 2]
     assert {key.partition("/")[0] for key in pictures} == {"weight_histogram", "gradient_histogram"}
