@@ -81,10 +81,11 @@ class WeightNormMonitor(Callback):
         include: Rules for what is measured.
         exclude: Rules for what is not.
         threshold: If given, ``below_threshold/<part>`` is the share of weights of at most this magnitude.
-        expected: Whether to log ``<quantity>/<part>/expected`` too (in MLflow with a space before the word): where :mod:`~lightning_regularize.theory` sees the
-            equilibrium of noise and weight decay, at the lr and weight decay of the step, for weights before a norm.
-            Of AdamW and Lion it is known for ``weight``, ``rms``, ``update``, ``ratio`` and ``angle``; of SGD as well
-            if ``gradient`` is among the quantities. What does not decay counts as measured.
+        expected: Whether to log ``<quantity>/<part>/expected`` too (in MLflow with a space before the last word): where
+            :mod:`~lightning_regularize.theory` sees the equilibrium of noise and weight decay, at the lr and weight
+            decay of the step, for weights before a norm. Of AdamW and Lion it is known for ``weight``, ``rms``,
+            ``update``, ``ratio`` and ``angle``; of SGD as well if ``gradient`` is among the quantities. What does not
+            decay counts as measured.
         max_keys: Details logged a step at most; what is left out is told.
         max_histogram_megabytes: Histograms end, with a warning, when a run has drawn about so much.
 
