@@ -174,6 +174,68 @@ def equilibrium(found: Mapping[str, Any], sums: Sums) -> tuple[float, float] | N
     return None
 
 
+def known_sums(
+    row: Sums, size: float, found: Mapping[str, Any], *, expected: bool = False, norm_type: float = 2.0
+) -> dict[str, float]:
+    """The sums of one parameter that are known without reading a tensor, from those that were read.
+
+    Args:
+        row: What was read.
+        size: Elements of the whole parameter.
+        found: The :func:`settings` of its group.
+        expected: Whether to ask theory; ``weight_square`` should have been read then.
+        norm_type: Of ``gradient_power``.
+
+    Returns:
+        ``size``, what :func:`decay_sums` tells, and whatever else follows.
+    """
+    known = {"size": size, **decay_sums(size, found)}
+    if "spectral_square" in row:
+        is_matrix = row["spectral_square"] != 0
+        known |= {"matrices": float(is_matrix), "matrix_square": row["weight_square"] if is_matrix else 0.0}
+    if expected:
+        gradient = {"gradient_square": row["gradient_power"]} if "gradient_power" in row and norm_type == 2 else {}
+        foreseen = equilibrium(found, {**row, **known, **gradient})
+        square, turn = foreseen or (row["weight_square"], 0.0)
+        known |= {"expected_square": square, "expected_turn": square * turn**2, "foreseen": float(bool(foreseen))}
+    return known
+
+
+def values_of(
+    sums: Sums, asked: Iterable[str], *, expected: bool = False, steps_per_epoch: float = math.inf
+) -> dict[str, float]:
+    """The quantities of one part, from its :func:`combined` sums.
+
+    Args:
+        sums: Of the part.
+        asked: Words of :data:`QUANTITIES`.
+        expected: Whether to add what theory expects, as ``<key>/expected``.
+        steps_per_epoch: To tell a timescale in epochs as well; infinite if unknown.
+
+    Returns:
+        By key; without those that the part does not have.
+
+    Example:
+        >>> values_of({"size": 4.0, "zeros": 1.0}, ["sparsity"])
+        {'sparsity': 0.25}
+    """
+    values: dict[str, float] = {}
+    for quantity in map(QUANTITIES.__getitem__, asked):
+        value = quantity.value(sums)
+        if value is None:
+            continue
+        values[quantity.key] = value
+        if expected and sums["foreseen"] and quantity.expected is not None:
+            foreseen = quantity.expected(sums)
+            if foreseen is not None:
+                values[f"{quantity.key}/expected"] = foreseen
+    if "below" in sums:
+        values["below_threshold"] = sums["below"] / sums["size"]
+    if "timescale" in values and math.isfinite(steps_per_epoch):
+        values["timescale_epochs"] = values["timescale"] / steps_per_epoch
+    return values
+
+
 def _ratio(numerator: float, denominator: float) -> float:
     return numerator / denominator if denominator else math.nan
 

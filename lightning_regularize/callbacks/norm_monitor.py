@@ -320,18 +320,8 @@ class WeightNormMonitor(Callback):
         """Add the sums that are known without reading a tensor."""
         shapes = {info.name: info.shape for info in self._infos}
         for name, row in rows.items():
-            row["size"] = float(math.prod(shapes[name]))
-            row |= quantities.decay_sums(row["size"], settings.get(name, _NO_SETTINGS))
-            if "spectral_square" in row:
-                row["matrices"] = float(row["spectral_square"] != 0)
-                row["matrix_square"] = row["weight_square"] if row["matrices"] else 0.0
-            if self.expected:
-                known = dict(row)
-                if "gradient_power" in row and self.norm_type == 2:
-                    known["gradient_square"] = row["gradient_power"]
-                found = quantities.equilibrium(settings.get(name, _NO_SETTINGS), known)
-                square, turn = found or (row["weight_square"], 0.0)
-                row |= {"expected_square": square, "expected_turn": square * turn**2, "foreseen": float(bool(found))}
+            size, found = float(math.prod(shapes[name])), settings.get(name, _NO_SETTINGS)
+            row |= quantities.known_sums(row, size, found, expected=self.expected, norm_type=self.norm_type)
 
     # -- under which names -------------------------------------------------------------------------------------------
 
@@ -362,21 +352,9 @@ class WeightNormMonitor(Callback):
 
     def _values(self, part: str, sums: dict[str, float], trainer: pl.Trainer) -> dict[str, float]:
         """Keys and values of one part."""
-        found: dict[str, float] = {}
-        for quantity in map(QUANTITIES.__getitem__, self.quantities):
-            value = quantity.value(sums)
-            if value is None:
-                continue
-            found[f"{quantity.key}/{part}"] = value
-            if self.expected and sums["foreseen"] and quantity.expected is not None:
-                expected = quantity.expected(sums)
-                if expected is not None:
-                    found[f"{quantity.key}/{part}/expected"] = expected
-        if "below" in sums:
-            found[f"below_threshold/{part}"] = sums["below"] / sums["size"]
-        if f"timescale/{part}" in found and math.isfinite(steps := _steps_per_epoch(trainer)):
-            found[f"timescale_epochs/{part}"] = found[f"timescale/{part}"] / steps
-        return found
+        steps = _steps_per_epoch(trainer)
+        found = quantities.values_of(sums, self.quantities, expected=self.expected, steps_per_epoch=steps)
+        return {key.replace("/", f"/{part}/", 1) if "/" in key else f"{key}/{part}": v for key, v in found.items()}
 
     def _parts(self, trainer: pl.Trainer, index: int, names: list[str]) -> dict[str, list[str]]:
         """The names of the parameters behind each part that ``detail`` asks for."""
