@@ -201,7 +201,9 @@ class WeightConstraint(Callback):
         if not bound:
             norm = "At torch's default initialization the norm of a unit's incoming weights is about 0.58."
             hint = norm if isinstance(self.projection, MaxNorm) else "The weights lie inside by themselves."
-            rank_zero_warn(f"{self.projection} changed no weight in a whole epoch, so it constrains nothing. {hint}")
+            rank_zero_warn(
+                f"{self.projection} changed no weight in a whole epoch: unless weights grow, it does nothing. {hint}"
+            )
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
