@@ -76,8 +76,9 @@ class WeightNormMonitor(Callback):
         detail: What is logged beside the total: nothing ("total"), or a value a parameter group, a module, or a
             parameter.
         norm_type: ``p`` of weight, gradient and update norms, at least 1, or ``math.inf``.
-        histograms: Whether to draw a histogram of each parameter, and of its gradient if that is among the quantities,
-            in the loggers that can (TensorBoard, Weights & Biases): ``weight_histogram/<name>``.
+        histograms: Whether to draw a histogram of each parameter, ``weight_histogram/<name>``, and of its gradient,
+            ``gradient_histogram/<name>``, if that is among the quantities, in the loggers that can (TensorBoard,
+            Weights & Biases).
         include: Rules for what is measured.
         exclude: Rules for what is not.
         threshold: If given, ``below_threshold/<part>`` is the share of weights of at most this magnitude.
