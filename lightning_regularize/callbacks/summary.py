@@ -15,6 +15,7 @@ from rich.table import Table
 from lightning_regularize import _stepping, quantities
 from lightning_regularize._configuring import model_root
 from lightning_regularize.advice import DecayingGroup, advise
+from lightning_regularize.callbacks.anchor_decay import AnchorDecay
 from lightning_regularize.callbacks.constrained_decay import ConstrainedDecay
 from lightning_regularize.callbacks.penalty import ElasticNetPenalty, L2Penalty
 from lightning_regularize.callbacks.weight_decay import WeightDecay
@@ -37,8 +38,9 @@ class RegularizationSummary(Callback):
     """Prints which parameters decay, by how much, and the rule that decided, once at the start of training.
 
     The table is of what the optimizers hold, whoever made their groups. Under scheduled weight decay it shows the value
-    of the first step. Below it stands what is likely not meant: weight decay that hardly acts in a run of this length,
-    is lost to rounding, goes through Adam's normalization, or is applied twice. Printed on rank 0 only.
+    of the first step; learning rates stand beside it where groups differ in them. Below it stands what is likely not
+    meant: weight decay that hardly acts in a run of this length, is lost to rounding, goes through Adam's
+    normalization, or is applied twice. Printed on rank 0 only.
 
     Args:
         max_rows: Rows shown at most; what is left out is counted. At least 1. Parameters that differ in a number only,
@@ -81,6 +83,7 @@ class _Row(NamedTuple):
     group: str
     info: ParameterInfo
     weight_decay: float | None
+    lr: float | None
     rule: str
 
 
@@ -96,17 +99,22 @@ def _rows(trainer: pl.Trainer, module: pl.LightningModule) -> list[_Row]:
     rows = []
     for info in sorted(infos, key=lambda info: places.get(info.name, (math.inf, 0))):
         if info.name not in places:
-            rows.append(_Row("(in no optimizer)", info, None, ""))
+            rows.append(_Row("(in no optimizer)", info, None, None, ""))
             continue
         index, group = places[info.name]
-        weight_decay = trainer.optimizers[index].param_groups[group].get("weight_decay")
+        settings = trainer.optimizers[index].param_groups[group]
+        weight_decay, lr = settings.get("weight_decay"), settings.get("lr")
         weight_decay, share = scheduled.get(info.name, (weight_decay, weight_decay))
         factor, rule = grouping.decide(info) if grouping else (1.0, "")
         if not rule and factor and not share:
             rule = "0 as configured"
         label = _stepping.group_labels(trainer, index)[group]
-        rows.append(_Row(label, info, None if weight_decay is None else float(weight_decay), rule))
+        rows.append(_Row(label, info, _number(weight_decay), _number(lr), rule))
     return rows
+
+
+def _number(setting: Any) -> float | None:
+    return None if setting is None else float(setting)
 
 
 def _grouping(trainer: pl.Trainer, module: pl.LightningModule) -> Grouping | None:
@@ -137,12 +145,15 @@ def _table(rows: list[_Row], max_rows: int) -> Table:
     table.add_column("Shape", justify="right", no_wrap=True)
     table.add_column("Numbers", justify="right", no_wrap=True)
     table.add_column("Decay, why", overflow="fold", max_width=20)
+    lrs = {row.lr for row in rows if row.lr is not None}
     hidden, left = 0, max_rows
     for group, found in itertools.groupby(rows, key=lambda row: row.group):
         members = list(found)
         decays = sorted({row.weight_decay for row in members if row.weight_decay is not None})
         numbers = sum(math.prod(row.info.shape) for row in members)
         decay = ", ".join(f"{value:g}" for value in decays) or "-"
+        if len(lrs) > 1 and members[0].lr is not None:
+            decay += f", lr {members[0].lr:.3g}"
         tensors = f"{len(members)} tensor{'s' if len(members) > 1 else ''}"
         table.add_row(escape(group), tensors, f"{numbers:,}", decay, style="bold")
         alike = _alike(members)
@@ -187,7 +198,7 @@ def _advice(trainer: pl.Trainer) -> list[str]:
     total_steps = _stepping.total_steps(trainer)
     schedule = next((callback for callback in callbacks if isinstance(callback, WeightDecay)), None)
     groups = list(_decaying_groups(trainer, schedule, total_steps))
-    others = [c for c in callbacks if isinstance(c, (L2Penalty, ElasticNetPenalty, ConstrainedDecay))]
+    others = [c for c in callbacks if isinstance(c, (L2Penalty, ElasticNetPenalty, AnchorDecay, ConstrainedDecay))]
     names = [type(other).__name__ for other in others]
     steps_per_epoch = trainer.num_training_batches / trainer.accumulate_grad_batches
     return advise(groups, total_steps=total_steps, steps_per_epoch=steps_per_epoch, other_decays=names)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lightning_regularize import (
+    AnchorDecay,
     L2Penalty,
     RegularizationSummary,
     RegularizedModule,
@@ -79,6 +80,16 @@ def test_groups_of_the_user_show_as_they_are(capsys):
     assert ["pg1", "1", "tensor", "12", "0.1"] in rows
     assert ["pg2", "5", "tensors", "22", "0"] in rows
     assert ["output.weight", "2x4", "8", "0", "as", "configured"] in rows
+
+
+def test_learning_rates_show_where_groups_differ_in_them(capsys):
+    def configure(parameters):
+        weight, *others = parameters
+        return torch.optim.SGD([{"params": [weight], "lr": 0.02}, {"params": others}], lr=0.1, weight_decay=0.3)
+
+    rows, _ = printed(capsys, RegularizationSummary(), module=Regression(configure))
+    assert ["pg1", "1", "tensor", "12", "0.3,", "lr", "0.02"] in rows
+    assert ["pg2", "5", "tensors", "22", "0.3,", "lr", "0.1"] in rows
 
 
 def test_each_optimizer_shows_its_groups(capsys):
@@ -197,6 +208,14 @@ def test_decay_by_optimizer_and_penalty_is_told(capsys):
     assert len(notes) == 1
     assert notes[0].startswith("Weights decay twice: by the optimizer")
     assert notes[0].endswith("and by L2Penalty.")
+
+
+def test_decay_to_zero_and_to_an_anchor_is_told(capsys):
+    _, notes = printed(capsys, WeightDecay(0.9), AnchorDecay(0.1), RegularizationSummary())
+    assert len(notes) == 1
+    assert notes[0].startswith("Weights decay twice: by the optimizer")
+    assert notes[0].endswith("and by AnchorDecay.")
+    assert printed(capsys, WeightDecay(0.0), AnchorDecay(0.1), RegularizationSummary())[1] == []
 
 
 def test_decay_that_rounds_to_nothing_is_told(capsys):
