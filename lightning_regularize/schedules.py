@@ -310,7 +310,7 @@ class Join(Schedule):
     _units: tuple[type, ...] = field(init=False, repr=False)  # for `==`: 1 equals 1.0, a step not the whole run
 
     def __post_init__(self) -> None:
-        schedules = tuple(as_schedule(schedule) for schedule in _tuple("schedules", self.schedules))
+        schedules = tuple(as_schedule(schedule, name="schedules") for schedule in _tuple("schedules", self.schedules))
         boundaries = _boundaries(self.boundaries, "schedules", len(schedules))
         _set_(self, schedules=schedules, boundaries=boundaries, _units=tuple(map(type, boundaries)))
 
@@ -361,7 +361,7 @@ class Warmup(Schedule):
             _set_(self, steps=_integer("steps", self.steps, at_least=0))
         if self.fraction is not None:
             _set_(self, fraction=_fraction("fraction", self.fraction))
-        _set_(self, schedule=as_schedule(self.schedule), start=_value("start", self.start))
+        _set_(self, schedule=as_schedule(self.schedule, name="schedule"), start=_value("start", self.start))
 
     @property
     def needs_total_steps(self) -> bool:
@@ -526,27 +526,29 @@ def late_dropout(p: float, start: int | float = 1 / 6) -> Schedule:
     return Steps([0.0, _rate(p)], boundaries=[start])
 
 
-def as_schedule(value: ScheduleLike) -> Schedule | Callable[[Position], float]:
+def as_schedule(value: ScheduleLike, *, name: str = "value") -> Schedule | Callable[[Position], float]:
     """Turn a number into a ``Constant``, and leave a schedule or another callable as it is.
 
     Args:
         value: A number as ``Constant`` takes it, a schedule, or a callable that takes a ``Position``.
+        name: Of the argument, for messages.
 
     Returns:
         What can be called with a ``Position``.
 
     Raises:
         TypeError: If ``value`` is none of these; a class is none.
+        ValueError: If it is a number that is negative or not finite.
 
     Example:
         >>> as_schedule(0.1)
         Constant(value=0.1)
     """
     if _is_number(value):
-        return Constant(value)
+        return Constant(_value(name, value))
     if callable(value) and not isinstance(value, type):
         return value
-    raise TypeError(f"A schedule should be a number, a `Schedule` or a callable of a `Position`, got {value!r}.")
+    raise TypeError(f"`{name}` should be a number, a `Schedule` or a callable of a `Position`, got {value!r}.")
 
 
 def value_at(schedule: ScheduleLike, at: Position) -> float:

@@ -70,7 +70,7 @@ class AnchorDecay(Callback):
         total_steps: int | None = None,
     ) -> None:
         super().__init__()
-        self.schedule = as_schedule(strength)
+        self.schedule = as_schedule(strength, name="strength")
         if anchor != "init" and not hasattr(anchor, "keys"):
             raise TypeError(f"`anchor` should be 'init' or a state dict, got {anchor!r}.")
         self.anchor = anchor

@@ -81,7 +81,7 @@ class DropoutSchedule(Callback):
         total_steps: int | None = None,
     ) -> None:
         super().__init__()
-        self.schedule = as_schedule(p)
+        self.schedule = as_schedule(p, name="p")
         if isinstance(self.schedule, Constant):
             _check_rate(self.schedule.value)
         if isinstance(include, str) or not all(isinstance(rule, (str, type)) for rule in include):

@@ -53,7 +53,7 @@ class PenaltyCallback(Callback):
         total_steps: int | None,
     ) -> None:
         super().__init__()
-        self.schedule = as_schedule(strength)
+        self.schedule = as_schedule(strength, name="strength")
         self.include = check_rules(include, argument="include")
         self.exclude = check_rules(exclude, argument="exclude")
         if method not in ("gradient", "proximal"):
@@ -415,6 +415,7 @@ class ElasticNetPenalty(PenaltyCallback):
         if l1 + l2 == 0:
             raise ValueError("`l1` or `l2` should be positive, got 0 for both.")
         self.l1, self.l2 = l1, l2
+        schedule = as_schedule(schedule, name="schedule")
         super().__init__(schedule, include=include, exclude=exclude, method=method, total_steps=total_steps)
 
     name = "elastic_net"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -37,8 +38,8 @@ _SAMPLES = 100  # positions at which a schedule is looked at for its mean
 class RegularizationSummary(Callback):
     """Prints which parameters decay, by how much, and the rule that decided, once at the start of training.
 
-    The table is of what the optimizers hold, whoever made their groups. Under scheduled weight decay it shows the value
-    of the first step; learning rates stand beside it where groups differ in them. Below it stands what is likely not
+    The table is of what the optimizers hold, whoever made their groups. Scheduled weight decay shows the range of its
+    values in the run; learning rates stand beside it where groups differ in them. Below it stands what is likely not
     meant: weight decay that hardly acts in a run of this length, is lost to rounding, goes through Adam's
     normalization, or is applied twice. Printed on rank 0 only.
 
@@ -82,7 +83,7 @@ class RegularizationSummary(Callback):
 class _Row(NamedTuple):
     group: str
     info: ParameterInfo
-    weight_decay: float | None
+    decays: tuple[float, float] | None  # the least and the most of the run
     lr: float | None
     rule: str
 
@@ -91,10 +92,9 @@ def _rows(trainer: pl.Trainer, module: pl.LightningModule) -> list[_Row]:
     """All trainable parameters, by optimizer and group."""
     infos = [info for info in parameter_infos(model_root(trainer, module)) if info.parameter.requires_grad]
     grouping = _grouping(trainer, module)
-    scheduled: dict[str, tuple[Any, Any]] = {}
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, WeightDecay):
-            scheduled |= callback.by_parameter(trainer)
+    schedule = _schedule(trainer)
+    scheduled = {} if schedule is None else schedule.by_parameter(trainer)
+    reach = functools.cache(functools.partial(_reach, schedule, _stepping.total_steps(trainer)))
     places = _places(trainer, infos)
     rows = []
     for info in sorted(infos, key=lambda info: places.get(info.name, (math.inf, 0))):
@@ -103,25 +103,33 @@ def _rows(trainer: pl.Trainer, module: pl.LightningModule) -> list[_Row]:
             continue
         index, group = places[info.name]
         settings = trainer.optimizers[index].param_groups[group]
-        weight_decay, lr = settings.get("weight_decay"), settings.get("lr")
-        weight_decay, share = scheduled.get(info.name, (weight_decay, weight_decay))
+        share = weight_decay = settings.get("weight_decay")
+        decays = None if weight_decay is None else (float(weight_decay), float(weight_decay))
+        if info.name in scheduled:
+            _, share = scheduled[info.name]
+            low, high = reach(_peak(settings))
+            decays = share * low, share * high
         factor, rule = grouping.decide(info) if grouping else (1.0, "")
         if not rule and factor and not share:
             rule = "0 as configured"
         label = _stepping.group_labels(trainer, index)[group]
-        rows.append(_Row(label, info, _number(weight_decay), _number(lr), rule))
+        rows.append(_Row(label, info, decays, float(settings["lr"]) if "lr" in settings else None, rule))
     return rows
 
 
-def _number(setting: Any) -> float | None:
-    return None if setting is None else float(setting)
+def _schedule(trainer: pl.Trainer) -> WeightDecay | None:
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    return next((callback for callback in callbacks if isinstance(callback, WeightDecay)), None)
+
+
+def _peak(group: dict[str, Any]) -> float:
+    # LR schedulers that cycle write their peak into the group, others leave what they began with.
+    return max(float(group.get(key, 0.0)) for key in ("lr", "initial_lr", "max_lr"))
 
 
 def _grouping(trainer: pl.Trainer, module: pl.LightningModule) -> Grouping | None:
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, WeightDecay):
-            return callback.grouping
-    return grouping_of(module)
+    schedule = _schedule(trainer)
+    return grouping_of(module) if schedule is None else schedule.grouping
 
 
 def _places(trainer: pl.Trainer, infos: list[ParameterInfo]) -> dict[str, tuple[int, int]]:
@@ -149,9 +157,9 @@ def _table(rows: list[_Row], max_rows: int) -> Table:
     hidden, left = 0, max_rows
     for group, found in itertools.groupby(rows, key=lambda row: row.group):
         members = list(found)
-        decays = sorted({row.weight_decay for row in members if row.weight_decay is not None})
+        ranges = {row.decays for row in members if row.decays is not None}
         numbers = sum(math.prod(row.info.shape) for row in members)
-        decay = ", ".join(f"{value:g}" for value in decays) or "-"
+        decay = ", ".join(f"{low:g}" if low == high else f"{low:g} to {high:g}" for low, high in sorted(ranges)) or "-"
         if len(lrs) > 1 and members[0].lr is not None:
             decay += f", lr {members[0].lr:.3g}"
         tensors = f"{len(members)} tensor{'s' if len(members) > 1 else ''}"
@@ -196,7 +204,7 @@ def _ranges(numbers: list[int]) -> str:
 def _advice(trainer: pl.Trainer) -> list[str]:
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     total_steps = _stepping.total_steps(trainer)
-    schedule = next((callback for callback in callbacks if isinstance(callback, WeightDecay)), None)
+    schedule = _schedule(trainer)
     groups = list(_decaying_groups(trainer, schedule, total_steps))
     others = [c for c in callbacks if isinstance(c, (L2Penalty, ElasticNetPenalty, AnchorDecay, ConstrainedDecay))]
     names = [type(other).__name__ for other in others]
@@ -210,8 +218,7 @@ def _decaying_groups(trainer: pl.Trainer, schedule: WeightDecay | None, total_st
         labels = _stepping.group_labels(trainer, index)
         for label, group in zip(labels, optimizer.param_groups, strict=True):
             found = quantities.settings(optimizer, group)
-            # LR schedulers that cycle write their peak into the group, others leave what they began with.
-            peak = max(found["lr"], float(group.get("initial_lr", 0.0)), float(group.get("max_lr", 0.0)))
+            peak = _peak(group)
             decay, is_decoupled = found["weight_decay"], not _is_coupled(found["rule"], group)
             if schedule is not None:
                 decay *= _mean_over_first(schedule, total_steps, peak)
@@ -244,6 +251,11 @@ def _mean_over_first(schedule: WeightDecay, total_steps: float, lr: float) -> fl
     """What the value of the first step, which stands in the groups, is to be multiplied by."""
     values = _sampled(schedule, total_steps, lr)
     return sum(values) / _SAMPLES / values[0] if values[0] > 0 else 1.0
+
+
+def _reach(schedule: WeightDecay | None, total_steps: float, lr: float) -> tuple[float, float]:
+    values = [0.0] if schedule is None else _sampled(schedule, total_steps, lr)
+    return min(values), max(values)
 
 
 def _sampled(schedule: WeightDecay, total_steps: float, lr: float) -> Sequence[float]:

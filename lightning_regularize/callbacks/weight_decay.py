@@ -110,7 +110,7 @@ class WeightDecay(Callback):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.schedule = as_schedule(weight_decay)
+        self.schedule = as_schedule(weight_decay, name="weight_decay")
         self.grouping = Grouping(exclude, factors or {})
         self.total_steps = total_steps
         if method not in _METHODS:

@@ -13,8 +13,8 @@ from tests.training.support import QUIET, Regression, adamw, assert_identical_we
 pytestmark = QUIET
 
 
-NOT_FINITE = r"`value` should be a finite number that is not negative, got "
-NO_SCHEDULE = r"A schedule should be a number, a `Schedule` or a callable of a `Position`, got "
+NOT_FINITE = r"`weight_decay` should be a finite number that is not negative, got "
+NO_SCHEDULE = r"`weight_decay` should be a number, a `Schedule` or a callable of a `Position`, got "
 NO_STEPS = r"`total_steps` should be a positive integer or None, got "
 NO_FACTOR = r"the factor of 'bias' should be "
 

@@ -52,6 +52,14 @@ def test_weight_decay_shows_groups_and_rules(capsys):
     ]
 
 
+def test_a_schedule_shows_from_where_to_where_it_reaches(capsys):
+    schedule = schedules.Warmup(schedules.Cosine(0.1, 0.4), steps=2)
+    rows, _ = printed(capsys, WeightDecay(schedule, factors={"output.*": 0.5}), RegularizationSummary())
+    assert ["decay", "1", "tensor", "12", "0", "to", "0.4"] in rows
+    assert ["decay", "x0.5", "1", "tensor", "8", "0", "to", "0.2"] in rows
+    assert ["no_decay", "4", "tensors", "14", "0"] in rows
+
+
 class Based(RegularizedModule):
     def __init__(self):
         super().__init__(weight_decay=0.3)
