@@ -342,8 +342,9 @@ def _block_sum(vector: Tensor) -> Tensor:
 
 
 def _blocks(vector: Tensor) -> tuple[Tensor, Tensor]:
-    whole = vector.numel() // _BLOCK * _BLOCK
-    return vector[:whole].view(-1, _BLOCK), vector[whole:]
+    count, rest = divmod(vector.numel(), _BLOCK)
+    whole = vector[: count * _BLOCK] if rest else vector
+    return whole.view(count, _BLOCK), vector[count * _BLOCK :]
 
 
 def _dot(left: Tensor, right: Tensor) -> Tensor:
