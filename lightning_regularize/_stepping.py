@@ -1,6 +1,6 @@
 """When did an optimizer really step, at which position, and by what are its gradients scaled?
 
-What is peculiar to Lightning's loops and to mixed precision stands here. The facts, for Lightning 2.5 and 2.6:
+What is peculiar to Lightning's loops and to mixed precision stands here. The facts, for Lightning 2.6:
 
 * Without a GradScaler the closure runs *inside* ``optimizer.step``, so that torch's step pre-hook fires before the
   backward pass; with one, after it. ``on_before_optimizer_step`` comes with complete gradients in both cases.

@@ -161,7 +161,6 @@ def _number(value: Any) -> Any:
     return value.item() if isinstance(value, Tensor) and value.is_cpu else value
 
 
-# AdamW is an Adam to torch since 2.6.
 _METRICS: dict[type[Optimizer], Callable[[Mapping[str, Any], Mapping[str, Any]], StepSize | None]] = {
     SGD: _sgd,
     Adam: _adam,

@@ -36,10 +36,11 @@ def read_wandb(directory):
     (path,) = [path for path in Path(directory).glob("**/*.wandb") if not path.parent.is_symlink()]
     deadline = time.monotonic() + 30
     # Another process writes the file; on a busy machine it goes on for a moment after the run has been finished.
-    while (records := list(_records(path)))[-1].WhichOneof("record_type") != "exit":
+    # Older versions of wandb write others after the record of the exit.
+    while "exit" not in [record.WhichOneof("record_type") for record in _records(path)]:
         assert time.monotonic() < deadline, f"{path} was not written to its end"
         time.sleep(0.1)
-    return [_row(record.history) for record in records if record.WhichOneof("record_type") == "history"]
+    return [_row(record.history) for record in _records(path) if record.WhichOneof("record_type") == "history"]
 
 
 def _row(history):
