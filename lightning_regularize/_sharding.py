@@ -27,9 +27,13 @@ if dist.is_available():
 
 def local_tensor(tensor: Tensor) -> Tensor:
     """The piece of ``tensor`` that lies on this rank, detached and sharing memory; a plain tensor is its own piece."""
+    return local_piece(tensor if hasattr(tensor, "ds_tensor") else tensor.detach())
+
+
+def local_piece(tensor: Tensor) -> Tensor:
+    """As :func:`local_tensor`, but a plain tensor is not detached, which takes time: to be called without gradients."""
     if hasattr(tensor, "ds_tensor"):
         return _of_zero3(tensor.ds_tensor, tensor)
-    tensor = tensor.detach()
     return tensor.to_local() if dist.is_available() and isinstance(tensor, DTensor) else tensor
 
 

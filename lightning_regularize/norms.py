@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_regularize._sharding import Sharding, local_tensor
+from lightning_regularize._sharding import Sharding, local_piece, local_tensor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
+    Method = Callable[[list[Tensor], float], Tensor]  # norms of tensors, of an order
+
 _BLOCK = 4096  # elements: the relative error of one float32 sum of that many is below 1e-6
+_ALIKE = 16  # small tensors of one shape, from which on a copy and one call are faster than a call for each
 _SLICE = 2**20  # elements that are read at a time, so that half precision needs no full-size copy
 _EXACT = (torch.float32, torch.float64)  # to compute in; all else is converted to float32
 _STEPS = 32  # of the bidiagonalization: its error for a Gaussian matrix of any size is then about 1e-3 or less
@@ -29,8 +32,8 @@ class Statistic(NamedTuple):
 
     Args:
         combine: How the numbers of two pieces make that of both, "sum" or "max".
-        of: What a list of vectors on one device has, one number a vector, float64. It takes as well the norms that
-            were found of the same vectors before, by norm type, and adds to them.
+        of: What a list of dense tensors on one device has, one number each, float64. It takes as well the norms that
+            were found of the same tensors before, by norm type, and adds to them.
     """
 
     combine: Literal["sum", "max"]
@@ -41,8 +44,8 @@ def power(norm_type: float) -> Statistic:
     r"""The sum :math:`\sum_i |x_i|^p`, or the largest magnitude for ``p = inf``."""
     is_largest = math.isinf(norm_type)
 
-    def of(vectors: list[Tensor], known: dict[float, Tensor]) -> Tensor:
-        found = _vector_norms(vectors, norm_type, known)
+    def of(tensors: list[Tensor], known: dict[float, Tensor]) -> Tensor:
+        found = _norms(tensors, norm_type, known)
         return found if norm_type == 1 or is_largest else found.pow(norm_type)
 
     return Statistic("max" if is_largest else "sum", of)
@@ -50,10 +53,10 @@ def power(norm_type: float) -> Statistic:
 
 def count_below(threshold: float = 0.0) -> Statistic:
     """How many elements have a magnitude of at most ``threshold``; NaN has none."""
-    return Statistic("sum", lambda vectors, _: _counts([_count_below(v, threshold) for v in vectors], vectors[0]))
+    return Statistic("sum", lambda tensors, _: _counts([_count_below(t, threshold) for t in tensors], tensors[0]))
 
 
-NONFINITE = Statistic("sum", lambda vectors, known: _nonfinite(vectors, known))
+NONFINITE = Statistic("sum", lambda tensors, known: _nonfinite(tensors, known))
 """How many elements are NaN or infinite."""
 
 
@@ -183,6 +186,7 @@ def check_norm_type(norm_type: float) -> None:
         raise ValueError(f"`norm_type` should be at least 1 (1, 2 or math.inf are usual), got {norm_type!r}.")
 
 
+@torch.no_grad()
 def local_statistics(tensors: Sequence[Tensor], statistics: Sequence[Statistic]) -> Tensor:
     """What this rank's pieces of some tensors have, all in one read of them.
 
@@ -193,14 +197,14 @@ def local_statistics(tensors: Sequence[Tensor], statistics: Sequence[Statistic])
     Returns:
         Shape ``(len(tensors), len(statistics))``, float64, on the device of the first tensor.
     """
-    vectors = [_flat(local_tensor(tensor)) for tensor in tensors]
-    if not vectors or not statistics:
-        return torch.zeros(len(vectors), len(statistics), dtype=torch.float64)
+    dense = [_dense(local_piece(tensor)) for tensor in tensors]
+    if not dense or not statistics:
+        return torch.zeros(len(dense), len(statistics), dtype=torch.float64)
     combines = [statistic.combine for statistic in statistics]
     # What is read once only need not stay in the cache, and few large runs cost less of Python's time.
-    reads_once = len([s for s in statistics if s is not NONFINITE]) == 1 and all(v.dtype in _EXACT for v in vectors)
-    runs = _runs(vectors, math.inf if reads_once else 1.0)
-    found = ([_row(piece, statistics) for piece in _in_cache(vectors[run])] for run in runs)
+    reads_once = len([s for s in statistics if s is not NONFINITE]) == 1 and all(t.dtype in _EXACT for t in dense)
+    runs = _runs(dense, math.inf if reads_once else 1.0)
+    found = ([_row(piece, statistics) for piece in _in_cache(dense[run])] for run in runs)
     return _joined([_combined(rows, combines) for rows in found])
 
 
@@ -241,47 +245,55 @@ def pieces(tensor: Tensor) -> Iterator[Tensor]:
 
 def _flat(tensor: Tensor) -> Tensor:
     """All elements in memory order: a view wherever the tensor is dense, also for ``channels_last``."""
+    return _dense(tensor).view(-1)
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """All elements in memory order, with one dim at least: what is contiguous keeps its shape, for views cost time."""
     if tensor.layout is not torch.strided:
         tensor = tensor.coalesce().values()  # what is not stored is 0
     if tensor.is_complex():
         tensor = tensor.abs()
-    if not tensor.is_contiguous():
-        tensor = tensor.permute(sorted(range(tensor.dim()), key=tensor.stride, reverse=True))
-    return tensor.reshape(-1)
+    dim = tensor.dim()
+    if dim == 1 or (dim and tensor.is_contiguous()):
+        return tensor
+    return tensor.permute(sorted(range(dim), key=tensor.stride, reverse=True)).reshape(-1)
 
 
-def _slice_size(vector: Tensor) -> int:
-    return _SLICE if vector.device.type == "cpu" else 16 * _SLICE  # an accelerator wants few large kernels
+def _slice_size(tensor: Tensor) -> int:
+    return _SLICE if tensor.device.type == "cpu" else 16 * _SLICE  # an accelerator wants few large kernels
 
 
-def _runs(vectors: Sequence[Tensor], slices: float = 1.0) -> Iterator[slice]:
-    """Ranges of vectors that together fit so many slices; one that does not fit is a range of its own."""
-    start, total, before = 0, 0, 0
-    for i, vector in enumerate(vectors):
-        size, limit = vector.numel(), _slice_size(vector)
-        is_full = total + size > slices * limit or max(size, before) > limit
-        if i > start and (is_full or vector.device != vectors[start].device):
+def _runs(tensors: Sequence[Tensor], slices: float = 1.0) -> Iterator[slice]:
+    """Ranges of tensors that together fit so many slices; one that does not fit is a range of its own."""
+    start, total, before, device, limit = 0, 0, 0, None, 0
+    for i, tensor in enumerate(tensors):
+        size = tensor.numel()
+        is_elsewhere = tensor.device != device
+        if i and (is_elsewhere or total + size > slices * limit or size > limit or before > limit):
             yield slice(start, i)
             start, total = i, 0
+        if is_elsewhere:
+            device, limit = tensor.device, _slice_size(tensor)
         total, before = total + size, size
-    if vectors:
-        yield slice(start, len(vectors))
+    if tensors:
+        yield slice(start, len(tensors))
 
 
 def _in_cache(run: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """A range of :func:`_runs`, cut where it is a single large vector, in a precision to compute in."""
-    cuts = [[piece] for piece in torch.split(run[0], _slice_size(run[0]))] if len(run) == 1 else [list(run)]
+    """A range of :func:`_runs`, cut where it is a single large tensor, in a precision to compute in."""
+    cuts = [[cut] for cut in torch.split(run[0].view(-1), _slice_size(run[0]))] if len(run) == 1 else [list(run)]
     for cut in cuts:
         yield _computable(cut)
 
 
-def _computable(vectors: Sequence[Tensor]) -> list[Tensor]:
-    return [v if v.dtype in _EXACT else v.float() for v in vectors]
+def _computable(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [t if t.dtype in _EXACT else t.float() for t in tensors]
 
 
-def _row(vectors: list[Tensor], statistics: Sequence[Statistic]) -> Tensor:
+def _row(tensors: list[Tensor], statistics: Sequence[Statistic]) -> Tensor:
     known: dict[float, Tensor] = {}
-    return torch.stack([statistic.of(vectors, known) for statistic in statistics], dim=1)
+    return torch.stack([statistic.of(tensors, known) for statistic in statistics], dim=1)
 
 
 def _combined(found: list[Tensor], combines: Sequence[str]) -> Tensor:
@@ -297,75 +309,110 @@ def _joined(rows: list[Tensor]) -> Tensor:
     return torch.cat([row.to(rows[0].device, non_blocking=True) for row in rows])
 
 
-def _vector_norms(vectors: list[Tensor], order: float, known: dict[float, Tensor]) -> Tensor:
+def _norms(tensors: list[Tensor], order: float, known: dict[float, Tensor]) -> Tensor:
     if order not in known:
-        known[order] = _fresh_norms(vectors, order)
+        known[order] = _fresh_norms(tensors, order)
     return known[order]
 
 
-def _fresh_norms(vectors: list[Tensor], order: float) -> Tensor:
+def _fresh_norms(tensors: list[Tensor], order: float) -> Tensor:
     if math.isinf(order):  # of nothing it is an error to torch
-        vectors = [v if v.numel() else v.new_zeros(1) for v in vectors]
-    if vectors[0].is_cuda:  # reduces as a tree, so that its own multi-tensor kernel is accurate
-        return _stacked(list(torch._foreach_norm(vectors, order)))
-    # One call, and one conversion, for all the small ones: each would cost more than the reduction of one.
-    small = [i for i, v in enumerate(vectors) if v.numel() <= _BLOCK and order in (1, 2, math.inf)]
-    large = sorted(set(range(len(vectors))) - set(small))
-    found = _wide(vectors[0].new_empty(len(vectors)))
-    if small:
-        found[small] = _stacked(list(torch._foreach_norm([vectors[i] for i in small], order)))
-    if large:
-        found[large] = _blocked_norms([vectors[i] for i in large], order)
+        tensors = [t if t.numel() else t.new_zeros(1) for t in tensors]
+    if tensors[0].device.type != "cpu":  # an accelerator reduces as a tree, so that torch's own kernel is accurate
+        return _each_norm(tensors, order)
+    found = _wide(tensors[0].new_empty(len(tensors)))
+    for norms_of, indices in _methods(tensors, order):
+        found[indices] = norms_of([tensors[i] for i in indices], order)
     return found
 
 
-def _blocked_norms(vectors: list[Tensor], order: float) -> Tensor:
+def _methods(tensors: list[Tensor], order: float) -> Iterator[tuple[Method, list[int]]]:
+    """How to find the norms of which tensors: where they are small, calls cost more than what is computed."""
+    small = _BLOCK if order in (1, 2, math.inf) else -1
+    large: list[int] = []
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        if tensor.numel() > small:
+            large.append(i)
+        else:
+            alike.setdefault(tensor.shape, []).append(i)
+    if few := [i for indices in alike.values() if len(indices) < _ALIKE for i in indices]:
+        yield (_each_sum if order == 1 else _each_norm), few
+    at_once = _SLICE // _BLOCK  # so that no copy is larger than a slice
+    for indices in alike.values():
+        if len(indices) >= _ALIKE:
+            yield from ((_row_norms, indices[start : start + at_once]) for start in range(0, len(indices), at_once))
+    if large:
+        yield _blocked_norms, large
+
+
+def _each_norm(tensors: list[Tensor], order: float) -> Tensor:
+    return _stacked(list(torch._foreach_norm(tensors, order)))
+
+
+def _each_sum(tensors: list[Tensor], _: float) -> Tensor:
+    return _stacked([tensor.abs().sum() for tensor in tensors])  # in pairs; the norm of order 1 is 3e-6 off for a block
+
+
+def _row_norms(tensors: list[Tensor], order: float) -> Tensor:
+    """Of small tensors of one shape."""
+    rows = torch.cat(tensors).view(len(tensors), tensors[0].numel())
+    return _wide(rows.abs().sum(dim=1) if order == 1 else torch.linalg.vector_norm(rows, order, dim=1))
+
+
+def _blocked_norms(tensors: list[Tensor], order: float) -> Tensor:
     if math.isinf(order):
-        ends = [vector.aminmax() for vector in vectors]  # 40 times as fast as the norm, and carries NaN as well
+        ends = [tensor.aminmax() for tensor in tensors]  # 40 times as fast as the norm, and carries NaN as well
         return _stacked([torch.maximum(-low, high) for low, high in ends])
     if order == 1:
-        return _stacked([_block_sum(vector.abs()) for vector in vectors])  # eight times as fast
+        return _stacked([_block_sum(tensor.abs()) for tensor in tensors])  # eight times as fast
     if order != 2:  # a power an element is slow, and its float32 sums are the least accurate
-        vectors = [_wide(vector) for vector in vectors]
-    blocks, rests = zip(*map(_blocks, vectors), strict=True)
+        tensors = [_wide(tensor) for tensor in tensors]
+    blocks, rests = zip(*map(_blocks, tensors), strict=True)
+    counts = torch.tensor([len(block) for block in blocks])
     # Python does nothing else between these calls, for each of them leaves none of its own data in the cache.
     parts = [torch.linalg.vector_norm(block, ord=order, dim=1) for block in blocks]
     powers = _wide(torch.cat(parts)).pow(order)
-    owners = torch.repeat_interleave(torch.tensor([len(block) for block in blocks], device=powers.device))
-    found = _stacked(list(torch._foreach_norm(rests, order))).pow(order)
-    return found.index_add_(0, owners, powers).pow(1 / order)
+    found = torch.segment_reduce(powers, "sum", lengths=counts, unsafe=True)
+    if with_rest := [i for i, rest in enumerate(rests) if rest is not None]:
+        found[with_rest] += _each_norm([rests[i] for i in with_rest], order).pow(order)
+    return found.pow(1 / order)
 
 
-def _block_sum(vector: Tensor) -> Tensor:
-    blocks, rest = _blocks(vector)
-    return _wide(blocks.sum(dim=1)).sum() + rest.sum()
+def _block_sum(tensor: Tensor) -> Tensor:
+    blocks, rest = _blocks(tensor)
+    total = _wide(blocks.sum(dim=1)).sum()
+    return total if rest is None else total + rest.sum()
 
 
-def _blocks(vector: Tensor) -> tuple[Tensor, Tensor]:
-    count, rest = divmod(vector.numel(), _BLOCK)
-    whole = vector[: count * _BLOCK] if rest else vector
-    return whole.view(count, _BLOCK), vector[count * _BLOCK :]
+def _blocks(tensor: Tensor) -> tuple[Tensor, Tensor | None]:
+    """A dense tensor as rows of blocks, and what is left of it."""
+    rest = tensor.numel() % _BLOCK
+    if not rest:
+        return tensor.view(-1, _BLOCK), None
+    vector = tensor.view(-1)
+    return vector[:-rest].view(-1, _BLOCK), vector[-rest:]
 
 
 def _dot(left: Tensor, right: Tensor) -> Tensor:
     return _block_sum(left * right)
 
 
-def _count_below(vector: Tensor, threshold: float) -> Tensor | int:
-    if vector.device.type == "cpu":
+def _count_below(tensor: Tensor, threshold: float) -> Tensor | int:
+    if tensor.device.type == "cpu":
         import numpy as np  # compares and counts four times as fast
 
-        values = vector.numpy()
+        values = tensor.detach().numpy()
         return int(np.count_nonzero((abs(values) <= threshold) if threshold else (values == 0)))
-    return ((vector.abs() <= threshold) if threshold else (vector == 0)).sum()
+    return ((tensor.abs() <= threshold) if threshold else (tensor == 0)).sum()
 
 
-def _nonfinite(vectors: list[Tensor], known: dict[float, Tensor]) -> Tensor:
+def _nonfinite(tensors: list[Tensor], known: dict[float, Tensor]) -> Tensor:
     # A finite norm has finite elements. On CPU reading it is free, and saves the count, which is slow.
-    norm = next(iter(known.values())) if known else _vector_norms(vectors, 2.0, known)
-    if vectors[0].device.type == "cpu" and all(map(math.isfinite, norm.tolist())):
+    norm = next(iter(known.values())) if known else _norms(tensors, 2.0, known)
+    if tensors[0].device.type == "cpu" and all(map(math.isfinite, norm.tolist())):
         return torch.zeros_like(norm)
-    return _stacked([(~v.isfinite()).sum() for v in vectors])
+    return _stacked([(~t.isfinite()).sum() for t in tensors])
 
 
 def _counts(values: list[Any], like: Tensor) -> Tensor:

@@ -83,6 +83,31 @@ def test_scalars_and_empty_tensors_have_norms(order):
     assert norms([torch.tensor(-3.0), torch.zeros(0), torch.zeros(3, 0)], order).tolist() == pytest.approx([3, 0, 0])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("order", ORDERS)
+def test_norms_of_hundreds_of_small_tensors_of_several_shapes_keep_their_order(dtype, order):
+    shapes = [(64,), (), (0,), (8, 8), (4096,), (3, 0), (64, 64), (4097,)]
+    layout = [shapes[i % len(shapes)] for i in range(300 * len(shapes))]
+    tensors = [randn(math.prod(shape), seed=i).view(shape).to(dtype) for i, shape in enumerate(layout)]
+    tensors += [randn(2 * n, seed=n)[::2].to(dtype) for n in range(17)] + [randn(8, 4, seed=9).to(dtype).T] * 20
+    tensors[40][5] = math.nan
+    expected = [true_norm(t, order) if t.numel() else 0.0 for t in tensors]
+    assert norms(tensors, order).tolist() == pytest.approx(expected, rel=1e-6, nan_ok=True)
+
+
+@pytest.mark.parametrize("count", [1, 40])
+@pytest.mark.parametrize("order", ORDERS)
+def test_norms_of_single_blocks_are_accurate(order, count):
+    for start in range(0, 400, count):
+        tensors = [randn(4096, seed=start + i) for i in range(count)]
+        assert norms(tensors, order).tolist() == pytest.approx([true_norm(t, order) for t in tensors], rel=5e-7)
+
+
+def test_small_tensors_of_one_shape_and_two_dtypes_have_norms():
+    tensors = [randn(9, seed=i).to(torch.float64 if i % 2 else torch.bfloat16) for i in range(40)]
+    assert norms(tensors).tolist() == pytest.approx([true_norm(t, 2.0) for t in tensors], rel=1e-6)
+
+
 def test_no_tensors_have_no_norms():
     assert norms([]).shape == (0,)
 
@@ -276,6 +301,14 @@ def test_no_full_size_temporary_is_made_for_the_norms_of_several_tensors(dtype, 
         found = norms(tensors, order)
     assert largest.elements <= 2**20
     assert found.tolist() == pytest.approx([t.numel() ** (1 / order) for t in tensors])
+
+
+def test_copies_of_many_small_tensors_are_no_larger_than_a_slice():
+    tensors = [torch.ones(4096) for _ in range(600)]
+    with Largest() as largest:
+        found = norms(tensors)
+    assert largest.elements <= 2**20
+    assert found.tolist() == [64.0] * 600
 
 
 # -- several ranks ---------------------------------------------------------------------------------------------------
