@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_regularize.norms import pieces
+from lightning_regularize.norms import by_size, computable, local_dense, pieces, rows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -72,12 +72,8 @@ def measure(
 ) -> tuple[Tensor, Tensor]:
     """The common range of the pieces of each tensor, shape ``(n, 2)``, and this rank's counts, ``(n, bins)``."""
     on_cpu = all(tensor.device.type == "cpu" for tensor in tensors)
-    found = [_cpu_span(tensor) for tensor in tensors] if on_cpu else []
-    spans = (
-        torch.tensor([ends for ends, _ in found], dtype=torch.float64)
-        if on_cpu
-        else torch.stack([_span(tensor) for tensor in tensors])
-    )
+    local = [local_dense(tensor) for tensor in tensors]
+    spans, are_finite = _cpu_spans(local) if on_cpu else (torch.stack([_span(tensor) for tensor in local]), [])
     spans = sharding.reduce(spans, parameters, "max")
     low, high = -spans[:, 0], spans[:, 1]
     empty, flat = low > high, low == high  # no finite element, or all the same
@@ -85,8 +81,8 @@ def measure(
     low, high = torch.where(empty, 0.0, low - width), torch.where(empty, 1.0, high + width)
     ranges = torch.stack([low, high], dim=1)
     if on_cpu:
-        return ranges, _cpu_counts(tensors, ranges.tolist(), [is_finite for _, is_finite in found], bins)
-    return ranges, torch.stack([_counts(tensor, ends, bins) for tensor, ends in zip(tensors, ranges, strict=True)])
+        return ranges, _cpu_counts(local, ranges, are_finite, bins)
+    return ranges, torch.stack([_counts(tensor, ends, bins) for tensor, ends in zip(local, ranges, strict=True)])
 
 
 def as_histogram(low: float, high: float, *counts: float) -> Histogram:
@@ -95,7 +91,7 @@ def as_histogram(low: float, high: float, *counts: float) -> Histogram:
 
 
 def _span(tensor: Tensor) -> Tensor:
-    """Minus the smallest and the largest finite element of the local piece, so that the maximum combines both."""
+    """Minus the smallest and the largest finite element, so that the maximum over pieces combines both."""
     spans = [torch.full((2,), -math.inf, dtype=torch.float64, device=tensor.device)]
     for piece in pieces(tensor):
         if piece.numel():
@@ -105,8 +101,23 @@ def _span(tensor: Tensor) -> Tensor:
     return torch.stack(spans).amax(dim=0)
 
 
-def _cpu_span(tensor: Tensor) -> tuple[list[float], bool]:
-    """As :func:`_span`, and whether all elements are finite, which costs nothing as long as they are."""
+def _cpu_spans(tensors: Sequence[Tensor]) -> tuple[Tensor, list[bool]]:
+    """As :func:`_span`, and of which tensors all elements are finite, which costs nothing as long as they are."""
+    spans, are_finite = [(-math.inf, -math.inf)] * len(tensors), [True] * len(tensors)
+    batches, few, large = by_size(tensors)
+    singles = few + large
+    for batch in batches:
+        values = rows([tensors[i] for i in batch])
+        if values.numel():
+            for i, low, high in zip(batch, *(ends.tolist() for ends in values.aminmax(dim=1)), strict=True):
+                spans[i] = -low, high
+        singles += [i for i in batch if not all(map(math.isfinite, spans[i]))]
+    for i in singles:
+        spans[i], are_finite[i] = _cpu_span(tensors[i])
+    return torch.tensor(spans, dtype=torch.float64), are_finite
+
+
+def _cpu_span(tensor: Tensor) -> tuple[tuple[float, float], bool]:
     lows, highs, all_finite = [math.inf], [-math.inf], True
     for piece in filter(torch.numel, pieces(tensor)):
         low, high = (end.item() for end in piece.aminmax())
@@ -115,7 +126,7 @@ def _cpu_span(tensor: Tensor) -> tuple[list[float], bool]:
             low, high = piece.where(finite, math.inf).amin().item(), piece.where(finite, -math.inf).amax().item()
         lows.append(low)
         highs.append(high)
-    return [-min(lows), max(highs)], all_finite
+    return (-min(lows), max(highs)), all_finite
 
 
 def _counts(tensor: Tensor, ends: Tensor, bins: int) -> Tensor:
@@ -127,24 +138,47 @@ def _counts(tensor: Tensor, ends: Tensor, bins: int) -> Tensor:
     return found
 
 
-def _cpu_counts(
-    tensors: Sequence[Tensor], ranges: Sequence[Sequence[float]], all_finite: Sequence[bool], bins: int
-) -> Tensor:
-    """As :func:`_counts`, for ``torch.histc`` takes ten times as long; in buffers, for fresh memory costs more yet."""
-    found = torch.zeros(len(tensors), bins + 1, dtype=torch.int64)
+def _cpu_counts(tensors: Sequence[Tensor], ranges: Tensor, are_finite: Sequence[bool], bins: int) -> Tensor:
+    """As :func:`_counts`, for ``torch.histc`` takes ten times as long."""
+    found, ends = torch.zeros(len(tensors), bins + 1, dtype=torch.int64), ranges.tolist()
+    batches, few, large = by_size(tensors)
+    singles = few + large
+    for batch in batches:
+        (values,) = computable([rows([tensors[i] for i in batch])])
+        if all(are_finite[i] and _arithmetic(values.dtype, *ends[i])[1] == 1 for i in batch):
+            found[batch] = _row_counts(values, ranges[batch], bins)
+        else:
+            singles += batch
     buffers: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
-    for row, tensor, (low, high), is_finite in zip(found, tensors, ranges, all_finite, strict=True):
-        for large in pieces(tensor):
-            dtype, factor = _arithmetic(large.dtype, low, high)
-            if dtype not in buffers:
-                buffers[dtype] = large.new_empty(_BUFFER, dtype=dtype), torch.empty(_BUFFER, dtype=torch.int32)
-            scaled, index = buffers[dtype]
-            for piece in torch.split(large if is_finite else large[large.isfinite()], _BUFFER):
-                source, size = piece if factor == 1 else piece.to(dtype) * factor, len(piece)
-                torch.sub(source, low * factor, out=scaled[:size]).mul_(bins / (high * factor - low * factor))
-                row += _tally_(index[:size].copy_(scaled[:size]), bins + 1)
+    for i in singles:
+        for large_piece in pieces(tensors[i]):
+            found[i] += _piece_counts(large_piece, ends[i], are_finite[i], bins, buffers)
     found[:, bins - 1] += found[:, bins]  # the largest element is the end of the last bin
     return found[:, :bins].double()
+
+
+def _row_counts(values: Tensor, ends: Tensor, bins: int) -> Tensor:
+    """Of finite rows at once, with one number more than bins."""
+    low, width = ends[:, :1], ends.diff(dim=1)
+    index = values.sub_(low.to(values.dtype)).mul_((bins / width).to(values.dtype)).long()
+    index += (bins + 1) * torch.arange(len(values))[:, None]
+    return torch.bincount(index.view(-1), minlength=len(values) * (bins + 1)).view(len(values), bins + 1)
+
+
+def _piece_counts(
+    values: Tensor, ends: Sequence[float], is_finite: bool, bins: int, buffers: dict[torch.dtype, tuple[Tensor, Tensor]]
+) -> Tensor:
+    """Of one vector, with one number more than bins; in ``buffers``, for fresh memory costs more than arithmetic."""
+    (low, high), found = ends, torch.zeros(bins + 1, dtype=torch.int64)
+    dtype, factor = _arithmetic(values.dtype, low, high)
+    if dtype not in buffers:
+        buffers[dtype] = values.new_empty(_BUFFER, dtype=dtype), torch.empty(_BUFFER, dtype=torch.int32)
+    scaled, index = buffers[dtype]
+    for piece in torch.split(values if is_finite else values[values.isfinite()], _BUFFER):
+        source, size = piece if factor == 1 else piece.to(dtype) * factor, len(piece)
+        torch.sub(source, low * factor, out=scaled[:size]).mul_(bins / (high * factor - low * factor))
+        found += _tally_(index[:size].copy_(scaled[:size]), bins + 1)
+    return found
 
 
 def _arithmetic(dtype: torch.dtype, low: float, high: float) -> tuple[torch.dtype, float]:

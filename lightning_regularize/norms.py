@@ -147,7 +147,7 @@ def spectral_norm(matrix: Tensor) -> Tensor:
     References:
         Golub and Kahan, "Calculating the Singular Values and Pseudo-Inverse of a Matrix", SIAM J. Numer. Anal. 1965.
     """
-    (matrix,) = _computable([matrix.detach()])
+    (matrix,) = computable([matrix.detach()])
     if not matrix.numel():
         return _wide(matrix.new_zeros(()))
     if min(matrix.shape) > 2 * _STEPS:
@@ -243,6 +243,38 @@ def pieces(tensor: Tensor) -> Iterator[Tensor]:
         yield piece
 
 
+def local_dense(tensor: Tensor) -> Tensor:
+    """The local elements of a tensor in memory order, in whatever shape with one dim at least."""
+    return _dense(local_tensor(tensor))
+
+
+def by_size(tensors: Sequence[Tensor]) -> tuple[list[list[int]], list[int], list[int]]:
+    """Where the small tensors are: a call for each of them costs more than what is computed.
+
+    Args:
+        tensors: Dense ones.
+
+    Returns:
+        Indices: of batches of many small tensors of one shape, see :func:`rows`; of the other small ones; of the rest.
+    """
+    large: list[int] = []
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        if tensor.numel() > _BLOCK:
+            large.append(i)
+        else:
+            alike.setdefault(tensor.shape, []).append(i)
+    at_once = _SLICE // _BLOCK  # so that no copy is larger than a slice
+    many = [indices for indices in alike.values() if len(indices) >= _ALIKE]
+    batches = [indices[start : start + at_once] for indices in many for start in range(0, len(indices), at_once)]
+    return batches, [i for indices in alike.values() if len(indices) < _ALIKE for i in indices], large
+
+
+def rows(tensors: Sequence[Tensor]) -> Tensor:
+    """A copy of dense tensors of one shape, each of them a row."""
+    return torch.cat(list(tensors)).view(len(tensors), tensors[0].numel())
+
+
 def _flat(tensor: Tensor) -> Tensor:
     """All elements in memory order: a view wherever the tensor is dense, also for ``channels_last``."""
     return _dense(tensor).view(-1)
@@ -284,10 +316,11 @@ def _in_cache(run: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """A range of :func:`_runs`, cut where it is a single large tensor, in a precision to compute in."""
     cuts = [[cut] for cut in torch.split(run[0].view(-1), _slice_size(run[0]))] if len(run) == 1 else [list(run)]
     for cut in cuts:
-        yield _computable(cut)
+        yield computable(cut)
 
 
-def _computable(tensors: Sequence[Tensor]) -> list[Tensor]:
+def computable(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Half precision as float32, all else as it is."""
     return [t if t.dtype in _EXACT else t.float() for t in tensors]
 
 
@@ -327,21 +360,11 @@ def _fresh_norms(tensors: list[Tensor], order: float) -> Tensor:
 
 
 def _methods(tensors: list[Tensor], order: float) -> Iterator[tuple[Method, list[int]]]:
-    """How to find the norms of which tensors: where they are small, calls cost more than what is computed."""
-    small = _BLOCK if order in (1, 2, math.inf) else -1
-    large: list[int] = []
-    alike: dict[tuple[int, ...], list[int]] = {}
-    for i, tensor in enumerate(tensors):
-        if tensor.numel() > small:
-            large.append(i)
-        else:
-            alike.setdefault(tensor.shape, []).append(i)
-    if few := [i for indices in alike.values() if len(indices) < _ALIKE for i in indices]:
+    """How to find the norms of which tensors."""
+    batches, few, large = by_size(tensors) if order in (1, 2, math.inf) else ([], [], list(range(len(tensors))))
+    yield from ((_row_norms, batch) for batch in batches)
+    if few:
         yield (_each_sum if order == 1 else _each_norm), few
-    at_once = _SLICE // _BLOCK  # so that no copy is larger than a slice
-    for indices in alike.values():
-        if len(indices) >= _ALIKE:
-            yield from ((_row_norms, indices[start : start + at_once]) for start in range(0, len(indices), at_once))
     if large:
         yield _blocked_norms, large
 
@@ -355,9 +378,8 @@ def _each_sum(tensors: list[Tensor], _: float) -> Tensor:
 
 
 def _row_norms(tensors: list[Tensor], order: float) -> Tensor:
-    """Of small tensors of one shape."""
-    rows = torch.cat(tensors).view(len(tensors), tensors[0].numel())
-    return _wide(rows.abs().sum(dim=1) if order == 1 else torch.linalg.vector_norm(rows, order, dim=1))
+    found = rows(tensors)
+    return _wide(found.abs().sum(dim=1) if order == 1 else torch.linalg.vector_norm(found, order, dim=1))
 
 
 def _blocked_norms(tensors: list[Tensor], order: float) -> Tensor:
