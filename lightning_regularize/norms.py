@@ -220,15 +220,30 @@ def local_changes(before: Sequence[Tensor], after: Sequence[Tensor], statistics:
         Shape ``(len(before), len(statistics) + 1)``, float64, on the device of the first tensor.
     """
     now = [_flat(local_tensor(tensor)) for tensor in after]
-    combines, rows = [*(statistic.combine for statistic in statistics), "sum"], []
+    combines, found = [*(statistic.combine for statistic in statistics), "sum"], []
+    buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
     for run in _runs(before):
-        found = []
+        cuts = []
         for old, new in zip(_in_cache(before[run]), _in_cache(now[run]), strict=True):
-            change = [b - a for a, b in zip(old, new, strict=True)]
-            radial = _stacked([_dot(a, d) for a, d in zip(old, change, strict=True)])
-            found.append(torch.cat([_row(change, statistics), radial[:, None]], dim=1))
-        rows.append(_combined(found, combines))
-    return _joined(rows) if rows else torch.zeros(0, len(combines), dtype=torch.float64)
+            change = _changes(old, new, buffers)
+            of_change = _row(change, statistics)
+            radial = _stacked([_block_sum(d.mul_(a)) for a, d in zip(old, change, strict=True)])
+            cuts.append(torch.cat([of_change, radial[:, None]], dim=1))
+        found.append(_combined(cuts, combines))
+    return _joined(found) if found else torch.zeros(0, len(combines), dtype=torch.float64)
+
+
+def _changes(
+    old: Sequence[Tensor], new: Sequence[Tensor], buffers: dict[tuple[torch.device, torch.dtype], Tensor]
+) -> list[Tensor]:
+    """Differences of vectors that fit a slice, in ``buffers``: fresh memory costs more than all that is computed."""
+    dtype = torch.float64 if any(a.dtype == torch.float64 for a in old) else torch.float32
+    key = old[0].device, dtype
+    if key not in buffers:
+        buffers[key] = old[0].new_empty(_slice_size(old[0]), dtype=dtype)
+    sizes = [len(a) for a in old]
+    parts = torch.split(buffers[key][: sum(sizes)], sizes)
+    return [torch.sub(b, a, out=part) for a, b, part in zip(old, new, parts, strict=True)]
 
 
 def flat_copy(tensor: Tensor) -> Tensor:
@@ -414,10 +429,6 @@ def _blocks(tensor: Tensor) -> tuple[Tensor, Tensor | None]:
         return tensor.view(-1, _BLOCK), None
     vector = tensor.view(-1)
     return vector[:-rest].view(-1, _BLOCK), vector[-rest:]
-
-
-def _dot(left: Tensor, right: Tensor) -> Tensor:
-    return _block_sum(left * right)
 
 
 def _count_below(tensor: Tensor, threshold: float) -> Tensor | int:
