@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +63,14 @@ _LABELS = {  # where the quantity's own name leaves open what it is or what its 
     "timescale": "timescale (steps)",
     "timescale_epochs": "timescale (epochs)",
 }
+_LINEAR = ("generalization_gap", "sparsity", "below_threshold")  # differences and shares, of which 0 is a value
+
+
+class _Look(NamedTuple):
+    """How a quantity is shown."""
+
+    label: str
+    may_be_log: bool
 
 
 def plot_norms(
@@ -111,9 +119,10 @@ def plot_norms(
         names = [name for name in names if not _is_total(name)] or names
     measured = {name: log[f"{quantity}/{name}"] for name in names}
     theory = {name: log[key] for name in names if expected and (key := f"{quantity}/{name}/expected") in log}
+    look = _Look(_label(quantity), may_be_log=quantity not in _LINEAR)
     if kind == "heatmap":
-        return _plot_heatmap(measured, _label(quantity), ax)
-    return (_plot_lines if kind == "lines" else _plot_grid)(measured, theory, _label(quantity), ax)
+        return _plot_heatmap(measured, look, ax)
+    return (_plot_lines if kind == "lines" else _plot_grid)(measured, theory, look, ax)
 
 
 def plot_schedule(
@@ -215,7 +224,7 @@ def plot_histograms(
 
 
 def _plot_lines(
-    measured: Mapping[str, Series], theory: Mapping[str, Series], label: str, ax: Axes | Sequence[Axes] | None
+    measured: Mapping[str, Series], theory: Mapping[str, Series], look: _Look, ax: Axes | Sequence[Axes] | None
 ) -> tuple[Figure, Axes]:
     fig, (panel,) = _axes(ax, 1, columns=1, panel_size=(6.5, 3.2))
     handles: dict[str, Any] = {}
@@ -229,14 +238,14 @@ def _plot_lines(
             panel.plot(*theory[name], label=f"{name}/expected", color=color, **_EXPECTED)
     if theory:
         handles["expected"] = panel.plot([], [], label="expected", color="0.3", **_EXPECTED)[0]
-    _scale(panel, [*measured.values(), *theory.values()])
-    panel.set(xlabel="optimizer step", ylabel=label)
+    _scale(panel, [*measured.values(), *theory.values()], look)
+    panel.set(xlabel="optimizer step", ylabel=look.label)
     _legend(panel, handles, outside=ax is None)
     return fig, panel
 
 
 def _plot_grid(
-    measured: Mapping[str, Series], theory: Mapping[str, Series], label: str, ax: Axes | Sequence[Axes] | None
+    measured: Mapping[str, Series], theory: Mapping[str, Series], look: _Look, ax: Axes | Sequence[Axes] | None
 ) -> tuple[Figure, list[Axes]]:
     fig, axes = _axes(ax, len(measured), columns=4, panel_size=(2.2, 1.5), sharex=True)
     handles = {}
@@ -245,9 +254,9 @@ def _plot_grid(
         (handles["measured"],) = panel.plot(*series, label=name, color=_COLORS[0], linewidth=1.2, marker=marker)
         if name in theory:
             (handles["expected"],) = panel.plot(*theory[name], label=f"{name}/expected", color=_COLORS[1], **_EXPECTED)
-        _scale(panel, [series, theory.get(name, series)])
+        _scale(panel, [series, theory.get(name, series)], look)
         panel.set_title(_wrap(name), fontsize="small", parse_math=False)
-    _label_panels(fig, axes, "optimizer step", label, own_figure=ax is None)
+    _label_panels(fig, axes, "optimizer step", look.label, own_figure=ax is None)
     if theory and ax is None:
         fig.legend(handles.values(), handles, loc="outside upper right", ncols=2, frameon=False, fontsize="small")
     elif theory:
@@ -255,13 +264,13 @@ def _plot_grid(
     return fig, axes
 
 
-def _plot_heatmap(measured: Mapping[str, Series], label: str, ax: Axes | Sequence[Axes] | None) -> tuple[Figure, Axes]:
+def _plot_heatmap(measured: Mapping[str, Series], look: _Look, ax: Axes | Sequence[Axes] | None) -> tuple[Figure, Axes]:
     rows = len(measured)
     fig, (panel,) = _axes(ax, 1, columns=1, panel_size=(7.0, min(max(0.17 * rows + 0.9, 2.4), 12.0)))
     steps = sorted({step for steps, _ in measured.values() for step in steps})
     at = [dict(zip(*series, strict=True)) for series in measured.values()]
     colors = [[row.get(step, math.nan) for step in steps] for row in at]
-    norm, ticks = _color_scale([value for row in colors for value in row if math.isfinite(value)])
+    norm, ticks = _color_scale([value for row in colors for value in row if math.isfinite(value)], look)
     mesh = panel.pcolormesh(_edges(steps), range(rows + 1), colors, norm=norm, cmap="viridis", rasterized=True)
     panel.patch.set(hatch="////", edgecolor="0.7", facecolor="white")  # shows where nothing finite was logged
     every = math.ceil(rows / 64)
@@ -270,7 +279,7 @@ def _plot_heatmap(measured: Mapping[str, Series], label: str, ax: Axes | Sequenc
     panel.invert_yaxis()  # the first layer on top, as in a listing
     panel.set_xlabel("optimizer step")
     _count_steps(panel)
-    bar = fig.colorbar(mesh, ax=panel, label=label, pad=0.02, aspect=min(max(12, rows), 40), **ticks)
+    bar = fig.colorbar(mesh, ax=panel, label=look.label, pad=0.02, aspect=min(max(12, rows), 40), **ticks)
     bar.ax.yaxis.set_minor_formatter("")
     return fig, panel
 
@@ -405,13 +414,13 @@ def _spread(count: int, *, shift: float) -> list[int]:
     return sorted({min(int((index + shift) * stride), count - 1) for index in range(10)})
 
 
-def _color_scale(finite: Sequence[float]) -> tuple[Normalize, dict[str, Any]]:
+def _color_scale(finite: Sequence[float], look: _Look) -> tuple[Normalize, dict[str, Any]]:
     # The scale and what its color bar needs: logarithmic, but linear where there are zeros or negative values.
     from matplotlib.colors import LogNorm, Normalize
     from matplotlib.ticker import LogLocator, MaxNLocator
 
     low, high = min(finite, default=0.0), max(finite, default=1.0)
-    if low <= 0:
+    if low <= 0 or not look.may_be_log:
         return Normalize(low, high), {}
     # By itself matplotlib labels powers of ten only, and there may be none in the range.
     if high < 10 * low:
@@ -467,10 +476,10 @@ def _label(quantity: str) -> str:
     return _LABELS.get(quantity, quantity.replace("_", " "))
 
 
-def _scale(ax: Axes, series: Iterable[Series]) -> None:
+def _scale(ax: Axes, series: Iterable[Series], look: _Look) -> None:
     # Logarithmic where a linear axis would flatten the small values.
     finite = [value for _, values in series for value in values if math.isfinite(value)]
-    if finite and 0 < 30 * min(finite) < max(finite):
+    if look.may_be_log and finite and 0 < 30 * min(finite) < max(finite):
         ax.set_yscale("log")
     _count_steps(ax)
     _tidy(ax)
@@ -490,10 +499,11 @@ def _tidy(ax: Axes) -> None:
 
 def _legend(ax: Axes, handles: Mapping[str, Any], *, outside: bool) -> None:
     # Above the panel, not at its side: names of parameters are long.
-    where: dict[str, Any] = {"loc": "best"}
+    where: dict[str, Any] = {"loc": "best", "framealpha": 0.8, "edgecolor": "none"}  # readable on a line as well
     if outside:
         where = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "ncols": 2 if len(handles) > 1 else 1}
-    legend = ax.legend(list(handles.values()), ["name"] * len(handles), frameon=False, fontsize="small", **where)
+        where["frameon"] = False
+    legend = ax.legend(list(handles.values()), ["name"] * len(handles), fontsize="small", **where)
     # Written afterwards, because matplotlib leaves out labels that begin with an underscore.
     for text, name in zip(legend.get_texts(), handles, strict=True):
         text.set(text=name, parse_math=False)

@@ -91,6 +91,16 @@ def test_zeros_keep_the_axis_linear():
     assert plot_norms({"x/a": (STEPS, [0.0, 1.0, 50.0])}, quantity="x")[1].get_yscale() == "linear"
 
 
+@pytest.mark.parametrize("kind", ["lines", "grid", "heatmap"])
+@pytest.mark.parametrize("quantity", ["generalization_gap", "sparsity"])
+def test_differences_and_shares_have_linear_scales(quantity, kind):
+    _, ax = plot_norms({f"{quantity}/a": (STEPS, [0.001, 0.1, 0.3])}, quantity=quantity, kind=kind)
+    if kind == "heatmap":
+        assert type(ax.collections[0].norm).__name__ == "Normalize"
+    else:
+        assert (ax[0] if kind == "grid" else ax).get_yscale() == "linear"
+
+
 @pytest.mark.parametrize(
     ("quantity", "label"),
     [
