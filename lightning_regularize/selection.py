@@ -30,8 +30,9 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
-from torch.nn.utils.parametrizations import _WeightNorm
+from torch.nn.utils.parametrizations import _SpectralNorm, _WeightNorm
 from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from lightning_regularize._sharding import unsharded_shapes
@@ -358,6 +359,26 @@ def _class_names(module: nn.Module) -> list[str]:
     return [cls.__name__ for cls in type(module).__mro__ if cls not in {nn.Module, object}]
 
 
+def is_normalized(info: ParameterInfo) -> bool:
+    """Is the tensor divided by its own norm before the layer uses it, as in weight and spectral normalization of torch?
+
+    The model then does not depend on its scale, and at zero it is 0/0.
+    """
+    path, _, leaf = info.name.rpartition(".")
+    _, is_parametrized, tensor = path.rpartition("parametrizations.")
+    if is_parametrized:
+        parametrizations = getattr(info.owner, "parametrizations", {})
+        by = list(parametrizations[tensor]) if tensor in parametrizations else []
+        is_direction = leaf == "original1" and any(isinstance(part, _WeightNorm) for part in by)
+        return is_direction or any(isinstance(part, _SpectralNorm) for part in by)
+    hooks = info.owner._forward_pre_hooks.values()
+    return any(
+        (isinstance(hook, WeightNorm) and leaf == f"{hook.name}_v")
+        or (isinstance(hook, SpectralNorm) and leaf == f"{hook.name}_orig")
+        for hook in hooks
+    )
+
+
 # Kinds
 
 _TORCH_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -403,10 +424,15 @@ def _declared(module: nn.Module) -> set[int]:
         keywords = _declaration(part, "no_weight_decay_keywords")
         for use in _uses(part) if prefixes or keywords else ():
             names = (use.name, use.tensor)
-            is_listed = any(f"{name}.".startswith(f"{prefix}.") for name in names for prefix in prefixes)
+            is_listed = any(_is_listed(name, listed) for name in names for listed in prefixes)
             if is_listed or any(keyword in name for name in names for keyword in keywords):
                 declared.add(id(use.parameter))
     return declared
+
+
+def _is_listed(name: str, listed: str) -> bool:
+    """Is the parameter, a module that has it, or a pattern that it matches, as XCiT's ``"pos_embed.*"``, ``listed``?"""
+    return f"{name}.".startswith(f"{listed}.") or fnmatchcase(name, listed)
 
 
 def _declaration(module: nn.Module, method: str) -> Collection[str]:

@@ -548,7 +548,7 @@ def decay_rounding_threshold(dtype: torch.dtype) -> float:
     implementations do; a fused step rounds decay and update together, and the noise of the updates carries the decay.
 
     Args:
-        dtype: A floating-point data type.
+        dtype: A floating-point data type, or a complex one, whose numbers decay part by part.
 
     Returns:
         The threshold: :math:`2^{-9}` for bfloat16, :math:`2^{-12}` for float16, :math:`2^{-25}` for float32,
@@ -567,7 +567,7 @@ def decay_rounding_threshold(dtype: torch.dtype) -> float:
     References:
         Goldberg, What Every Computer Scientist Should Know About Floating-Point Arithmetic, ACM Computing Surveys 1991.
     """
-    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+    if not (isinstance(dtype, torch.dtype) and (dtype.is_floating_point or dtype.is_complex)):
         raise TypeError(f"`dtype` should be a floating-point torch.dtype, got {dtype!r}.")
     return torch.finfo(dtype).eps / 4
 

@@ -441,6 +441,13 @@ def test_no_weight_decay_may_name_a_submodule():
     assert declared(model) == ["norm.weight", "norm.bias", "output.weight"]
 
 
+def test_no_weight_decay_may_hold_patterns():
+    model = MLP()
+    model.no_weight_decay = lambda: {"norm.*", "*.bias"}
+    names = ["net.hidden.bias", "net.norm.weight", "net.norm.bias", "net.output.bias"]
+    assert declared(nn.ModuleDict({"net": model})) == names
+
+
 def test_no_weight_decay_keywords_are_parts_of_names():
     class Swin(nn.Module):
         def __init__(self):

@@ -5,17 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_regularize import _stepping
 from lightning_regularize._configuring import model_root
 from lightning_regularize._sharding import local_tensor, piece_like, whole_tensor
+from lightning_regularize.callbacks._choosing import choose
 from lightning_regularize.decay import pull_
 from lightning_regularize.groups import rule_name
 from lightning_regularize.schedules import Schedule, as_schedule
-from lightning_regularize.selection import check_rules, matching, parameter_infos
+from lightning_regularize.selection import check_rules
 from lightning_regularize.theory import decay_rounding_threshold
 
 if TYPE_CHECKING:
@@ -129,12 +129,7 @@ class AnchorDecay(Callback):
         _stepping.check_weights_are_the_optimizers(trainer, "AnchorDecay")
         root = model_root(trainer, pl_module)
         _stepping.check_not_flat(root, "AnchorDecay")
-        self._infos = matching(parameter_infos(root), include=self.include, exclude=self.exclude)
-        if not self._infos:
-            raise MisconfigurationException(
-                "AnchorDecay has nothing to pull: no parameter matches include="
-                f"{tuple(map(rule_name, self.include))} and not exclude={tuple(map(rule_name, self.exclude))}."
-            )
+        self._infos = choose(root, "AnchorDecay has nothing to pull", include=self.include, exclude=self.exclude)
         if self.anchor != "init":
             self._check_anchor(self.anchor)
         self._clock.note_rates(trainer)

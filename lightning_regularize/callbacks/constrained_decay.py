@@ -6,17 +6,17 @@ import math
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_regularize import _stepping
 from lightning_regularize._configuring import model_root
 from lightning_regularize._sharding import Sharding, local_tensor
+from lightning_regularize.callbacks._choosing import check_real, choose
 from lightning_regularize.decay import decay_, next_multiplier
 from lightning_regularize.groups import rule_name
 from lightning_regularize.norms import norms
-from lightning_regularize.selection import check_rules, matching, parameter_infos
+from lightning_regularize.selection import check_rules
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -140,12 +140,9 @@ class ConstrainedDecay(Callback):
         _stepping.check_weights_are_the_optimizers(trainer, "ConstrainedDecay")
         root = model_root(trainer, pl_module)
         self._sharding = Sharding(root)
-        self._infos = matching(parameter_infos(root), include=self.include, exclude=self.exclude)
-        if not self._infos:
-            raise MisconfigurationException(
-                "ConstrainedDecay has nothing to constrain: no parameter matches include="
-                f"{tuple(map(rule_name, self.include))} and not exclude={tuple(map(rule_name, self.exclude))}."
-            )
+        what = "ConstrainedDecay has nothing to constrain"
+        self._infos = choose(root, what, include=self.include, exclude=self.exclude)
+        check_real(self._infos, "ConstrainedDecay")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """All is restored."""

@@ -12,9 +12,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_regularize import _stepping
 from lightning_regularize._configuring import model_root
 from lightning_regularize._sharding import Sharding
+from lightning_regularize.callbacks._choosing import check_real, choose
 from lightning_regularize.groups import rule_name
 from lightning_regularize.projections import Box, MaxNorm, NonNegative, Projection, SpectralBall, norm_dims
-from lightning_regularize.selection import check_rules, matching, parameter_infos
+from lightning_regularize.selection import check_rules
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -129,12 +130,9 @@ class WeightConstraint(Callback):
 
     def _find_targets(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         root = model_root(trainer, module)
-        infos = matching(parameter_infos(root), include=self.include, exclude=self.exclude)
-        if not infos:
-            raise MisconfigurationException(
-                f"WeightConstraint has nothing to constrain: no parameter matches include="
-                f"{tuple(map(rule_name, self.include))} and not exclude={tuple(map(rule_name, self.exclude))}."
-            )
+        what = "WeightConstraint has nothing to constrain"
+        infos = choose(root, what, include=self.include, exclude=self.exclude)
+        check_real(infos, "WeightConstraint")
         self._check_parametrized(infos)
         self._check_pieces(infos, Sharding(root))
         for info in infos:

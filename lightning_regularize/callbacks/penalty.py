@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING, Any, Literal, final
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_regularize import _stepping
 from lightning_regularize._configuring import model_root
 from lightning_regularize._sharding import Sharding, local_tensor, settle_gradient_
+from lightning_regularize.callbacks._choosing import check_real, choose
 from lightning_regularize.groups import check_number, rule_name
 from lightning_regularize.penalties import L1, L2, ElasticNet, GroupLasso, Penalty
 from lightning_regularize.projections import norm_dims
-from lightning_regularize.schedules import Schedule, as_schedule
-from lightning_regularize.selection import DEFAULT_EXCLUDE, check_rules, matching, parameter_infos
+from lightning_regularize.schedules import Constant, Schedule, as_schedule
+from lightning_regularize.selection import DEFAULT_EXCLUDE, check_rules, is_normalized
 from lightning_regularize.step_sizes import knows, step_size, unknown_metric
 
 if TYPE_CHECKING:
@@ -28,7 +30,9 @@ if TYPE_CHECKING:
 
     from lightning_regularize.schedules import Position
     from lightning_regularize.selection import ParameterInfo, Rule
+    from lightning_regularize.step_sizes import StepSize
 
+_HALF = (torch.bfloat16, torch.float16)
 _PIECE = 2**20  # elements of a weight for which a threshold of its own is made at a time
 
 
@@ -68,6 +72,8 @@ class PenaltyCallback(Callback):
         self._sharding = Sharding()
         self._steps: _stepping.RealSteps | None = None
         self._logged: dict[int, int] = {}  # the step in which each optimizer's was, for LBFGS evaluates several times
+        self._moved = -1.0  # the largest share of half-precision weights that a proximal step has moved
+        self._told_rounding = False
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is of the callback and not of a run."""
@@ -114,12 +120,9 @@ class PenaltyCallback(Callback):
             MisconfigurationException: Nothing is penalized, or the strategy or an optimizer cannot work with it.
         """
         root = model_root(trainer, pl_module)
-        infos = matching(parameter_infos(root), include=self.include, exclude=self.exclude)
-        if not infos:
-            raise MisconfigurationException(
-                f"{type(self).__name__} has nothing to pull at: no parameter matches include="
-                f"{tuple(map(rule_name, self.include))} and not exclude={tuple(map(rule_name, self.exclude))}."
-            )
+        what, needs_shapes = f"{type(self).__name__} has nothing to pull at", self.penalty().per_unit
+        infos = choose(root, what, include=self.include, exclude=self.exclude, initialized=needs_shapes)
+        self._check_penalizable(infos)
         self._infos = {id(info.parameter): info for info in infos}
         self._sharding = Sharding(root)
         if self.method == "proximal":
@@ -130,6 +133,18 @@ class PenaltyCallback(Callback):
         for optimizer in map(_stepping.torch_optimizer, trainer.optimizers):
             self._check_optimizer(optimizer)
         self._clock.note_rates(trainer)
+
+    def _check_penalizable(self, infos: Sequence[ParameterInfo]) -> None:
+        if self.method == "proximal" or not isinstance(self.penalty(), L2):
+            check_real(infos, f"{type(self).__name__}(method={self.method!r})")
+        if self.method == "gradient" or isinstance(self.penalty(), L2):
+            return
+        if found := [info.name for info in infos if is_normalized(info)]:
+            raise MisconfigurationException(
+                f"{type(self).__name__}(method='proximal') makes weights exactly zero, where weight and spectral "
+                f"normalization divide zero by zero, and on the scale of {found} the model does not depend: leave "
+                "them out by `exclude`, or use method='gradient'."
+            )
 
     def _check_optimizer(self, optimizer: Optimizer) -> None:
         groups = [g for g in optimizer.param_groups if any(id(p) in self._infos for p in g["params"])]
@@ -150,7 +165,13 @@ class PenaltyCallback(Callback):
                 "ModelParallelStrategy with fully_shard (FSDP2)."
             )
         for info in infos:
-            view, dim = norm_dims(info.owner, info.name.rpartition(".")[2], info.shape)
+            try:
+                view, dim = norm_dims(info.owner, _tensor_name(info), info.shape)
+            except ValueError as error:
+                raise MisconfigurationException(
+                    f"{type(self).__name__} does not know what the units of {info.name!r} are, of shape "
+                    f"{tuple(info.shape)}: leave it out by `exclude`."
+                ) from error
             _stepping.check_view(info.name, info.parameter, view)
             self._dims[id(info.parameter)] = view, dim
 
@@ -196,23 +217,64 @@ class PenaltyCallback(Callback):
     def _proximal_step(self, trainer: pl.Trainer, index: int) -> None:
         optimizer = _stepping.torch_optimizer(trainer.optimizers[index])
         group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        is_watched = self._watches(trainer, index)
+        moved: list[Tensor] = []
         for parameter, strength in self._targets(trainer, index):
             if parameter.grad is None or not strength:
                 continue
             step = step_size(optimizer, group_of[id(parameter)], parameter)
             if step is None:
                 continue
-            if step.square is None or self.penalty().per_unit:
-                weight, _, dim = self._as_units(parameter, None)
-                lengths = step.lengths()
-                if isinstance(lengths, torch.Tensor) and lengths.dim():  # this rank's, and so is the view's shape
-                    lengths = lengths.view_as(local_tensor(weight))
-                self.penalty().proximal_(weight, lengths * strength, dim=dim)
-                continue
-            weight = local_tensor(parameter)
-            pieces = weight.chunk(-(-weight.numel() // _PIECE)) if weight.numel() > _PIECE else (weight,)
-            for piece, piece_step in zip(pieces, step.pieces(len(pieces)), strict=True):
-                self.penalty().proximal_(piece, piece_step.lengths() * strength)
+            before = local_tensor(parameter).clone() if is_watched and parameter.dtype in _HALF else None
+            self._shrink_(parameter, step, strength)
+            if before is not None:
+                moved.append(_moved(before, local_tensor(parameter)))
+        if moved:
+            number, of = torch.stack([counts.to(moved[0].device) for counts in moved]).sum(dim=0).tolist()
+            self._moved = max(self._moved, number / of if of else 0.0)
+
+    def _shrink_(self, parameter: Tensor, step: StepSize, strength: float) -> None:
+        if step.square is None or self.penalty().per_unit:
+            weight, _, dim = self._as_units(parameter, None)
+            lengths = step.lengths()
+            if isinstance(lengths, torch.Tensor) and lengths.dim():  # this rank's, and so is the view's shape
+                lengths = lengths.view_as(local_tensor(weight))
+            self.penalty().proximal_(weight, lengths * strength, dim=dim)
+            return
+        weight = local_tensor(parameter)
+        pieces = weight.chunk(-(-weight.numel() // _PIECE)) if weight.numel() > _PIECE else (weight,)
+        for piece, piece_step in zip(pieces, step.pieces(len(pieces)), strict=True):
+            self.penalty().proximal_(piece, piece_step.lengths() * strength)
+
+    # -- where weights are of low precision --------------------------------------------------------------------------
+
+    def _watches(self, trainer: pl.Trainer, index: int) -> bool:
+        """Is this a step in which to count what moves? Not while the learning rate warms up."""
+        if self._told_rounding or not (self._moved < 0 or _stepping.logs_now(trainer)):
+            return False
+        groups = range(len(_stepping.torch_optimizer(trainer.optimizers[index]).param_groups))
+        return any(at.lr >= 0.5 * at.peak_lr for at in (self._clock.position(trainer, index, i) for i in groups))
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Once an epoch has passed it is known whether shrinking rounds to nothing."""
+        if isinstance(self.schedule, Constant):
+            self._tell_rounding(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._tell_rounding(trainer, pl_module)
+
+    def _tell_rounding(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        has_half = any(info.parameter.dtype in _HALF for info in self._infos.values())
+        if self._told_rounding or self.method == "gradient" or not has_half:
+            return
+        moved = trainer.strategy.reduce(torch.tensor(self._moved, device=module.device), reduce_op="max").item()
+        self._told_rounding = moved >= 0  # else there was no step to tell from
+        if 0 <= moved < 0.5:
+            rank_zero_warn(
+                f"{type(self).__name__}(method='proximal') hardly acts here: of half-precision weights it moved "
+                f"{moved:.0%}, the others are as before when they are rounded. Use float32 weights with "
+                "precision='bf16-mixed', or a larger strength."
+            )
 
     def _targets(self, trainer: pl.Trainer, index: int) -> Iterator[tuple[torch.nn.Parameter, float]]:
         """The penalized parameters of one optimizer, with the strength for this step."""
@@ -271,6 +333,18 @@ class PenaltyCallback(Callback):
         if self._steps is not None:
             self._steps.remove()
             self._steps = None
+
+
+def _moved(before: Tensor, after: Tensor) -> Tensor:
+    """Of the weights that were not zero, how many are others now, and how many there are."""
+    return torch.stack([(after != before).sum(), before.count_nonzero()])
+
+
+def _tensor_name(info: ParameterInfo) -> str:
+    """What the layer calls the tensor: ``weight``, also where it is parametrized."""
+    path, _, leaf = info.name.rpartition(".")
+    _, is_parametrized, tensor = path.rpartition("parametrizations.")
+    return tensor if is_parametrized else leaf
 
 
 @final

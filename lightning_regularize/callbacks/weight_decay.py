@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_regularize import _stepping
 from lightning_regularize._configuring import Configuring, model_root
 from lightning_regularize._sharding import Sharding, local_tensor, settle_gradient_
+from lightning_regularize.callbacks._choosing import check_real
 from lightning_regularize.decay import couple_
 from lightning_regularize.groups import (
     Grouping,
@@ -365,6 +366,9 @@ class WeightDecay(Callback):
             self._steps = _stepping.RealSteps(trainer, "WeightDecay", before=lambda _: None)
             return
         _stepping.check_weights_are_the_optimizers(trainer, f"WeightDecay(method={self.method!r})")
+        if self.method in ("cautious", "stable"):
+            decaying = [info for info in self._infos.values() if self.grouping.decide(info)[0]]
+            check_real(decaying, f"WeightDecay(method={self.method!r})")
         self._manner = manner = self._make_manner(trainer)
         for optimizer, _ in self._plans:
             if reason := manner.refuse(optimizer):

@@ -4,6 +4,7 @@ import csv
 import functools
 import itertools
 import pickle
+import warnings
 
 import lightning.pytorch as L
 import numpy as np
@@ -14,8 +15,20 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.optim import LBFGS, SGD, Adadelta, Adam, AdamW, Muon, RMSprop
+from torch.optim.lr_scheduler import LambdaLR
 
-from lightning_regularize import ElasticNetPenalty, GroupLassoPenalty, L1Penalty, L2Penalty, WeightDecay
+from lightning_regularize import (
+    AnchorDecay,
+    ConstrainedDecay,
+    ElasticNetPenalty,
+    GroupLassoPenalty,
+    L1Penalty,
+    L2Penalty,
+    RegularizationSummary,
+    WeightConstraint,
+    WeightDecay,
+)
+from lightning_regularize.projections import Box, MaxNorm
 from lightning_regularize.schedules import Linear, Steps
 from tests.models import ConvNet
 from tests.training import spread
@@ -617,6 +630,174 @@ def test_the_metric_of_an_optimizer_that_holds_nothing_penalized_does_not_matter
 def test_what_cannot_work_is_told_before_training(penalty, make_optimizer, message):
     with pytest.raises(MisconfigurationException, match=message):
         train(Regression(make_optimizer), penalty)
+
+
+class Normalized(Regression):
+    """A weight that the layer divides by its norm."""
+
+    def __init__(self, normalize):
+        super().__init__(sgd)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of the older functions that they will go
+            normalize(self.hidden)
+
+
+NORMALIZATIONS = {
+    "weight_norm": (nn.utils.parametrizations.weight_norm, "hidden.parametrizations.weight.original1"),
+    "spectral_norm": (nn.utils.parametrizations.spectral_norm, "hidden.parametrizations.weight.original"),
+    "older weight_norm": (nn.utils.weight_norm, "hidden.weight_v"),
+    "older spectral_norm": (nn.utils.spectral_norm, "hidden.weight_orig"),
+}
+SPARSE = {
+    "l1": functools.partial(L1Penalty, 10.0),
+    "elastic net": functools.partial(ElasticNetPenalty, 10.0, 0.1),
+    "group lasso": functools.partial(GroupLassoPenalty, 10.0),
+}
+
+
+@pytest.mark.parametrize(("normalize", "name"), NORMALIZATIONS.values(), ids=NORMALIZATIONS)
+@pytest.mark.parametrize("penalty", SPARSE.values(), ids=SPARSE)
+def test_exact_zeros_of_what_is_divided_by_its_norm_are_refused(penalty, normalize, name):
+    module = Normalized(normalize)
+    before = weights(module)
+    with pytest.raises(MisconfigurationException, match=rf"divide zero by zero.*\['{name}'\].*`exclude`"):
+        train(module, penalty(method="proximal"))
+    assert_identical_weights(weights(module), before)
+    train(module, penalty(method="proximal", exclude=("bias", "norm", name)))
+    assert all(weight.isfinite().all() for weight in weights(module).values())
+    assert not module.output.weight.any()
+
+
+@pytest.mark.parametrize("normalize", [normalize for normalize, _ in NORMALIZATIONS.values()], ids=NORMALIZATIONS)
+def test_what_is_divided_by_its_norm_may_be_penalized_without_exact_zeros(normalize):
+    module = Normalized(normalize)
+    train(module, L1Penalty(0.1), L2Penalty(0.1, method="proximal"), GroupLassoPenalty(0.1))
+    assert all(weight.isfinite().all() for weight in weights(module).values())
+
+
+def test_units_of_a_parametrized_weight_are_those_of_its_layer():
+    module = Normalized(lambda layer: nn.utils.parametrize.register_parametrization(layer, "weight", nn.Hardtanh()))
+    module.hidden.parametrizations.weight.original.register_hook(torch.zeros_like)
+    with torch.no_grad():
+        module.hidden.parametrizations.weight.original[2] *= 1e-3
+    train(module, GroupLassoPenalty(0.01, include=("hidden.parametrizations.*",), method="proximal"), max_epochs=1)
+    assert module.hidden.parametrizations.weight.original.any(dim=1).tolist() == [True, True, False, True]
+
+
+def test_a_weight_whose_units_nobody_knows_is_named():
+    module = Regression(sgd)
+    module.lora = nn.Parameter(torch.ones(2, 3, dtype=torch.float64))
+    with pytest.raises(MisconfigurationException, match=r"does not know what the units of 'lora' are.*`exclude`"):
+        train(module, GroupLassoPenalty(0.1))
+
+
+class Complex(Regression):
+    def __init__(self):
+        super().__init__(sgd)
+        self.gain = nn.Parameter(torch.ones(2, 2, dtype=torch.complex128))
+
+    def loss(self, batch):
+        return super().loss(batch) + self.gain.abs().square().mean()
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [
+        L1Penalty(0.1),
+        L1Penalty(0.1, method="proximal"),
+        L2Penalty(0.1, method="proximal"),
+        ElasticNetPenalty(0.1, 0.1),
+        GroupLassoPenalty(0.1),
+        WeightConstraint(MaxNorm(1.0)),
+        WeightConstraint(Box(-1, 1)),
+        ConstrainedDecay("start"),
+        WeightDecay(0.1, method="cautious"),
+        WeightDecay(0.1, method="stable"),
+    ],
+    ids=lambda callback: type(callback).__name__,
+)
+def test_complex_weights_are_refused_where_signs_or_norms_of_units_matter(callback):
+    module = Complex()
+    before = weights(module)
+    with pytest.raises(MisconfigurationException, match=r"made for real weights, and \['gain'\] are complex"):
+        train(module, callback)
+    assert_identical_weights(weights(module), before)
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [L2Penalty(0.125), WeightDecay(0.125, method="decoupled"), WeightDecay(0.125, method="coupled")],
+    ids=["l2", "decoupled", "coupled"],
+)
+def test_complex_weights_shrink_as_their_parts_do(callback):
+    module = Complex()
+    train(module, callback, RegularizationSummary())
+    # The gradient of a mean over 4 squared magnitudes is w / 2.
+    expected = torch.full((2, 2), (1 - 0.1 * 0.5 - 0.1 * 0.125) ** 21, dtype=torch.complex128)
+    torch.testing.assert_close(module.gain.detach(), expected)
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [GroupLassoPenalty(0.1), WeightConstraint(MaxNorm(1.0)), AnchorDecay(0.1), ConstrainedDecay("start")],
+    ids=lambda callback: type(callback).__name__,
+)
+def test_lazy_weights_are_named_where_they_are_needed_before_the_first_batch(callback):
+    module = Regression(sgd)
+    module.output = nn.LazyLinear(2, bias=False, dtype=torch.float64)
+    with pytest.raises(MisconfigurationException, match=r"\['output.weight'\] have no shape yet: run a batch"):
+        train(module, callback)
+
+
+# --- low precision ----------------------------------------------------------------------------------------------------
+
+
+class Half(Regression):
+    def __init__(self):
+        super().__init__(functools.partial(SGD, lr=1e-2))
+        self.to(torch.bfloat16)
+
+    def loss(self, batch):
+        return 0.0 * super().loss([part.to(torch.bfloat16) for part in batch])
+
+
+def warm_up(optimizer):
+    return LambdaLR(optimizer, lambda step: min(1.0, step / 7))
+
+
+ROUNDED = {
+    "l1": functools.partial(L1Penalty, include=("weight",)),
+    "l2": functools.partial(L2Penalty, include=("weight",)),
+    "elastic net": functools.partial(ElasticNetPenalty, l2=0.1, include=("weight",)),
+    "group lasso": functools.partial(GroupLassoPenalty, include=("weight",)),
+}
+
+
+@pytest.mark.parametrize("make", ROUNDED.values(), ids=ROUNDED)
+@pytest.mark.parametrize("make_scheduler", [None, warm_up], ids=["constant", "warm-up"])
+def test_shrinking_that_rounds_to_nothing_is_told_once(make, make_scheduler):
+    module = Half()
+    module.make_scheduler = make_scheduler
+    before = weights(module)
+    with pytest.warns(UserWarning, match=r"hardly acts here: of half-precision weights it moved 0%") as caught:
+        train(module, make(1e-4, method="proximal"))
+    assert len([w for w in caught if "hardly acts" in str(w.message)]) == 1
+    assert_identical_weights(weights(module), before)
+
+
+@pytest.mark.parametrize("make", ROUNDED.values(), ids=ROUNDED)
+@pytest.mark.parametrize("method", ["gradient", "proximal"])
+def test_shrinking_that_acts_is_not_told_of(make, method, recwarn):
+    module = Half()
+    module.make_scheduler = warm_up
+    train(module, make(2.0, method=method))
+    train(Regression(sgd), make(1e-9, method=method), max_epochs=1)
+    assert not [w for w in recwarn if "hardly acts" in str(w.message)]
+
+
+def test_a_strength_that_grows_is_judged_at_the_end(recwarn):
+    train(Half(), L2Penalty(Linear(0.0, 20.0), include=("weight",), method="proximal"))
+    assert not [w for w in recwarn if "hardly acts" in str(w.message)]
 
 
 @pytest.mark.parametrize(
