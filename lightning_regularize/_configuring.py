@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 from typing import TYPE_CHECKING, Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import ModelParallelStrategy
 
-from lightning_regularize._sharding import has_flat_parameters
-from lightning_regularize.groups import find_optimizers
+from lightning_regularize._sharding import has_flat_parameters, reshard
+from lightning_regularize.groups import find_optimizers, numbered_like
+from lightning_regularize.selection import parameter_infos
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping, Sequence
 
     import lightning.pytorch as pl
     from torch import nn
@@ -75,6 +78,8 @@ def _as_it_is(configure: Callable[[], Any]) -> Callable[[], Any]:
 def model_root(trainer: pl.Trainer | None, module: pl.LightningModule) -> nn.Module:
     """The module as the strategy has wrapped it: under FSDP1 only the wrapper knows the parameters' whole shapes.
 
+    Under FSDP2 its parameters are the optimizer's afterwards, also between a validation and the next training step.
+
     Raises:
         MisconfigurationException: FSDP1 shows no parameter of the module's own.
     """
@@ -84,4 +89,42 @@ def model_root(trainer: pl.Trainer | None, module: pl.LightningModule) -> nn.Mod
             "FSDP with `use_orig_params=False` shows one flat parameter a unit, of which no part can be told from "
             "another: use FSDPStrategy(use_orig_params=True), which is Lightning's default."
         )
+    reshard(root)
     return root
+
+
+def number_states(trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+    """Give the states of a checkpoint numbers that FSDP2 understands, see :func:`~groups.numbered_like`."""
+    states = checkpoint.get("optimizer_states", [])
+    if len(states) == len(trainer.optimizers):
+        checkpoint["optimizer_states"] = [
+            numbered_like(module, optimizer, state) for optimizer, state in zip(trainer.optimizers, states, strict=True)
+        ]
+
+
+def check_numbers(
+    trainer: pl.Trainer, module: pl.LightningModule, state: Mapping[str, Any], layout: Sequence[Sequence[str]]
+) -> None:
+    """Refuse moments that FSDP2 has loaded into the wrong parameters, where shapes did not tell.
+
+    Args:
+        trainer: That of the run that resumes.
+        module: Its module.
+        state: Of one optimizer, as the checkpoint has it.
+        layout: The names in each of its groups, as they were saved.
+
+    Raises:
+        MisconfigurationException: A number does not belong to the name.
+    """
+    numbers = [key for group in state.get("param_groups", ()) for key in group["params"]]
+    names = list(itertools.chain.from_iterable(layout))
+    of_fsdp2 = isinstance(trainer.strategy, ModelParallelStrategy)
+    if not of_fsdp2 or len(numbers) != len(names) or not all(isinstance(number, int) for number in numbers):
+        return
+    place = {info.name: i for i, info in enumerate(parameter_infos(module))}  # in the order of `module.parameters()`
+    if any(place.get(name, number) != number for number, name in zip(numbers, names, strict=True)):
+        raise MisconfigurationException(
+            "The checkpoint numbers the parameters of its optimizer by group, and ModelParallelStrategy has taken the "
+            "numbers for places in the module: moments are mixed up. Save it once more with WeightDecay among the "
+            "callbacks of a Trainer of one process or DDP, or load the weights alone."
+        )

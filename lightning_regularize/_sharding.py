@@ -11,6 +11,7 @@ Everything that is peculiar to DTensor (FSDP2, tensor parallel), FSDP1 or DeepSp
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Hashable, Iterator, Sequence
 
 if dist.is_available():
-    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
     from torch.distributed.tensor import DTensor, Replicate
 
 
@@ -112,6 +113,17 @@ def has_flat_parameters(module: nn.Module) -> bool:
     return any(not handle._use_orig_params for handle in _flat_handles(module))
 
 
+def reshard(module: nn.Module) -> None:
+    """Let FSDP2 show the parameters that the optimizer holds, its shards.
+
+    A root stays unsharded after a forward pass without a backward one, as validation is. What it shows meanwhile are
+    other tensors, whose memory is freed when it is sharded again.
+    """
+    for part in module.modules() if dist.is_available() else ():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
 def unsharded_shapes(module: nn.Module) -> dict[int, torch.Size]:
     """The shapes of whole tensors, by ``id(parameter)``, for the parameters whose own shape is not it.
 
@@ -186,6 +198,9 @@ def _all_reduce(values: Tensor, spread: Any, op: Literal["sum", "max"]) -> Tenso
     else:  # a mesh has one group a dim; not through a DTensor of partial sums, which takes longer than the collective
         mesh, placements = spread
         groups = [mesh.get_group(dim) for dim, placement in enumerate(placements) if not placement.is_replicate()]
+    if op == "max":  # in which NaN is lost or not, depending on the order of the ranks
+        missing = values.isnan().to(values.dtype)
+        values = torch.stack([values.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf), missing])
     for group in groups:
         dist.all_reduce(values, dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX, group=group)
-    return values
+    return values if op == "sum" else torch.where(values[1] > 0, math.nan, values[0])

@@ -652,10 +652,7 @@ def adapt_state_dict(
         ([[0], [1]], [0, 0])
     """
     saved_groups = state_dict["param_groups"]
-    sizes = [len(group["params"]) for group in saved_groups]
-    if saved_layout is None or [len(names) for names in saved_layout] != sizes:
-        candidates = [plan.layout, plan.original]
-        saved_layout = next((c for c in candidates if [len(names) for names in c] == sizes), None)
+    saved_layout = saved_layout_of(state_dict, plan, saved_layout)
     if saved_layout is None or not _hold_the_same(saved_layout, plan.layout):
         raise ValueError(_layouts_differ(saved_groups, saved_layout, plan))
     origins = None
@@ -663,6 +660,13 @@ def adapt_state_dict(
         state_dict, origins = _rearranged(state_dict, optimizer, saved_layout, plan.layout)
     _check_shapes(state_dict, optimizer, plan)
     return state_dict, origins
+
+
+def saved_layout_of(state_dict: Mapping[str, Any], plan: Plan, told: list[list[str]] | None) -> list[list[str]] | None:
+    """The names in each group of a checkpoint's optimizer: as it tells, or one of the plan's that is of its sizes."""
+    sizes = [len(group["params"]) for group in state_dict["param_groups"]]
+    candidates = [plan.layout, plan.original] if told is None else [told, plan.layout, plan.original]
+    return next((names for names in candidates if [len(group) for group in names] == sizes), None)
 
 
 def _hold_the_same(saved_layout: list[list[str]], layout: list[list[str]]) -> bool:
@@ -690,6 +694,39 @@ def guard_state_dict(optimizer: Optimizer, infos: Mapping[int, ParameterInfo]) -
         adapt_state_dict(state_dict, optimizer, plan, None)
 
     optimizer.register_load_state_dict_pre_hook(check)
+
+
+def numbered_like(module: nn.Module, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer's state whose parameters have the numbers that they have in ``module.parameters()``.
+
+    By itself torch counts them group by group. An optimizer that loads a state does not look at the numbers, but who
+    translates them into names, as FSDP2 and FSDP1 do with the checkpoint of a DDP run, takes them for the module's.
+
+    Args:
+        module: Whose parameters the optimizer holds.
+        optimizer: As it is.
+        state_dict: Its own; not changed.
+
+    Returns:
+        A state that loads as before; the same where parameters have names already.
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> optimizer = torch.optim.SGD([{"params": layer.bias}, {"params": layer.weight}], lr=0.1)
+        >>> [group["params"] for group in numbered_like(layer, optimizer, optimizer.state_dict())["param_groups"]]
+        [[1], [0]]
+    """
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    saved = [key for group in state_dict.get("param_groups", ()) for key in group["params"]]
+    if saved != list(range(len(held))) or hasattr(optimizer, "consolidate_state_dict"):  # ZeRO's numbers are its own
+        return state_dict
+    number = {id(parameter): i for i, parameter in enumerate(module.parameters())}
+    for parameter in held:
+        number.setdefault(id(parameter), len(number))
+    numbers = [number[id(parameter)] for parameter in held]
+    groups = [{**group, "params": [numbers[key] for key in group["params"]]} for group in state_dict["param_groups"]]
+    state = {numbers[key] if isinstance(key, int) else key: value for key, value in state_dict["state"].items()}
+    return {**state_dict, "state": state, "param_groups": groups}
 
 
 def _rearranged(
@@ -726,7 +763,7 @@ def _check_shapes(state_dict: dict[str, Any], optimizer: Optimizer, plan: Plan) 
     saved = (key for group in state_dict["param_groups"] for key in group["params"])
     current = (p for group in optimizer.param_groups for p in group["params"])
     for key, parameter, name in zip(saved, current, _flat(plan.layout), strict=True):
-        for entry, value in state_dict["state"].get(key, {}).items():
+        for entry, value in (state_dict["state"].get(key) or {}).items():  # ZeRO writes None for another rank's
             if isinstance(value, Tensor) and not _fits(entry, value.shape, parameter.shape):
                 raise ValueError(
                     f"The checkpoint has an optimizer state {entry!r} of shape {tuple(value.shape)} where "

@@ -74,6 +74,8 @@ def measure(
     on_cpu = all(tensor.device.type == "cpu" for tensor in tensors)
     local = [local_dense(tensor) for tensor in tensors]
     spans, are_finite = _cpu_spans(local) if on_cpu else (torch.stack([_span(tensor) for tensor in local]), [])
+    zeros = _not_stored(tensors, local).to(spans.device)
+    spans = torch.where(zeros[:, None] > 0, spans.clamp_min(0.0), spans)  # zeros are in the range
     spans = sharding.reduce(spans, parameters, "max")
     low, high = -spans[:, 0], spans[:, 1]
     empty, flat = low > high, low == high  # no finite element, or all the same
@@ -81,8 +83,17 @@ def measure(
     low, high = torch.where(empty, 0.0, low - width), torch.where(empty, 1.0, high + width)
     ranges = torch.stack([low, high], dim=1)
     if on_cpu:
-        return ranges, _cpu_counts(local, ranges, are_finite, bins)
-    return ranges, torch.stack([_counts(tensor, ends, bins) for tensor, ends in zip(local, ranges, strict=True)])
+        counts = _cpu_counts(local, ranges, are_finite, bins)
+    else:
+        counts = torch.stack([_counts(tensor, ends, bins) for tensor, ends in zip(local, ranges, strict=True)])
+    place = (-low / (high - low) * bins).long().clamp(0, bins - 1)
+    return ranges, counts.scatter_add_(1, place[:, None], zeros[:, None].to(counts.dtype))
+
+
+def _not_stored(tensors: Sequence[Tensor], local: Sequence[Tensor]) -> Tensor:
+    """How many zeros a sparse tensor does not store, shape ``(n,)``."""
+    pairs = zip(tensors, local, strict=True)
+    return torch.tensor([t.numel() - v.numel() if t.layout is not torch.strided else 0 for t, v in pairs])
 
 
 def as_histogram(low: float, high: float, *counts: float) -> Histogram:

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from lightning_regularize._configuring import Configuring, model_root
+from lightning_regularize._configuring import Configuring, model_root, number_states
 from lightning_regularize.groups import (
     Grouping,
     check_layer_decay,
@@ -124,6 +124,14 @@ class RegularizedModule(LightningModule):
                 )
             config |= {"monitor": scheduler.monitor, "interval": "epoch"}
         return {"optimizer": optimizer, "lr_scheduler": config}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Have FSDP2 understand the numbers of parameters, which groups have put into another order.
+
+        Call it from your own, if you have one, or the optimizer's state of a DDP run cannot be loaded under FSDP2.
+        """
+        if self._trainer is not None:
+            number_states(self._trainer, self, checkpoint)
 
 
 def regularize(

@@ -68,18 +68,18 @@ def angle(weight_square: float, update_square: float, radial: float) -> float:
         radial: :math:`w \cdot \delta`.
 
     Returns:
-        In :math:`[0, \pi]`; NaN for :math:`w = 0`.
+        In :math:`[0, \pi]`; NaN for :math:`w = 0` and where a sum is not finite.
 
     Example:
         >>> angle(1.0, 1.0, 0.0) == math.pi / 4
         True
     """
     norm = math.sqrt(weight_square)
-    if not norm > 0:
+    if not 0 < norm < math.inf:
         return math.nan
     along = radial / norm
-    across = update_square - along**2
-    return math.nan if math.isnan(across) else math.atan2(math.sqrt(max(across, 0.0)), norm + along)
+    across = update_square - along * along  # where a power of floats would raise, this is infinite
+    return math.atan2(math.sqrt(max(across, 0.0)), norm + along) if math.isfinite(across) else math.nan
 
 
 def root(value: float, norm_type: float) -> float:
@@ -170,7 +170,7 @@ def equilibrium(found: Mapping[str, Any], sums: Sums) -> tuple[float, float] | N
     if rule == "SGD" and "gradient_square" in sums:
         gradient = math.sqrt(sums["gradient_square"] * sums["weight_square"])
         norm = theory.equilibrium_norm_sgd(lr, weight_decay, found["momentum"], gradient)
-        return norm**2, theory.equilibrium_angle_sgd(lr, weight_decay, found["momentum"])
+        return norm * norm, theory.equilibrium_angle_sgd(lr, weight_decay, found["momentum"])
     return None
 
 
@@ -230,7 +230,7 @@ def values_of(
             if foreseen is not None:
                 values[f"{quantity.key}/expected"] = foreseen
     if "below" in sums:
-        values["below_threshold"] = sums["below"] / sums["size"]
+        values["below_threshold"] = _ratio(sums["below"], sums["size"])
     if "timescale" in values and math.isfinite(steps_per_epoch):
         values["timescale_epochs"] = values["timescale"] / steps_per_epoch
     return values

@@ -180,7 +180,8 @@ def equilibrium_angle_lion(lr: float, weight_decay: float, beta1: float = 0.9, b
         \sqrt{(1 - \beta_1)^2 + \beta_1^2 \frac{1 - \beta_2}{1 + \beta_2}}
 
     The paper takes the signs of two updates to be as correlated as the updates themselves. That is 1 % off at the
-    default betas, 3 % at (0.95, 0.98), and 25 % without momentum, where the signs are independent.
+    default betas, 3 % at (0.95, 0.98), and 25 % without momentum, where the signs are independent. All this as long as
+    the decay is slow beside both averages, :math:`\eta \lambda \ll 1 - \beta_2`; at a tenth of it, 3 % are added.
 
     Args:
         lr: Learning rate, non-negative.

@@ -103,6 +103,31 @@ def test_norms_of_single_blocks_are_accurate(order, count):
         assert norms(tensors, order).tolist() == pytest.approx([true_norm(t, order) for t in tensors], rel=5e-7)
 
 
+@pytest.mark.parametrize("count", [7, 1000, 4096, 4097, 10_000, 2**20])
+@pytest.mark.parametrize("value", [0.98395, 0.1, 2.7e-3])
+def test_norms_of_equal_elements_are_accurate(value, count):
+    """All roundings of a sum go the same way."""
+    tensor = torch.full((count,), value)
+    for order in (1.0, 2.0):
+        assert norms([tensor], order).item() == pytest.approx(true_norm(tensor, order), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scale", [1e-38, 1e-25, 1e-22, 1e19, 1e30])
+@pytest.mark.parametrize("count", [5, 5000, 2**20 + 5])
+@pytest.mark.parametrize("order", ORDERS)
+def test_elements_whose_squares_leave_the_range_of_float32_have_norms(order, count, scale, dtype):
+    tensor = (randn(count) * scale).to(dtype)
+    assert norms([tensor, torch.ones(5000)], order).tolist() == pytest.approx(
+        [true_norm(tensor, order), 5000 ** (1 / order)], rel=1e-6
+    )
+
+
+def test_zeros_have_a_norm_of_zero_and_infinity_one_of_infinity():
+    tensors = [torch.zeros(5000), torch.full((5000,), math.inf), torch.zeros(3)]
+    assert norms(tensors).tolist() == [0.0, math.inf, 0.0]
+
+
 def test_small_tensors_of_one_shape_and_two_dtypes_have_norms():
     tensors = [randn(9, seed=i).to(torch.float64 if i % 2 else torch.bfloat16) for i in range(40)]
     assert norms(tensors).tolist() == pytest.approx([true_norm(t, 2.0) for t in tensors], rel=1e-6)
@@ -155,6 +180,9 @@ def test_combined_norms_carry_nan_and_neither_overflow_nor_underflow():
     assert combine([3e200, 4e200]) == pytest.approx(5e200)
     assert combine([3e-200, 4e-200]) == pytest.approx(5e-200)
     assert combine([]) == 0
+    assert combine([3e200, 0.0], 3.0) == pytest.approx(3e200)
+    assert combine([0.0, 0.0], 3.0) == 0
+    assert combine([1.0, math.inf], 3.0) == math.inf
 
 
 # -- other sums ------------------------------------------------------------------------------------------------------
@@ -191,6 +219,28 @@ def test_changes_equal_those_in_float64(dtype):
 def test_spectral_norm_equals_the_largest_singular_value(shape):
     matrix = randn(*shape)
     assert spectral_norm(matrix).item() == pytest.approx(torch.linalg.svdvals(matrix.double())[0].item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (200, 100), (100, 200)], ids=str)
+def test_spectral_norm_of_a_complex_matrix(shape):
+    matrix = torch.complex(randn(*shape), randn(*shape, seed=1))
+    expected = torch.linalg.svdvals(matrix.to(torch.complex128))[0].item()
+    assert spectral_norm(matrix).item() == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("count", [4, 5000])
+def test_changes_of_complex_weights_are_those_of_their_parts(count):
+    before, after = (torch.complex(randn(count, seed=i), randn(count, seed=i + 1)) for i in (0, 2))
+    found = local_changes([flat_copy(before)], [after], [power(1.0), power(2.0)])[0].tolist()
+    w, v = torch.view_as_real(before).double(), torch.view_as_real(after).double()
+    expected = [(after - before).abs().sum().item(), (v - w).square().sum().item(), (w * (v - w)).sum().item()]
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_tensor_with_the_negative_bit_is_counted():
+    tensor = torch.complex(torch.zeros(4), torch.tensor([0.0, 1.0, 2.0, 0.0])).conj().imag
+    assert tensor.is_neg()
+    assert local_statistics([tensor], [count_below()]).tolist() == [[2.0]]
 
 
 def test_spectral_norm_of_low_rank_zero_empty_and_broken_matrices():
@@ -249,6 +299,15 @@ def test_histograms_of_one_number_are_about_it(value):
     (found,) = histograms([torch.full((7,), value)], sharding=Sharding(), bins=2)
     assert sum(found.counts) == 7
     assert found.low < value < found.high
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled:UserWarning")
+def test_histograms_of_sparse_tensors_count_the_zeros_that_are_not_stored():
+    sparse = torch.sparse_coo_tensor([[0, 2, 2]], [[3.0, -1.0], [1.0, 0.5], [3.0, 0.0]], (5, 2))
+    nothing = torch.sparse_coo_tensor(torch.zeros(1, 0, dtype=torch.long), torch.zeros(0, 2), (5, 2))
+    tensors = [sparse, nothing, torch.ones(5)]
+    dense = [t.to_dense() for t in tensors]
+    assert histograms(tensors, sharding=Sharding(), bins=7) == histograms(dense, sharding=Sharding(), bins=7)
 
 
 def test_histograms_leave_out_what_is_not_finite():
@@ -312,6 +371,22 @@ def test_copies_of_many_small_tensors_are_no_larger_than_a_slice():
 
 
 # -- several ranks ---------------------------------------------------------------------------------------------------
+
+
+def _one_piece_is_broken(rank, world_size):
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    mesh = init_device_mesh("cpu", (world_size,))
+    wholes = [torch.tensor(values) for values in ([1.0, math.nan], [math.nan, 1.0], [1.0, math.inf], [-3.0, 2.0])]
+    return norms([distribute_tensor(whole, mesh, [Shard(0)]) for whole in wholes], math.inf).tolist()
+
+
+def test_an_infinity_norm_keeps_the_nan_of_any_rank():
+    for found in run_distributed(_one_piece_is_broken):
+        assert found == pytest.approx([math.nan, math.nan, math.inf, 3.0], nan_ok=True)
 
 
 def _sharded(rank, world_size, shapes):

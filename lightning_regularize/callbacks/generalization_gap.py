@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_regularize import _logging, _stepping
 
@@ -27,7 +28,8 @@ class GeneralizationGapMonitor(Callback):
 
     It is taken at the end of a training epoch in which validation ran: only then is the epoch's training metric known.
     A training metric that the module logs in its own ``on_train_epoch_end``, which comes after the callbacks', is taken
-    as soon as the next epoch begins or training ends. Training metrics are of the weights as they were during the
+    as soon as the next epoch begins or training ends. Where it was not logged in an epoch, there is no gap, and that is
+    said once. Training metrics are of the weights as they were during the
     epoch and with dropout, which makes the gap look smaller than it is.
 
     Args:
@@ -52,8 +54,8 @@ class GeneralizationGapMonitor(Callback):
             raise ValueError(f"`train_prefix` and `val_prefix` should differ, got {train_prefix!r} twice.")
         self.metric = metric
         self.train_name, self.val_name = f"{train_prefix}{metric}", f"{val_prefix}{metric}"
-        self._is_validated = False
-        self._waits = False
+        self._is_validated = self._waits = self._told_stale = False
+        self._stale: torch.Tensor | None = None
 
     @property
     def key(self) -> str:
@@ -61,7 +63,12 @@ class GeneralizationGapMonitor(Callback):
         return f"generalization_gap/{self.metric}"
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._is_validated = self._waits = False
+        self._is_validated = self._waits = self._told_stale = False
+        self._stale = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:
+            _logging.define_step_axis(trainer.loggers, ["generalization_gap"])
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
@@ -74,7 +81,7 @@ class GeneralizationGapMonitor(Callback):
         # What stands in `callback_metrics` may be of the epoch before; the loop's own results are of this one.
         results: Any = trainer.fit_loop._results
         fresh = [r for r in results.values() if r.meta.name == self.train_name and not r.has_reset]
-        self._waits = not fresh
+        self._waits, self._stale = not fresh, trainer.callback_metrics.get(self.train_name)
         if fresh:
             self._check_is_of_an_epoch(fresh)
             self._log(trainer)
@@ -93,9 +100,18 @@ class GeneralizationGapMonitor(Callback):
             )
 
     def _log_what_waits(self, trainer: pl.Trainer) -> None:
-        if self._waits:
-            self._waits = False
-            self._log(trainer)
+        if not self._waits:
+            return
+        self._waits = False
+        if self._stale is not None and trainer.callback_metrics.get(self.train_name) is self._stale:
+            self._is_validated = False
+            if not self._told_stale:
+                self._told_stale = True
+                rank_zero_warn(
+                    f"GeneralizationGapMonitor logs no gap for epochs in which {self.train_name!r} is not logged."
+                )
+            return
+        self._log(trainer)
 
     def _log(self, trainer: pl.Trainer) -> None:
         self._is_validated = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import math
+import re
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -34,6 +35,15 @@ if TYPE_CHECKING:
 
 _DETAILS = ("total", "group", "module", "parameter")
 _NO_SETTINGS: dict[str, Any] = {"rule": "", "lr": 0.0, "weight_decay": 0.0, "momentum": 0.0, "betas": None}
+_TOTAL = re.compile(r"(optimizer\d+ )?total")  # parts of the model may be called so as well
+_BESIDE = (  # keys that come with quantities
+    "gradient_nonfinite",
+    "weight_nonfinite",
+    "below_threshold",
+    "timescale_epochs",
+    "weight_histogram",
+    "gradient_histogram",
+)
 _BYTES = 16 * BINS  # of a histogram on disk: a count and an edge a bin
 
 
@@ -144,6 +154,7 @@ class WeightNormMonitor(Callback):
         self._sharding = Sharding()
         self._real_steps: _stepping.RealSteps | None = None
         self._logged: dict[int, int] = {}
+        self._seen: set[int] = set()
         self._readings: dict[int, tuple[Reading, dict[str, dict[str, Any]]]] = {}
         self._told: set[str] = set()
         self._histogram_bytes = 0
@@ -169,8 +180,9 @@ class WeightNormMonitor(Callback):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy, as for spawned processes, is of the callback and not of a run."""
-        return {key: value for key, value in self.__dict__.items() if not key.startswith("_")}
+        """A copy, as for spawned processes, is of the callback and not of a run, nor of the module's `log`."""
+        of_run = {"log", "log_dict"}  # Lightning's, bound to the module
+        return {key: value for key, value in self.__dict__.items() if not key.startswith("_") and key not in of_run}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -200,15 +212,18 @@ class WeightNormMonitor(Callback):
             self._real_steps = _stepping.RealSteps(trainer, "WeightNormMonitor", after=self._after_step)
         if trainer.is_global_zero:
             keys = [QUANTITIES[quantity].key for quantity in self.quantities]
-            _logging.define_step_axis(trainer.loggers, keys)
+            _logging.define_step_axis(trainer.loggers, [*keys, *_BESIDE])
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Gradients are complete here, and not yet clipped."""
-        if not _stepping.logs_now(trainer, self.every_n_steps) or _stepping.is_accumulating(trainer):
+        if _stepping.is_accumulating(trainer):
             return
         index, step = _stepping.optimizer_index(trainer, optimizer), _stepping.logged_step(trainer)
+        self._seen.add(index)
+        if not _stepping.logs_now(trainer, self.every_n_steps):
+            return
         if self._logged.get(index) != step:  # LBFGS evaluates its closure again: the first time counts
             self._logged[index] = step
             self._readings[index] = self._read(trainer, index), self._settings(trainer, index)
@@ -237,6 +252,14 @@ class WeightNormMonitor(Callback):
         if trainer.is_global_zero:
             scalars = totals | self._at_most(details)
             _logging.log(trainer.loggers, scalars, self._affordable(drawn), _stepping.logged_step(trainer))
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Optimizers that take turns may all have stepped on other batches than those that are logged."""
+        for index in sorted(self._seen - set(self._logged)) if self._logged else ():
+            self._tell(
+                f"WeightNormMonitor logged nothing of optimizer {index}, which never stepped on a batch that is "
+                "logged: choose another `every_n_steps`."
+            )
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._stop()
@@ -305,6 +328,15 @@ class WeightNormMonitor(Callback):
         found = [quantities.settings(optimizer, group) for group in optimizer.param_groups]
         held = _stepping.held_parameters(trainer.optimizers[index])
         by_id = {id(p): setting for setting, parameters in zip(found, held, strict=True) for p in parameters}
+        if not _stepping.hides_gradients(
+            trainer
+        ):  # what has none neither moves nor decays; an empty piece may have none
+            by_id = {
+                id(p): by_id[id(p)]
+                for parameters in held
+                for p in parameters
+                if _stepping.will_move(optimizer, p) or not p.numel()
+            }
         named = {info.name: by_id[id(info.parameter)] for info in self._infos if id(info.parameter) in by_id}
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, WeightDecay) and callback.method != "optimizer":
@@ -362,8 +394,8 @@ class WeightNormMonitor(Callback):
         if self.detail == "total":
             return {}
         if self.detail == "parameter":
-            return {name: [name] for name in names}
-        if self.detail == "module":
+            of = {name: name for name in names}
+        elif self.detail == "module":
             of = {name: _owner(name) for name in names}
         else:
             held = _stepping.held_parameters(trainer.optimizers[index])
@@ -372,7 +404,8 @@ class WeightNormMonitor(Callback):
             of = {i.name: by_id[id(i.parameter)] for i in self._infos if i.name in names and id(i.parameter) in by_id}
         parts: dict[str, list[str]] = {}
         for name, part in of.items():
-            parts.setdefault(part, []).append(name)
+            own = f"{part} ({self.detail})" if _TOTAL.fullmatch(part) else part
+            parts.setdefault(own, []).append(name)
         return parts
 
     # -- within limits -----------------------------------------------------------------------------------------------

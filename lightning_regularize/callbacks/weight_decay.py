@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_regularize import _stepping
-from lightning_regularize._configuring import Configuring, model_root
+from lightning_regularize._configuring import Configuring, check_numbers, model_root, number_states
 from lightning_regularize._sharding import Sharding, local_tensor, settle_gradient_
 from lightning_regularize.callbacks._choosing import check_real
 from lightning_regularize.decay import couple_
@@ -27,6 +27,7 @@ from lightning_regularize.groups import (
     plan_groups,
     repair_scheduler_,
     rule_name,
+    saved_layout_of,
 )
 from lightning_regularize.manners import Cautious, Decoupled, Independent, Manner, Stable, Target
 from lightning_regularize.schedules import Constant, Schedule, as_schedule, value_at
@@ -243,6 +244,25 @@ class WeightDecay(Callback):
             "layouts": [plan.layout for _, plan in self._plans],
             **self._clock.state_dict(),
         }
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Splitting groups has changed the order of parameters, by which FSDP2 would tell them."""
+        number_states(trainer, pl_module, checkpoint)
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """FSDP2 has loaded the optimizers' states by now.
+
+        Raises:
+            MisconfigurationException: It took moments of one parameter for those of another.
+        """
+        layouts = checkpoint.get("callbacks", {}).get(self.state_key, {}).get("layouts", [])
+        for i, (state, (_, plan)) in enumerate(zip(checkpoint.get("optimizer_states", ()), self._plans, strict=False)):
+            layout = saved_layout_of(state, plan, layouts[i] if i < len(layouts) else None)
+            check_numbers(trainer, pl_module, state, layout or [])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._clock.load_state_dict(state_dict)

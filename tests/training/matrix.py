@@ -94,6 +94,10 @@ class Training:
             error *= self.trainer.accumulate_grad_batches  # by which Lightning divides the loss, and then DeepSpeed too
         return error * self.column.data_parallel / (TOTAL * y.shape[1])  # the mean over all processes
 
+    def validation_step(self, batch, batch_idx):
+        """Under FSDP2 a root keeps whole parameters after a forward pass that no backward pass follows."""
+        self(batch[0])
+
 
 class Network(Training, L.LightningModule):
     def configure_optimizers(self):
@@ -198,7 +202,7 @@ def fit(rank, world_size, row, column, dtype, accumulate=1):
     with contextlib.redirect_stdout(printed), warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")  # each training of a process shall warn anew
         try:
-            trainer.fit(row.wrap(module), data)
+            trainer.fit(row.wrap(module), data, data)
         except MisconfigurationException as error:
             return Outcome(error=str(error))
     return Outcome(weights.found, logger.values, printed.getvalue(), warned=tuple(str(w.message) for w in warned))

@@ -9,6 +9,7 @@ import lightning.pytorch as L
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 
 from lightning_regularize import L1Penalty, WeightConstraint, WeightDecay
@@ -168,20 +169,28 @@ class Redundant(Network):
         return ZeroRedundancyOptimizer(self.parameters(), torch.optim.AdamW, lr=0.05)
 
 
-def fit_redundant(rank, world_size):
+def fit_redundant(rank, world_size, method, path=None, resume=None):
+    """Two epochs; after the first the state is saved, which all processes put together."""
     weights, module = Weights(), Redundant().build(COLUMNS["ddp"])
-    features = [WeightDecay(Cosine(0.1, 0.9), factors={"output.*": 0.5}), L1Penalty(0.05)]
-    trainer = make_trainer(*features, weights, max_epochs=2, devices=2, strategy="ddp")
-    trainer.fit(module, Share(rank, world_size))
+    features = [WeightDecay(Cosine(0.1, 0.9), factors={"output.*": 0.5}, method=method), L1Penalty(0.05)]
+    saves = [] if path is None else [ModelCheckpoint(path.parent, path.name, every_n_train_steps=3, save_top_k=-1)]
+    options = {"devices": 2, "strategy": "ddp", "enable_checkpointing": bool(saves)}
+    trainer = make_trainer(*features, weights, *saves, max_epochs=2, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Lightning's, of a folder that exists
+        trainer.fit(module, Share(rank, world_size), ckpt_path=resume)
     return weights.found
 
 
-def test_zero_redundancy_optimizer():
-    """Its groups are split in both of the optimizers that it is made of."""
+@pytest.mark.parametrize("method", ["optimizer", "decoupled"])
+def test_zero_redundancy_optimizer(method, tmp_path):
+    """Its groups are split in both of the optimizers that it is made of, and its state holds None for other ranks."""
     module, weights = Network().build(COLUMNS["single"]), Weights()
-    features = [WeightDecay(Cosine(0.1, 0.9), factors={"output.*": 0.5}), L1Penalty(0.05)]
+    features = [WeightDecay(Cosine(0.1, 0.9), factors={"output.*": 0.5}, method=method), L1Penalty(0.05)]
     make_trainer(*features, weights, max_epochs=2).fit(module, Share())
-    for found in run_distributed(fit_redundant):
+    uninterrupted = run_distributed(fit_redundant, method, tmp_path / "{step}")
+    resumed = run_distributed(fit_redundant, method, None, tmp_path / "step=3.ckpt")
+    for found in uninterrupted + resumed:
         for name, weight in weights.found.items():
             assert found[name] == pytest.approx(weight, rel=0, abs=1e-12), name
 

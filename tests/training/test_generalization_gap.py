@@ -62,6 +62,34 @@ def test_several_validations_in_an_epoch_have_one_gap(tmp_path):
     assert list(logged["generalization_gap/acc"].values()) == [0, 9, 18]
 
 
+class Seldom(Regression):
+    """Logs its training metric in some epochs only, in one of two hooks."""
+
+    def __init__(self, epochs, *, late):
+        super().__init__()
+        self.epochs, self.late = epochs, late
+
+    def training_step(self, batch, batch_idx):
+        if self.current_epoch in self.epochs and not self.late:
+            self.log("train_acc", 5.0 + self.current_epoch, on_step=False, on_epoch=True, batch_size=1)
+        return self.loss(batch)
+
+    def on_train_epoch_end(self):
+        if self.current_epoch in self.epochs and self.late:
+            self.log("train_acc", 5.0 + self.current_epoch)
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_acc", 2.0 * self.current_epoch, batch_size=1)
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["in steps", "at the end"])
+def test_a_training_metric_of_another_epoch_is_not_compared(late, tmp_path):
+    with pytest.warns(UserWarning, match="no gap for epochs in which 'train_acc' is not logged") as caught:
+        _, logged = fit(Seldom({0, 2}, late=late), tmp_path, GeneralizationGapMonitor("acc"), max_epochs=4)
+    assert len([w for w in caught if "no gap" in str(w.message)]) == 1
+    assert list(logged["generalization_gap/acc"].values()) == [5.0, 3.0]
+
+
 def test_other_callbacks_find_the_gap_of_their_epoch(tmp_path):
     stopping = EarlyStopping("generalization_gap/acc", mode="min", patience=1, check_on_train_epoch_end=True)
     checkpoint = ModelCheckpoint(tmp_path, monitor="generalization_gap/acc", save_on_train_epoch_end=True)

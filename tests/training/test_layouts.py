@@ -1,23 +1,28 @@
 """Does a run that is saved under one layout and resumed, there or under another, end like an uninterrupted one?"""
 
+import functools
 import warnings
 
 import lightning.pytorch as L
 import pytest
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 from lightning_regularize import (
     AnchorDecay,
     ConstrainedDecay,
     L1Penalty,
+    RegularizedModule,
     WeightConstraint,
     WeightDecay,
+    regularize,
 )
 from lightning_regularize.projections import FrobeniusBall
 from lightning_regularize.schedules import Cosine, Linear
 from tests.distributed import run_distributed
-from tests.training.matrix import Column, Kept, Network, Share, Weights, fsdp1, shard
+from tests.training.matrix import Column, Kept, Network, Share, Training, Weights, array, fsdp1, shard, whole
 from tests.training.support import QUIET, make_trainer
 
 pytestmark = QUIET
@@ -106,6 +111,9 @@ def run(layout, *arguments):
         ("ddp", "ddp", decay),
         ("ddp", "single", decay),
         ("single", "ddp", decay),
+        ("single", "fsdp2 full", decay),
+        ("ddp", "fsdp2 sharded", decay),
+        ("ddp", "fsdp1 sharded", decay),
         ("fsdp2 sharded", "fsdp2 sharded", decay),
         ("fsdp2 full", "fsdp2 full", decay),
         ("fsdp2 full", "single", decay),
@@ -129,11 +137,88 @@ def test_resumed_equals_uninterrupted(before, after, callbacks, tmp_path):
     assert groups_there == groups
 
 
-def test_an_optimizer_state_of_ddp_is_refused_under_fsdp2(tmp_path):
-    """Lightning takes its numbers for those of the module's parameters, which they are of a single group only."""
-    run("ddp", decay, tmp_path / "saved")
-    with pytest.raises(AssertionError, match=r"The size of tensor a .* must match the size of tensor b"):
-        run("fsdp2 full", decay, None, tmp_path / "saved")
+class Alike(L.LightningModule):
+    """Two weights whose moments could be taken for each other's."""
+
+    def __init__(self, *, is_sharded):
+        super().__init__()
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(0)
+            self.encoder, self.head = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
+        self.is_sharded = is_sharded
+
+    def configure_model(self):
+        if self.is_sharded:
+            for part in (self.encoder, self.head, self):
+                fully_shard(part, mesh=self.device_mesh["data_parallel"])
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return (self.head(torch.tanh(self.encoder(x)))[:, :2] - y).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=0.05)
+
+
+class Moments(L.Callback):
+    def on_train_start(self, trainer, module):
+        states = trainer.optimizers[0].state
+        self.found = {name: array(whole(states[p]["exp_avg"])) for name, p in module.named_parameters() if p in states}
+
+
+def fit_alike(rank, world_size, callbacks, change=lambda module: module, save=None, resume=None):
+    layout, moments = LAYOUTS["single" if world_size == 1 else "fsdp2 full"], Moments()
+    module = change(Alike(is_sharded=world_size == 2))
+    saves = [] if save is None else [Save(save)]
+    trainer = make_trainer(*callbacks, moments, *saves, max_epochs=1, devices=world_size, **layout.options())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.fit(module, Steps(rank, layout.data_parallel, layout.dtype), ckpt_path=resume)
+    return moments.found
+
+
+def split():
+    return WeightDecay(0.1, factors={"encoder.*": 0.5})
+
+
+def test_moments_of_alike_weights_are_not_mixed_up(tmp_path):
+    fit_alike(0, 1, [split()], save=tmp_path / "saved")
+    expected = fit_alike(0, 1, [split()], resume=tmp_path / "saved")
+    found = run_distributed(fit_alike, [split()], lambda module: module, None, tmp_path / "saved")[0]
+    assert set(found) == set(expected) == {"encoder.weight", "head.weight"}
+    for name, moment in expected.items():
+        assert found[name] == pytest.approx(moment), name
+
+
+def test_moments_that_were_mixed_up_are_refused(tmp_path):
+    """After `regularize` nobody has numbered them as FSDP2 does."""
+    fit_alike(0, 1, [], lambda module: regularize(module, 0.1, factors={"encoder.*": 0.5}), save=tmp_path / "saved")
+    fit_alike(0, 1, [split()], resume=tmp_path / "saved")
+    with pytest.raises(AssertionError, match="moments are mixed up"):
+        run_distributed(fit_alike, [split()], lambda module: module, None, tmp_path / "saved")
+
+
+class Own(Training, RegularizedModule):
+    def __init__(self):
+        super().__init__(optimizer=functools.partial(torch.optim.AdamW, lr=0.05), factors={"output.*": 0.5})
+
+
+def fit_own(rank, world_size, save=None, resume=None):
+    layout, weights = LAYOUTS["single" if world_size == 1 else "fsdp2 full"], Weights()
+    module = Own().build(layout, layout.dtype)
+    saves = [] if save is None else [Save(save)]
+    trainer = make_trainer(weights, *saves, max_epochs=1, devices=world_size, **layout.options())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.fit(module, Steps(rank, layout.data_parallel, layout.dtype), ckpt_path=resume)
+    return weights.found
+
+
+def test_a_regularized_module_goes_from_one_process_to_fsdp2(tmp_path):
+    expected = fit_own(0, 1, tmp_path / "saved")
+    found = run_distributed(fit_own, None, tmp_path / "saved")[0]
+    for name, weight in expected.items():
+        assert found[name] == pytest.approx(weight, rel=0, abs=2e-6), name
 
 
 def test_groups_have_no_keys_but_torchs_and_their_names():

@@ -1,5 +1,6 @@
 """Does WeightNormMonitor log what it says, on the steps it says, and nothing else?"""
 
+import copy
 import gc
 import math
 import pickle
@@ -380,6 +381,109 @@ def test_groups_of_one_name_do_not_write_over_each_other():
     assert logged["weight_norm/optimizer1 all"][0] == logged["weight_norm/optimizer1 total"][0]
 
 
+def test_an_optimizer_that_is_never_logged_is_told_of():
+    with pytest.warns(UserWarning, match="logged nothing of optimizer 1, which never stepped on a batch"):
+        logged = fit(WeightNormMonitor(every_n_steps=2), module=EveryOther(), steps=6).logged()
+    assert {key for key in logged if "/" in key} == {"weight_norm/optimizer0 total"}
+
+
+class EveryOther(TwoOptimizers):
+    """Both optimizers step on batches of their own."""
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()[1 - batch_idx % 2]
+        optimizer.zero_grad()
+        self.manual_backward(self.loss(batch))
+        optimizer.step()
+
+
+class NamedTotal(Regression):
+    def __init__(self):
+        super().__init__()
+        self.total = nn.Linear(3, 2, dtype=torch.float64)
+
+    def loss(self, batch):
+        return super().loss(batch) + self.total(batch[0]).square().mean()
+
+
+@pytest.mark.parametrize("detail", ["module", "group"])
+def test_a_part_called_total_does_not_write_over_the_total(detail):
+    module = NamedTotal()
+    if detail == "group":
+        module.make_optimizer = lambda parameters: adamw([{"params": list(parameters), "name": "total"}])
+    whole = torch.cat([p.detach().flatten() for p in module.parameters()]).norm().item()
+    part = torch.cat([p.detach().flatten() for p in module.total.parameters()]).norm().item()
+    logged = fit(WeightNormMonitor(detail=detail), module=module).logged()
+    assert logged["weight_norm/total"][0] == pytest.approx(whole)
+    assert logged[f"weight_norm/total ({detail})"][0] == pytest.approx(part if detail == "module" else whole)
+
+
+def test_what_has_no_gradient_neither_decays_nor_moves_to_an_equilibrium():
+    module = Regression(lambda parameters: torch.optim.SGD(parameters, lr=0.1, weight_decay=0.1))
+    module.spare = nn.Linear(3, 3, dtype=torch.float64)
+    monitor = WeightNormMonitor(
+        quantities=("weight", "gradient", "angle", "effective_decay", "timescale"), detail="parameter", expected=True
+    )
+    logged = fit(monitor, module=module).logged()
+    assert logged["effective_decay/spare.weight"][0] == 0
+    assert not {"timescale/spare.weight", "weight_norm/spare.weight/expected"} & set(logged)
+    assert logged["effective_decay/hidden.weight"][0] == pytest.approx(0.01)
+    expected = sum(
+        logged[f"weight_norm/{n}/expected"][0] ** 2 for n, _ in module.named_parameters() if "spare" not in n
+    )
+    spare = torch.cat([p.flatten() for p in module.spare.parameters()]).square().sum().item()
+    assert logged["weight_norm/total/expected"][0] == pytest.approx(math.sqrt(expected + spare))
+
+
+class Diverging(Regression):
+    """Its weights leave the range in which squares are finite, and then that of float64."""
+
+    def loss(self, batch):
+        return sum((p.square() ** 2).sum() for p in self.parameters()) * 1e30
+
+
+def test_a_run_that_diverges_goes_on_with_the_monitor():
+    module = Diverging(lambda parameters: torch.optim.SGD(parameters, lr=1.0))
+    logged = fit(WeightNormMonitor(quantities=EVERYTHING, detail="parameter"), module=module, steps=7).logged()
+    assert list(logged["angle/total"]) == list(range(7))
+    assert math.isnan(logged["angle/total"][6])
+
+
+def test_an_empty_parameter_has_no_share_below_a_threshold():
+    module = Regression()
+    module.empty = nn.Parameter(torch.zeros(0, 3, dtype=torch.float64))
+    monitor = WeightNormMonitor(quantities=EVERYTHING, detail="parameter", threshold=0.1)
+    logged = fit(monitor, module=module).logged()
+    assert math.isnan(logged["below_threshold/empty"][0])
+    assert 0 <= logged["below_threshold/total"][0] <= 1
+
+
+class ComplexGain(Regression):
+    def __init__(self):
+        super().__init__(lambda parameters: torch.optim.SGD(parameters, lr=0.5))
+        self.gain = nn.Parameter(torch.tensor([3.0 + 0j, 1j], dtype=torch.complex128))
+
+    def loss(self, batch):
+        return super().loss(batch) + 2 * self.gain.imag.sum()
+
+
+def test_changes_of_complex_weights_are_seen_in_their_phase_too():
+    monitor = WeightNormMonitor(quantities=("weight", "update", "angle"), include=("*gain",))
+    logged = fit(monitor, module=ComplexGain(), steps=1).logged()
+    assert logged["weight_norm/total"][0] == pytest.approx(math.sqrt(10))
+    assert logged["update_norm/total"][0] == pytest.approx(math.sqrt(2))
+    w, v = torch.tensor([3.0, 0, 0, 1]), torch.tensor([3.0, -1, 0, 0])
+    assert logged["angle/total"][0] == pytest.approx(exact_angle(w.double(), v.double()))
+
+
+def test_a_copy_of_a_monitor_that_ran_does_not_hold_the_module():
+    monitor = WeightNormMonitor()
+    fresh = len(pickle.dumps(monitor))
+    fit(monitor)
+    assert len(pickle.dumps(monitor)) == fresh
+    assert not hasattr(copy.deepcopy(monitor), "log")
+
+
 def test_lbfgs_is_logged_once_a_step():
     module = Regression(lambda parameters: torch.optim.LBFGS(parameters, max_iter=3))
     logger = fit(WeightNormMonitor(quantities=("weight", "update")), module=module)
@@ -686,10 +790,16 @@ def test_weights_and_biases_gets_one_row_a_step(tmp_path, monkeypatch):
     logger = WandbLogger(save_dir=tmp_path, offline=True, project="test")
     calls = []
     run = logger.experiment
-    log = run.log
+    log, define, defined = run.log, run.define_metric, []
+    monkeypatch.setattr(run, "define_metric", lambda name, **kw: defined.append(name) or define(name, **kw))
     monkeypatch.setattr(run, "log", lambda *args, **kwargs: calls.append((args, kwargs)) or log(*args, **kwargs))
     module = Regression()
-    monitor = WeightNormMonitor(quantities=("weight", "update"), detail="parameter", histograms=True)
+    monitor = WeightNormMonitor(
+        quantities=("weight", "update", "gradient", "sparsity", "timescale"),
+        detail="parameter",
+        threshold=0.1,
+        histograms=True,
+    )
     fit(monitor, module=module, logger=logger, log_every_n_steps=2, steps=6)
     wandb.finish()
     assert not any("step" in kwargs for _, kwargs in calls)
@@ -699,6 +809,8 @@ def test_weights_and_biases_gets_one_row_a_step(tmp_path, monkeypatch):
     steps = [row["trainer/global_step"] for row in ours]
     assert steps == [row["trainer/global_step"] for row in losses] == [1, 3, 5]
     assert sum("weight_norm/total" in args[0] for args, _ in calls) == 3
+    keys = {key.partition("/")[0] for row in ours for key in row if "/" in key} - {"trainer"}
+    assert keys <= {metric.removesuffix("/*") for metric in defined}
     picture = ours[0]["weight_histogram/hidden.weight"]
     assert picture["_type"] == "histogram"
     assert sum(picture["values"]) == module.hidden.weight.numel()
