@@ -287,6 +287,7 @@ class RealSteps:
         before: Called with the optimizer's index when its gradients are complete, right before weights change. Between
             it and the change only clipping may come. For LBFGS it comes before the closure's first evaluation.
         after: Called with the optimizer's index when weights have changed; with ``before``, only where that was called.
+        counts: Whether what ``after`` does depends on the number of the step, which Lightning counts.
     """
 
     def __init__(
@@ -296,8 +297,12 @@ class RealSteps:
         *,
         before: Callable[[int], None] | None = None,
         after: Callable[[int], None] | None = None,
+        counts: bool = False,
     ) -> None:
         self._owner, self._before, self._after = owner, before, after
+        self._lack = f"{owner} could not act before the step" if before is not None else ""
+        if counts and not self._lack:
+            self._lack = f"{owner} stands still, for Lightning does not count the step"
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         self._scaled = scaler is not None and scaler.is_enabled()
         optimizers = [torch_optimizer(optimizer) for optimizer in trainer.optimizers]
@@ -337,11 +342,11 @@ class RealSteps:
             self._act(index)
 
     def _leave(self, index: int, optimizer: Optimizer, *_: Any) -> None:
-        if self._before is not None and not self._announced[index] and not self._told:
+        if self._lack and not self._announced[index] and not self._told:
             self._told = True
             rank_zero_warn(
-                f"{type(optimizer).__name__} was stepped past Lightning, so that {self._owner} could not act before "
-                "the step. In manual optimization step what `self.optimizers()` returns."
+                f"{type(optimizer).__name__} was stepped past Lightning, so that {self._lack}. In manual optimization "
+                "step what `self.optimizers()` returns."
             )
         self._announced[index] = False
         has_begun = self._before is None or self._acted[index]

@@ -84,7 +84,10 @@ def advise(
 def _of_group(group: DecayingGroup, total_steps: float, steps_per_epoch: float) -> Iterable[tuple[str, str]]:
     """What is said of one group, each with a word for its kind."""
     steps = theory.timescale(group.lr, group.weight_decay, group.momentum)
-    if math.isfinite(total_steps) and total_steps < _NOTHING * steps:
+    if group.is_decoupled and group.lr * group.weight_decay > 1:
+        share = group.lr * group.weight_decay
+        yield "diverges", f"{group.what} removes {share:.0%} of a weight in one step, so that it changes its sign."
+    elif math.isfinite(total_steps) and total_steps < _NOTHING * steps:
         run = f"this run has {total_steps:,.0f}"
         yield "weak", f"{group.what} acts over {steps:,.0f} steps; {run}: it will do next to nothing."
     elif math.isfinite(steps_per_epoch) and steps < min(steps_per_epoch, total_steps) / 2:

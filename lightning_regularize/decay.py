@@ -35,6 +35,7 @@ def decay_(weight: Tensor, share: float | Tensor) -> None:
         Wortsman et al., "Small-scale proxies for large-scale Transformer training instabilities", 2023,
         https://arxiv.org/abs/2309.14322 (independent decay).
     """
+    _check_share(share)
     weight.mul_(1 - share)
 
 
@@ -62,6 +63,7 @@ def decay_stochastic_(weight: Tensor, share: float, *, seed: int) -> None:
     if weight.dtype not in (torch.bfloat16, torch.float16):
         decay_(weight, share)
         return
+    _check_share(share)
     generator = torch.Generator(weight.device).manual_seed(seed)
     pieces = torch.split(weight.view(-1), _PIECE) if weight.is_contiguous() else (weight,)
     for piece in pieces:
@@ -111,6 +113,7 @@ def decay_cautiously_(weight: Tensor, before: Tensor, share: float) -> None:
     References:
         Chen et al., "Cautious Weight Decay", 2025, https://arxiv.org/abs/2510.12402.
     """
+    _check_share(share)
     agree = (before - weight).mul_(before).ge_(0)
     weight.addcmul_(before, agree, value=-share)
 
@@ -135,6 +138,7 @@ def pull_(weight: Tensor, anchor: Tensor, share: float) -> None:
     References:
         Li et al., "Explicit Inductive Bias for Transfer Learning with Convolutional Networks" (L2-SP), ICML 2018.
     """
+    _check_share(share)
     weight.lerp_(anchor, share)
 
 
@@ -164,6 +168,15 @@ def next_multiplier(multiplier: Tensor, square_norm: Tensor, bound: Tensor, nume
         NeurIPS 2024, https://arxiv.org/abs/2311.09058.
     """
     return (multiplier + (square_norm - bound) / numel).clamp_min(0)
+
+
+def _check_share(share: float | Tensor) -> None:
+    # A tensor is not looked at: that would wait for its device.
+    if not isinstance(share, Tensor) and not 0 <= share <= 1:
+        raise ValueError(
+            f"A step should remove a share in [0, 1] of each weight, got {share:.6g}: as a product with the learning "
+            "rate the strength is too large, and weights would change their sign and grow."
+        )
 
 
 _PIECE = 2**20  # elements that are rounded at a time, so that no full-size float32 copy is made

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lightning_regularize._checks import is_number
 from lightning_regularize.selection import (
     DEFAULT_EXCLUDE,
     ParameterInfo,
@@ -67,10 +68,11 @@ class Grouping:
         if not hasattr(self.factors, "items"):
             raise TypeError(f"`factors` should map rules to numbers, got {self.factors!r}.")
         object.__setattr__(self, "exclude", check_rules(self.exclude, argument="exclude"))
-        object.__setattr__(self, "factors", dict(self.factors))
         check_rules(tuple(self.factors), argument="factors")
-        for rule, factor in self.factors.items():
-            check_number(factor, f"the factor of {rule_name(rule)!r}")
+        factors = {
+            rule: check_number(factor, f"the factor of {rule_name(rule)!r}") for rule, factor in self.factors.items()
+        }
+        object.__setattr__(self, "factors", factors)
 
     def decide(self, info: ParameterInfo) -> tuple[float, str]:
         """The factor of ``info``, and the name of the rule that decided, or an empty one."""
@@ -168,9 +170,9 @@ def param_groups(
     References:
         Bao et al., "BEiT: BERT Pre-Training of Image Transformers", ICLR 2022.
     """
-    check_number(weight_decay, "`weight_decay`")
+    weight_decay = check_number(weight_decay, "`weight_decay`")
     if lr is not None:
-        check_number(lr, "`lr`")
+        lr = check_number(lr, "`lr`")
     grouping = Grouping(exclude, factors or {})
     infos = parameter_infos(module)
     grouping.check(infos)
@@ -229,17 +231,18 @@ def describe(
     return rows
 
 
-def check_number(value: object, what: str) -> None:
-    """Refuse what is not a finite number of at least 0.
+def check_number(value: object, what: str) -> float:
+    """Refuse what is not a finite number of at least 0; numbers of numpy become Python's, which checkpoints can hold.
 
     Raises:
         TypeError: ``value`` is no number.
         ValueError: ``value`` is negative, infinite or NaN.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not is_number(value):
         raise TypeError(f"{what} should be a number, got {value!r}.")
     if not 0 <= value < math.inf:
         raise ValueError(f"{what} should be finite and at least 0, got {value!r}.")
+    return value if isinstance(value, int) else float(value)
 
 
 def check_layer_decay(layer_decay: object) -> None:
@@ -249,8 +252,7 @@ def check_layer_decay(layer_decay: object) -> None:
         TypeError: It is no number.
         ValueError: It is out of range.
     """
-    check_number(layer_decay, "`layer_decay`")
-    if not 0 < layer_decay <= 1:  # type: ignore[operator]
+    if not 0 < check_number(layer_decay, "`layer_decay`") <= 1:
         raise ValueError(f"`layer_decay` should be in (0, 1], got {layer_decay!r}.")
 
 

@@ -14,6 +14,7 @@ from torchmetrics import Metric
 from torchmetrics.wrappers.abstract import WrapperMetric
 
 from lightning_regularize._sharding import Sharding
+from lightning_regularize.groups import check_number
 from lightning_regularize.norms import check_norm_type, combine, count_below, local_statistics, norms
 from lightning_regularize.selection import check_rules, select
 
@@ -112,9 +113,7 @@ class Sparsity(Metric):
         self, threshold: float = 0.0, *, include: Sequence[Rule] = ("*",), exclude: Sequence[Rule] = (), **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
-        if not 0 <= threshold < float("inf"):
-            raise ValueError(f"`threshold` should be finite and at least 0, got {threshold!r}.")
-        self.threshold = threshold
+        self.threshold = check_number(threshold, "`threshold`")
         self.include = check_rules(include, argument="include")
         self.exclude = check_rules(exclude, argument="exclude")
         self.add_state("value", torch.tensor(0.0), dist_reduce_fx=_last)

@@ -77,7 +77,7 @@ class RegularizedModule(LightningModule):
             raise TypeError(f"`lr_scheduler` should make a scheduler from an optimizer, got {lr_scheduler!r}.")
         if interval not in ("step", "epoch"):
             raise ValueError(f"`interval` should be 'step' or 'epoch', got {interval!r}.")
-        check_number(weight_decay, "`weight_decay`")
+        weight_decay = check_number(weight_decay, "`weight_decay`")
         if layer_decay is not None:
             check_layer_decay(layer_decay)
         self._make_optimizer = optimizer
@@ -172,7 +172,7 @@ def regularize(
             + (" Call `regularize` before `torch.compile`." if hasattr(module, "_orig_mod") else "")
         )
     if weight_decay is not None:
-        check_number(weight_decay, "`weight_decay`")
+        weight_decay = check_number(weight_decay, "`weight_decay`")
     before = vars(module).get("configure_optimizers")
     if isinstance(before, Configuring) and before.lasting:
         before.undo()

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_regularize._checks import is_number
 from lightning_regularize._sharding import Sharding, local_piece, local_tensor
 
 if TYPE_CHECKING:
@@ -182,13 +183,13 @@ def _bidiagonal(matrix: Tensor) -> Tensor:
     return result
 
 
-def check_norm_type(norm_type: float) -> None:
+def check_norm_type(norm_type: object) -> None:
     """Refuse what is not the order of a norm.
 
     Raises:
         ValueError: ``norm_type`` is below 1 or not a number.
     """
-    if not isinstance(norm_type, (int, float)) or isinstance(norm_type, bool) or not norm_type >= 1:
+    if not is_number(norm_type) or not norm_type >= 1:
         raise ValueError(f"`norm_type` should be at least 1 (1, 2 or math.inf are usual), got {norm_type!r}.")
 
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from lightning_regularize.schedules import ScheduleLike, simulate
+from lightning_regularize.schedules import Schedule, ScheduleLike, simulate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -129,7 +129,7 @@ def plot_schedule(
     schedule: ScheduleLike,
     total_steps: int,
     *,
-    lr_schedule: Sequence[float] | Callable[[int], float] | None = None,
+    lr_schedule: Sequence[float] | Callable[[int], float] | Schedule | None = None,
     lr: float | None = None,
     ax: Axes | Sequence[Axes] | None = None,
 ) -> tuple[Figure, Panels]:
@@ -141,7 +141,7 @@ def plot_schedule(
     Args:
         schedule: A number, a schedule or a callable that takes a ``Position``.
         total_steps: Optimizer steps of the run, positive.
-        lr_schedule: Learning rate of each step: ``total_steps`` numbers, or a function of the step.
+        lr_schedule: Learning rate of each step: ``total_steps`` numbers, a function of the step, or a schedule.
         lr: Constant learning rate, instead of ``lr_schedule``. With neither, the weight decay is drawn alone, and a
             schedule that follows the learning rate is shown at its peak.
         ax: Where to draw; with a learning rate a sequence of three axes.
@@ -160,6 +160,8 @@ def plot_schedule(
     """
     if lr is not None and lr_schedule is not None:
         raise ValueError(f"One of `lr` and `lr_schedule` should be given, got both: {lr!r} and {lr_schedule!r}.")
+    if isinstance(lr_schedule, Schedule):
+        lr_schedule = simulate(lr_schedule, total_steps)
     rate = lr_schedule if lr_schedule is not None else 1.0 if lr is None else lr
     weight_decays = simulate(schedule, total_steps, lr=rate)
     panels = {"weight decay": weight_decays}

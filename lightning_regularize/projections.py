@@ -22,6 +22,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_regularize._checks import is_number
 from lightning_regularize._sharding import local_tensor
 
 if dist.is_available():
@@ -227,6 +228,8 @@ class Box(Projection):
     high: float
 
     def __post_init__(self) -> None:
+        _check_number("low", self.low)
+        _check_number("high", self.high)
         if not self.low < self.high:
             raise ValueError(f"`low` should be below `high`, got low={self.low!r} and high={self.high!r}.")
         if math.isinf(self.low) and math.isinf(self.high):
@@ -264,6 +267,8 @@ class FrobeniusBall(Projection):
 
     def __post_init__(self) -> None:
         _check_positive("radius", self.radius)
+        if not isinstance(self.relative, bool):
+            raise TypeError(f"`relative` should be True or False, got {self.relative!r}.")
 
     def project_(self, weight: Tensor, *, dim: int | Sequence[int] | None = None) -> Tensor:
         """Scale the tensor down in place, see :meth:`Projection.project_`.
@@ -298,6 +303,8 @@ class FrobeniusSphere(Projection):
 
     def __post_init__(self) -> None:
         _check_positive("radius", self.radius)
+        if not isinstance(self.relative, bool):
+            raise TypeError(f"`relative` should be True or False, got {self.relative!r}.")
 
     def project_(self, weight: Tensor, *, dim: int | Sequence[int] | None = None) -> Tensor:
         """Scale the tensor to its norm in place, see :meth:`Projection.project_`.
@@ -352,8 +359,8 @@ class SpectralBall(Projection):
 
     def __post_init__(self) -> None:
         _check_positive("max_sigma", self.max_sigma)
-        if self.iterations < 1:
-            raise ValueError(f"`iterations` should be at least 1, got {self.iterations}.")
+        if isinstance(self.iterations, bool) or not isinstance(self.iterations, int) or self.iterations < 1:
+            raise ValueError(f"`iterations` should be a positive integer, got {self.iterations!r}.")
 
     def project_(
         self, weight: Tensor, *, dim: int | Sequence[int] | None = None, vector: Tensor | None = None
@@ -545,7 +552,13 @@ def _checked_dims(dim: int | Sequence[int], shape: Sequence[int]) -> tuple[int, 
     return tuple(dims)
 
 
+def _check_number(name: str, value: object) -> None:
+    if not is_number(value) and not (isinstance(value, Tensor) and value.dim() == 0):
+        raise TypeError(f"`{name}` should be a number, got {value!r}.")
+
+
 def _check_positive(name: str, value: float) -> None:
+    _check_number(name, value)
     if not 0 < value < math.inf:
         raise ValueError(f"`{name}` should be positive and finite, got {value!r}.")
 
@@ -653,8 +666,9 @@ def _matrix(weight: Tensor, dims: tuple[int, ...]) -> Tensor:
 
 
 def _clip_singular_values_(weight: Tensor, matrix: Tensor, dims: tuple[int, ...], bound: float) -> Tensor:
-    u, sigma, vh = torch.linalg.svd(_wide(matrix), full_matrices=False)
-    outside: Tensor = sigma > bound
+    finite = matrix.isfinite().all()  # what is broken stays as it is, where it is seen; a decomposition would raise
+    u, sigma, vh = torch.linalg.svd(torch.where(finite, _wide(matrix), 0.0), full_matrices=False)
+    outside: Tensor = (sigma > bound) & finite
     inside = torch.where(outside, bound * (1 - _margin(weight.dtype)), sigma)
     clipped = torch.where(outside.any(), (u * inside) @ vh, matrix)
     units = [d for d in range(weight.dim()) if d not in dims]

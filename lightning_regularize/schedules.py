@@ -10,11 +10,13 @@ from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias, TypeGuard, final
+from typing import Any, TypeAlias, final
 
 import torch
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from lightning_regularize._checks import is_number
 
 __all__ = [
     "Position", "Schedule", "ScheduleLike",
@@ -544,7 +546,7 @@ def as_schedule(value: ScheduleLike, *, name: str = "value") -> Schedule | Calla
         >>> as_schedule(0.1)
         Constant(value=0.1)
     """
-    if _is_number(value):
+    if is_number(value):
         return Constant(_value(name, value))
     if callable(value) and not isinstance(value, type):
         return value
@@ -569,7 +571,7 @@ def value_at(schedule: ScheduleLike, at: Position) -> float:
         0.25
     """
     value: object = as_schedule(schedule)(at)
-    if not _is_number(value) or not 0 <= value < math.inf:
+    if not is_number(value) or not 0 <= value < math.inf:
         raise ValueError(f"{schedule!r} should give a finite number that is not negative, got {value!r} at {at!r}.")
     return float(value)
 
@@ -595,6 +597,7 @@ def simulate(
 
     Raises:
         ValueError: If ``lr`` has another length.
+        TypeError: If ``lr`` is a schedule, which is no function of the step.
 
     Example:
         >>> simulate(lambda at: 0.1 * at.epoch, total_steps=6, steps_per_epoch=2)
@@ -602,7 +605,12 @@ def simulate(
     """
     steps = range(_integer("total_steps", total_steps, at_least=1))
     epoch_steps = len(steps) if steps_per_epoch is None else _integer("steps_per_epoch", steps_per_epoch, at_least=1)
-    per_step = map(lr, steps) if callable(lr) else [lr] * len(steps) if _is_number(lr) else lr
+    if isinstance(lr, Schedule):
+        raise TypeError(
+            f"`lr` should be a number, one number a step or a function of the step, got {lr!r}: a schedule is a "
+            "function of a `Position`. Give `simulate(schedule, total_steps)`."
+        )
+    per_step = map(lr, steps) if callable(lr) else [lr] * len(steps) if is_number(lr) else lr
     lrs = [_value("lr", value) for value in _tuple("lr", per_step)]
     if len(lrs) != len(steps):
         raise ValueError(f"`lr` should have one element for each of the {len(steps)} steps, got {len(lrs)}.")
@@ -635,13 +643,9 @@ def _set_(instance: Schedule, **fields: object) -> None:
         object.__setattr__(instance, name, value)
 
 
-def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
-
-
 def _value(name: str, value: object) -> float:
     message = f"`{name}` should be a finite number that is not negative, got {value!r}."
-    if not _is_number(value):
+    if not is_number(value):
         raise TypeError(message)
     if not 0 <= value < math.inf:
         raise ValueError(message)

@@ -16,6 +16,8 @@ from itertools import accumulate
 
 import torch
 
+from lightning_regularize._checks import is_number
+
 __all__ = [
     "equilibrium_rms_adamw",
     "equilibrium_rms_lion",
@@ -600,10 +602,12 @@ _RANGES: dict[str, _Range] = {
 }
 
 
-def _complaint(**arguments: float) -> str | None:
+def _complaint(**arguments: object) -> str | None:
     """Return what is wrong with the first argument that is outside the range of its name, None if all are inside."""
     for name, value in arguments.items():
         expected, holds = _RANGES[name]
+        if not is_number(value):
+            return f"`{name}` should be a number, {expected}, got {value!r}."
         if not holds(value):
             return f"`{name}` should be {expected}, got {value}."
     return None

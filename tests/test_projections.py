@@ -542,7 +542,7 @@ def test_a_relative_radius_is_that_of_the_whole_weight():
         (lambda: FrobeniusBall(-2.0, relative=True), "`radius` should be positive and finite, got -2.0"),
         (lambda: FrobeniusSphere(math.nan), "`radius` should be positive and finite, got nan"),
         (lambda: SpectralBall(0.0), "`max_sigma` should be positive and finite, got 0.0"),
-        (lambda: SpectralBall(1.0, iterations=0), "`iterations` should be at least 1, got 0"),
+        (lambda: SpectralBall(1.0, iterations=0), "`iterations` should be a positive integer, got 0"),
         (lambda: Box(1.0, 1.0), "`low` should be below `high`, got low=1.0 and high=1.0"),
         (lambda: Box(2.0, -2.0), "`low` should be below `high`, got low=2.0 and high=-2.0"),
         (lambda: Box(math.nan, 1.0), "`low` should be below `high`, got low=nan"),

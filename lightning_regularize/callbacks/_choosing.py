@@ -5,14 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.nn.parameter import is_lazy
 
+from lightning_regularize._stepping import held_parameters
 from lightning_regularize.groups import rule_name
 from lightning_regularize.selection import matching, parameter_infos
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    import lightning.pytorch as pl
     from torch import nn
 
     from lightning_regularize.selection import ParameterInfo, Rule
@@ -46,6 +49,16 @@ def choose(
             "through the model before `trainer.fit`, or leave them out by `exclude`."
         )
     return infos
+
+
+def tell_idle(trainer: pl.Trainer, infos: Sequence[ParameterInfo], owner: str) -> None:
+    """Warn if nothing that was chosen is going to be trained, as far as can be seen before training."""
+    held = {id(p) for optimizer in trainer.optimizers for group in held_parameters(optimizer) for p in group}
+    if any(info.parameter.requires_grad and id(info.parameter) in held for info in infos):
+        return
+    frozen = all(not info.parameter.requires_grad for info in infos)
+    why = "all parameters that it is for are frozen" if frozen else "no optimizer trains a parameter that it is for"
+    rank_zero_warn(f"{owner} has no effect as long as {why}: {[info.name for info in infos[:5]]}.")
 
 
 def check_real(infos: Iterable[ParameterInfo], owner: str) -> None:

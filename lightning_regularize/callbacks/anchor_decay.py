@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_regularize import _stepping
 from lightning_regularize._configuring import model_root
 from lightning_regularize._sharding import local_tensor, piece_like, whole_tensor
-from lightning_regularize.callbacks._choosing import choose
+from lightning_regularize.callbacks._choosing import choose, tell_idle
 from lightning_regularize.decay import pull_
 from lightning_regularize.groups import rule_name
 from lightning_regularize.schedules import Schedule, as_schedule
@@ -133,15 +133,23 @@ class AnchorDecay(Callback):
         if self.anchor != "init":
             self._check_anchor(self.anchor)
         self._clock.note_rates(trainer)
+        tell_idle(trainer, self._infos, "AnchorDecay")
 
     def _check_anchor(self, anchor: Mapping[str, Tensor]) -> None:
         for info in self._infos:
             found = anchor.get(info.name)
+            if found is not None and not isinstance(found, torch.Tensor):
+                raise TypeError(f"`anchor` should hold tensors, got {type(found).__name__} for {info.name!r}.")
             if found is None or tuple(found.shape) != tuple(info.shape):
                 what = "lacks it" if found is None else f"has shape {tuple(found.shape)}"
                 raise ValueError(
                     f"`anchor` should have a tensor of shape {tuple(info.shape)} for {info.name!r}, but {what}. "
                     "Complete it, or leave the parameter out by `exclude`."
+                )
+            if not (found.is_floating_point() or found.is_complex()) or not found.isfinite().all():
+                raise ValueError(
+                    f"`anchor` should hold finite floating-point numbers, which those for {info.name!r} are not "
+                    f"({found.dtype})."
                 )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -12,9 +12,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_regularize import _stepping
 from lightning_regularize._configuring import model_root
 from lightning_regularize._sharding import Sharding, local_tensor
-from lightning_regularize.callbacks._choosing import check_real, choose
+from lightning_regularize.callbacks._choosing import check_real, choose, tell_idle
 from lightning_regularize.decay import decay_, next_multiplier
-from lightning_regularize.groups import rule_name
+from lightning_regularize.groups import check_number, rule_name
 from lightning_regularize.norms import norms
 from lightning_regularize.selection import check_rules
 
@@ -81,7 +81,8 @@ class ConstrainedDecay(Callback):
         super().__init__()
         if bound not in _BOUNDS:
             raise ValueError(f"`bound` should be one of {_BOUNDS}, got {bound!r}.")
-        if not isinstance(factor, (int, float)) or not 0 < factor < math.inf:
+        factor = check_number(factor, "`factor`")
+        if not factor:
             raise ValueError(f"`factor` should be positive and finite, got {factor!r}.")
         for name, steps in (("warm_start_steps", warm_start_steps), ("interval", interval)):
             if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
@@ -143,6 +144,7 @@ class ConstrainedDecay(Callback):
         what = "ConstrainedDecay has nothing to constrain"
         self._infos = choose(root, what, include=self.include, exclude=self.exclude)
         check_real(self._infos, "ConstrainedDecay")
+        tell_idle(trainer, self._infos, "ConstrainedDecay")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """All is restored."""
@@ -156,7 +158,9 @@ class ConstrainedDecay(Callback):
         for key, values in self._state.items():
             for i, info in enumerate(self._infos):
                 values[i] = self._saved.get(key, {}).get(info.name, values[i])
-        self._steps = _stepping.RealSteps(trainer, "ConstrainedDecay", after=lambda index: self._decay(trainer, index))
+        counts = self.bound != "start"
+        after = lambda index: self._decay(trainer, index)  # noqa: E731
+        self._steps = _stepping.RealSteps(trainer, "ConstrainedDecay", after=after, counts=counts)
 
     def _initial_state(self) -> dict[str, Tensor]:
         square = self._square_norms(self._infos)
@@ -181,6 +185,7 @@ class ConstrainedDecay(Callback):
     ) -> None:
         if self._steps is not None:
             self._counter.begin(trainer, _stepping.optimizer_index(trainer, optimizer))
+            self._steps.announce(trainer, optimizer)
 
     def _decay(self, trainer: pl.Trainer, index: int) -> None:
         """After the optimizer's step; nothing is read back from the device."""

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_regularize import _stepping
 from lightning_regularize._configuring import model_root
 from lightning_regularize._sharding import Sharding
-from lightning_regularize.callbacks._choosing import check_real, choose
+from lightning_regularize.callbacks._choosing import check_real, choose, tell_idle
 from lightning_regularize.groups import rule_name
 from lightning_regularize.projections import Box, MaxNorm, NonNegative, Projection, SpectralBall, norm_dims
 from lightning_regularize.selection import check_rules
@@ -133,6 +133,7 @@ class WeightConstraint(Callback):
         what = "WeightConstraint has nothing to constrain"
         infos = choose(root, what, include=self.include, exclude=self.exclude)
         check_real(infos, "WeightConstraint")
+        tell_idle(trainer, infos, "WeightConstraint")
         self._check_parametrized(infos)
         self._check_pieces(infos, Sharding(root))
         for info in infos:

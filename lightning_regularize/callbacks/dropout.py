@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
@@ -17,7 +19,7 @@ from lightning_regularize import _stepping
 from lightning_regularize.schedules import Constant, Position, Schedule, as_schedule, value_at
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator
 
     import lightning.pytorch as pl
 
@@ -84,9 +86,9 @@ class DropoutSchedule(Callback):
         self.schedule = as_schedule(p, name="p")
         if isinstance(self.schedule, Constant):
             _check_rate(self.schedule.value)
-        if isinstance(include, str) or not all(isinstance(rule, (str, type)) for rule in include):
+        if not _is_list(include) or not all(isinstance(rule, (str, type)) for rule in include):
             raise TypeError(f"`include` should be a sequence of globs, 'type:Name' or module classes, got {include!r}.")
-        if isinstance(attributes, str) or not all(isinstance(name, str) for name in attributes):
+        if not _is_list(attributes) or not all(isinstance(name, str) for name in attributes):
             raise TypeError(f"`attributes` should be a sequence of names, got {attributes!r}.")
         self.include = tuple(include)
         self.attributes = tuple(attributes)
@@ -96,6 +98,7 @@ class DropoutSchedule(Callback):
     def _begin_run(self) -> None:
         self._rates: list[_Rate] = []
         self._levels: list[float] = []
+        self._batches = 0
         self._horizon = math.inf
         self._start_lr = 1.0
 
@@ -104,6 +107,7 @@ class DropoutSchedule(Callback):
             self._restore()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._batches = 0
         self._rates = list(self._find(pl_module))
         if not self._rates:
             raise MisconfigurationException(
@@ -111,8 +115,21 @@ class DropoutSchedule(Callback):
                 "Name a float attribute that is one in `attributes`, or take DropoutSchedule out."
             )
         self._check_all_found()
-        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-        self._start_lr = float(groups[0].get("lr", 1.0)) if groups else 1.0
+        self._check_not_shared(trainer)
+        self._start_lr = float(_first_group(trainer).get("lr", 1.0))
+
+    def _check_not_shared(self, trainer: pl.Trainer) -> None:
+        """Of two schedules for one rate the later would win.
+
+        Raises:
+            MisconfigurationException: There are two.
+        """
+        others = [c for c in _alike(trainer) if c is not self]
+        taken = {(id(rate.module), rate.attribute) for other in others for rate in other._rates}
+        if shared := [r.name for r in self._rates if (id(r.module), r.attribute) in taken]:
+            raise MisconfigurationException(
+                f"Two DropoutSchedules have the rates of {shared}: let them `include` different modules."
+            )
 
     def _check_all_found(self) -> None:
         """A misspelled rule or attribute finds nothing.
@@ -137,18 +154,25 @@ class DropoutSchedule(Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Before the forward pass, so that it drops at the rate of the step it belongs to."""
         step = trainer.global_step // max(len(trainer.optimizers), 1)
-        group = trainer.optimizers[0].param_groups[0] if trainer.optimizers else {}
-        at = _stepping.position(trainer, group, step, self._horizon, self._start_lr)
+        at = _stepping.position(trainer, _first_group(trainer), step, self._horizon, self._start_lr)
         p = _check_rate(value_at(self.schedule, at))
         if self._levels:
             p = min(self._levels, key=lambda level: abs(level - p))
         for rate in self._rates:
             setattr(rate.module, rate.attribute, p)
         if _stepping.logs_now(trainer):
-            pl_module.log("dropout/p", p)
+            alike = _alike(trainer)
+            pl_module.log("dropout/p" + (f" {alike.index(self) + 1}" if len(alike) > 1 else ""), p)
+        self._batches += 1
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._restore()
+        moves = not isinstance(self.schedule, Constant) and self._batches > 0
+        if moves and not pl_module.automatic_optimization and trainer.global_step == 0:
+            rank_zero_warn(
+                "DropoutSchedule stood still, for Lightning has counted no step: in manual optimization step what "
+                "`self.optimizers()` returns."
+            )
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
@@ -196,6 +220,15 @@ class DropoutSchedule(Callback):
         return [low + (high - low) * i / (_COMPILED_LEVELS - 1) for i in range(_COMPILED_LEVELS)]
 
 
+def _first_group(trainer: pl.Trainer) -> dict[str, Any]:
+    """The first parameter group of all optimizers; empty where there is none."""
+    return next((group for optimizer in trainer.optimizers for group in optimizer.param_groups), {})
+
+
+def _alike(trainer: pl.Trainer) -> list[DropoutSchedule]:
+    return [c for c in trainer.callbacks if isinstance(c, DropoutSchedule)]  # type: ignore[attr-defined]
+
+
 def _known_attributes(module: nn.Module) -> dict[str, None]:
     """Names, in order, of the attributes that are dropout rates wherever they stand."""
     names = dict.fromkeys(["drop_prob"])
@@ -219,6 +252,10 @@ def _is_compiled(module: nn.Module) -> bool:
     return wrapped or any(
         isinstance(m, torch._dynamo.OptimizedModule) or m._compiled_call_impl is not None for m in module.modules()
     )
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
 
 
 def _check_rate(p: float) -> float:

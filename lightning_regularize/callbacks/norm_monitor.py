@@ -18,6 +18,7 @@ from lightning_regularize._configuring import model_root
 from lightning_regularize._reading import Reading
 from lightning_regularize._sharding import Sharding, gradient_of, is_elsewhere
 from lightning_regularize.callbacks.weight_decay import WeightDecay
+from lightning_regularize.groups import check_number
 from lightning_regularize.histograms import BINS
 from lightning_regularize.norms import NONFINITE, check_norm_type, count_below, power
 from lightning_regularize.quantities import QUANTITIES
@@ -134,17 +135,19 @@ class WeightNormMonitor(Callback):
         if detail not in _DETAILS:
             raise ValueError(f"`detail` should be one of {_DETAILS}, got {detail!r}.")
         check_norm_type(norm_type)
-        if threshold is not None and not 0 <= threshold < math.inf:
-            raise ValueError(f"`threshold` should be finite and at least 0, or None, got {threshold!r}.")
-        if not max_histogram_megabytes > 0:
-            raise ValueError(f"`max_histogram_megabytes` should be positive, got {max_histogram_megabytes!r}.")
+        threshold = None if threshold is None else check_number(threshold, "`threshold`")
+        if not check_number(max_histogram_megabytes, "`max_histogram_megabytes`"):
+            raise ValueError("`max_histogram_megabytes` should be positive, got 0.")
+        for name, flag in (("histograms", histograms), ("expected", expected)):
+            if not isinstance(flag, bool):
+                raise TypeError(f"`{name}` should be True or False, got {flag!r}.")
         self.detail = detail
         self.norm_type = float(norm_type)
-        self.histograms = bool(histograms)
+        self.histograms = histograms
         self.include = check_rules(include, argument="include")
         self.exclude = check_rules(exclude, argument="exclude")
         self.threshold = threshold
-        self.expected = bool(expected)
+        self.expected = expected
         self.max_keys = _positive_integer(max_keys, "max_keys")
         self.max_histogram_megabytes = max_histogram_megabytes
         self._begin_run()
@@ -255,6 +258,11 @@ class WeightNormMonitor(Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Optimizers that take turns may all have stepped on other batches than those that are logged."""
+        if not pl_module.automatic_optimization and not self._seen and trainer.fit_loop.total_batch_idx >= 0:
+            self._tell(
+                "WeightNormMonitor logged nothing, for Lightning has seen no step: in manual optimization step what "
+                "`self.optimizers()` returns."
+            )
         for index in sorted(self._seen - set(self._logged)) if self._logged else ():
             self._tell(
                 f"WeightNormMonitor logged nothing of optimizer {index}, which never stepped on a batch that is "
@@ -447,7 +455,7 @@ def _steps_per_epoch(trainer: pl.Trainer) -> float:
 
 def _check_quantities(asked: Sequence[str]) -> tuple[str, ...]:
     expected = f"`quantities` should be some of {', '.join(QUANTITIES)}, got {asked!r}."
-    if isinstance(asked, str) or not asked:
+    if isinstance(asked, str) or not asked or not all(isinstance(quantity, str) for quantity in asked):
         raise ValueError(expected)
     if unknown := [quantity for quantity in asked if quantity not in QUANTITIES]:
         close = difflib.get_close_matches(str(unknown[0]), QUANTITIES, n=1)

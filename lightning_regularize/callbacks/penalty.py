@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_regularize import _stepping
 from lightning_regularize._configuring import model_root
 from lightning_regularize._sharding import Sharding, local_tensor, settle_gradient_
-from lightning_regularize.callbacks._choosing import check_real, choose
+from lightning_regularize.callbacks._choosing import check_real, choose, tell_idle
 from lightning_regularize.groups import check_number, rule_name
 from lightning_regularize.penalties import L1, L2, ElasticNet, GroupLasso, Penalty
 from lightning_regularize.projections import norm_dims
@@ -133,6 +133,7 @@ class PenaltyCallback(Callback):
         for optimizer in map(_stepping.torch_optimizer, trainer.optimizers):
             self._check_optimizer(optimizer)
         self._clock.note_rates(trainer)
+        tell_idle(trainer, infos, type(self).__name__)
 
     def _check_penalizable(self, infos: Sequence[ParameterInfo]) -> None:
         if self.method == "proximal" or not isinstance(self.penalty(), L2):
@@ -183,6 +184,7 @@ class PenaltyCallback(Callback):
             type(self).__name__,
             before=(lambda _: None) if self.method == "gradient" else None,
             after=(lambda i: self._proximal_step(trainer, i)) if self.method == "proximal" else None,
+            counts=not isinstance(self.schedule, Constant),
         )
 
     def on_before_optimizer_step(
@@ -484,8 +486,7 @@ class ElasticNetPenalty(PenaltyCallback):
         method: Literal["gradient", "proximal"] = "gradient",
         total_steps: int | None = None,
     ) -> None:
-        check_number(l1, "`l1`")
-        check_number(l2, "`l2`")
+        l1, l2 = check_number(l1, "`l1`"), check_number(l2, "`l2`")
         if l1 + l2 == 0:
             raise ValueError("`l1` or `l2` should be positive, got 0 for both.")
         self.l1, self.l2 = l1, l2
