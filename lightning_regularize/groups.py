@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import chain
@@ -282,6 +283,28 @@ def rule_name(rule: Rule) -> str:
     if isinstance(rule, str):
         return rule
     return f"type:{rule.__name__}" if isinstance(rule, type) else getattr(rule, "__name__", repr(rule))
+
+
+def function_key(function: Callable[..., Any]) -> str:
+    """What tells functions apart in the key of a callback's state: a name, and for a lambda what it computes.
+
+    It is the same in every process, and in the next run, as long as the function is.
+
+    Example:
+        >>> function_key(lambda info: "0" in info.name) == function_key(lambda info: "4" in info.name)
+        False
+    """
+    name = str(getattr(function, "__qualname__", type(function).__name__))
+    code = getattr(function, "__code__", None)
+    if "<lambda>" not in name or code is None:
+        return name
+    constants = [value for value in code.co_consts if isinstance(value, (str, int, float, bool, tuple, type(None)))]
+    return f"{name}[{zlib.crc32(repr((code.co_code, constants, code.co_names)).encode()):08x}]"
+
+
+def rule_key(rule: Rule) -> str:
+    """As :func:`rule_name`, for the key of a callback's state."""
+    return rule_name(rule) if isinstance(rule, (str, type)) else function_key(rule)
 
 
 def _group_name(factor: float) -> str:

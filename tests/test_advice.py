@@ -31,6 +31,11 @@ def test_decay_that_acts_over_ten_runs_is_told(steps, is_told):
         assert sentence.startswith("'decay': weight decay 0.1 at lr 0.001 acts over 10,000 steps; this run has 999:")
 
 
+def test_decay_that_takes_more_than_all_is_told():
+    (found,) = advise([group(weight_decay=3.0, lr=0.5)], total_steps=1000)
+    assert "removes 150% of a weight in one step, so that it changes its sign" in found
+
+
 def test_momentum_shortens_what_passes_through_it():
     sgd = group(rule="SGD", lr=0.1, weight_decay=1e-4, momentum=0.9, is_decoupled=False)
     assert advise([sgd], total_steps=2000) == []  # 10,000 steps; without momentum 100,000

@@ -64,6 +64,20 @@ def test_cautious_decay(before, after, expected):
     assert weight.item() == expected
 
 
+@pytest.mark.parametrize("share", [-0.1, 1.1, math.nan, math.inf])
+def test_shares_are_from_nothing_to_all(share):
+    weight, other = torch.ones(3), torch.zeros(3)
+    for act in (
+        lambda: decay_(weight, share),
+        lambda: decay_stochastic_(weight.bfloat16(), share, seed=0),
+        lambda: decay_cautiously_(weight, other, share),
+        lambda: pull_(weight, other, share),
+    ):
+        with pytest.raises(ValueError, match=r"share in \[0, 1\]"):
+            act()
+    assert weight.tolist() == [1.0, 1.0, 1.0]
+
+
 def test_pull():
     weight = numbers(1.0, 3.0, -1.0)
     pull_(weight, numbers(1.0, 1.0, 1.0), 0.5)

@@ -3,6 +3,7 @@
 import copy
 import functools
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -307,6 +308,16 @@ def test_a_number_out_of_range_is_refused(argument, value):
 def test_what_is_no_number_is_refused(argument, value):
     with pytest.raises(TypeError, match=f"`{argument}` should be a number, got "):
         param_groups(VisionTransformer(), **{"weight_decay": 0.1, "lr": 0.1, argument: value})
+
+
+def test_numbers_of_numpy_become_pythons():
+    """A checkpoint that is loaded with `weights_only` holds no others."""
+    groups = param_groups(MLP(), np.float32(0.5), factors={"output.*": np.float64(2)}, lr=np.float32(0.25))
+    values = [value for group in groups for key, value in group.items() if key in ("lr", "weight_decay")]
+    assert {type(value) for value in values} == {float}
+    assert sorted(set(values)) == [0.0, 0.25, 0.5, 1.0]
+    with pytest.raises(TypeError, match="`weight_decay` should be a number, got "):
+        param_groups(MLP(), np.bool_(True))
 
 
 @pytest.mark.parametrize(

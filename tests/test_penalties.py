@@ -420,6 +420,20 @@ def test_strengths_and_thresholds_are_non_negative_and_finite(penalty, bad):
 
 
 @each_penalty
+@pytest.mark.parametrize("bad", ["0.1", None, True, [0.1]], ids=repr)
+def test_strengths_and_thresholds_are_numbers(penalty, bad):
+    weight = torch.ones(2, 3)
+    with pytest.raises(TypeError, match="`strength` should be a number, got "):
+        penalty.value(weight, bad)
+    with pytest.raises(TypeError, match="`strength` should be a number, got "):
+        penalty.add_gradient_(torch.zeros(2, 3), weight, bad)
+    with pytest.raises(TypeError, match="`threshold` should be a number, got "):
+        penalty.proximal_(weight, bad)
+    with pytest.raises(TypeError, match="`l1_ratio` should be a number, got "):
+        ElasticNet(bad)
+
+
+@each_penalty
 def test_a_sparse_gradient_is_refused(penalty):
     gradient = torch.zeros(4, 3).to_sparse()
     with pytest.raises(ValueError, match=r"`gradient` should be dense, got torch\.sparse_coo: .* Use `sparse=False`"):

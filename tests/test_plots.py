@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from lightning_regularize.plots import plot_histograms, plot_norms, plot_schedule
-from lightning_regularize.schedules import Cosine, FollowLR, Linear
+from lightning_regularize.schedules import Cosine, FollowLR, Linear, simulate
 
 STEPS = [0, 10, 20]
 
@@ -559,3 +559,9 @@ def test_without_matplotlib_the_error_names_the_extra(draw, monkeypatch):
         monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match=r'pip install "lightning-regularize\[plot\]"'):
         draw(None)
+
+
+def test_a_learning_rate_may_be_a_schedule():
+    _, given = plot_schedule(FollowLR(0.1), 10, lr_schedule=Cosine(1e-3, 0.0))
+    _, listed = plot_schedule(FollowLR(0.1), 10, lr_schedule=simulate(Cosine(1e-3, 0.0), 10))
+    assert [points(ax.lines[0]) for ax in given] == [points(ax.lines[0]) for ax in listed]

@@ -564,6 +564,53 @@ def test_bad_input_is_refused(make, message):
         make()
 
 
+@pytest.mark.parametrize("value", ["1", None, [1.0], True, torch.ones(2)], ids=repr)
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (MaxNorm, "max_norm"),
+        (FrobeniusBall, "radius"),
+        (FrobeniusSphere, "radius"),
+        (SpectralBall, "max_sigma"),
+        (lambda value: Box(value, 1.0), "low"),
+        (lambda value: Box(-1.0, value), "high"),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_what_is_no_number_is_refused_by_name(make, name, value):
+    with pytest.raises(TypeError, match=f"`{name}` should be a number, got "):
+        make(value)
+
+
+@pytest.mark.parametrize("number", [np.float32(0.5), np.int64(1), torch.tensor(0.5)], ids=repr)
+def test_other_numbers_bound_as_pythons_do(number):
+    weight = randn(3, 4)
+    for make in (MaxNorm, FrobeniusBall, lambda value: Box(-1.0, value + 0.1)):
+        torch.testing.assert_close(make(number).project(weight), make(float(number)).project(weight))
+
+
+@pytest.mark.parametrize("relative", ["no", 1, None], ids=repr)
+@pytest.mark.parametrize("ball", [FrobeniusBall, FrobeniusSphere], ids=lambda ball: ball.__name__)
+def test_relative_is_true_or_false(ball, relative):
+    with pytest.raises(TypeError, match="`relative` should be True or False, got "):
+        ball(1.0, relative=relative)
+
+
+@pytest.mark.parametrize("iterations", [2.0, math.nan, math.inf, True, "3", -1], ids=repr)
+def test_iterations_are_a_positive_integer(iterations):
+    with pytest.raises(ValueError, match="`iterations` should be a positive integer, got "):
+        SpectralBall(1.0, iterations=iterations)
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (100, 80)], ids=str)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_matrix_that_is_broken_stays_visible_in_a_spectral_ball(value, shape):
+    weight = randn(*shape)
+    weight[1, 2] = value
+    SpectralBall(0.1).project_(weight)
+    assert not weight.isfinite().all()
+
+
 def test_a_projection_of_ones_own_needs_one_method():
     class Mean(Projection):
         def project_(self, weight, *, dim=None):

@@ -801,3 +801,8 @@ def test_lightning_cli_builds_an_lr_scheduler_factory():
     )
     schedule = CLI(takes_schedule, args=[f"--weight_decay={json.dumps(config)}"])
     assert simulate(schedule, 5) == [0.4, 0.4, 0.2, 0.2, 0.1]
+
+
+def test_a_schedule_is_no_function_of_the_step():
+    with pytest.raises(TypeError, match=r"`lr` should be .* a function of the step, got Cosine.*simulate"):
+        simulate(FollowLR(0.1), 10, lr=Cosine(1e-3, 0.0))

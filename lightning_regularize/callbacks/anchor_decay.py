@@ -13,7 +13,7 @@ from lightning_regularize._configuring import model_root
 from lightning_regularize._sharding import local_tensor, piece_like, whole_tensor
 from lightning_regularize.callbacks._choosing import choose, tell_idle
 from lightning_regularize.decay import pull_
-from lightning_regularize.groups import rule_name
+from lightning_regularize.groups import rule_key
 from lightning_regularize.schedules import Schedule, as_schedule
 from lightning_regularize.selection import check_rules
 from lightning_regularize.theory import decay_rounding_threshold
@@ -98,7 +98,7 @@ class AnchorDecay(Callback):
 
     @property
     def state_key(self) -> str:
-        rules = {"include": [*map(rule_name, self.include)], "exclude": [*map(rule_name, self.exclude)]}
+        rules = {"include": [*map(rule_key, self.include)], "exclude": [*map(rule_key, self.exclude)]}
         return self._generate_state_key(**rules)
 
     def state_dict(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from lightning_regularize._configuring import model_root
 from lightning_regularize._sharding import Sharding, local_tensor
 from lightning_regularize.callbacks._choosing import check_real, choose, tell_idle
 from lightning_regularize.decay import decay_, next_multiplier
-from lightning_regularize.groups import check_number, rule_name
+from lightning_regularize.groups import check_number, rule_key
 from lightning_regularize.norms import norms
 from lightning_regularize.selection import check_rules
 
@@ -114,7 +114,7 @@ class ConstrainedDecay(Callback):
 
     @property
     def state_key(self) -> str:
-        rules = {"include": [*map(rule_name, self.include)], "exclude": [*map(rule_name, self.exclude)]}
+        rules = {"include": [*map(rule_key, self.include)], "exclude": [*map(rule_key, self.exclude)]}
         return self._generate_state_key(**rules)
 
     def state_dict(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from lightning_regularize import _stepping
 from lightning_regularize._configuring import model_root
 from lightning_regularize._sharding import Sharding
 from lightning_regularize.callbacks._choosing import check_real, choose, tell_idle
-from lightning_regularize.groups import rule_name
+from lightning_regularize.groups import rule_key
 from lightning_regularize.projections import Box, MaxNorm, NonNegative, Projection, SpectralBall, norm_dims
 from lightning_regularize.selection import check_rules
 
@@ -52,7 +52,7 @@ class WeightConstraint(Callback):
 
     It acts on the parameters of the optimizer that stepped, after the update and never after a step that a GradScaler
     skipped; validation, weight averaging and checkpoints see the projected weights. Norms of units are over their
-    incoming weights, whatever the layer, see :func:`~lightning_regularize.projections.norm_dims`. If in a whole epoch
+    incoming weights, whatever the layer, see :func:`~lightning_regularize.projections.norm_dims`. If in the first epoch
     the constraint changes nothing, it says so once.
 
     Args:
@@ -106,7 +106,7 @@ class WeightConstraint(Callback):
 
     @property
     def state_key(self) -> str:
-        rules = {"include": [*map(rule_name, self.include)], "exclude": [*map(rule_name, self.exclude)]}
+        rules = {"include": [*map(rule_key, self.include)], "exclude": [*map(rule_key, self.exclude)]}
         return self._generate_state_key(projection=repr(self.projection), **rules)
 
     def state_dict(self) -> dict[str, Any]:

@@ -46,7 +46,7 @@ class DropoutSchedule(Callback):
     (timm's ``DropPath``), and the ``attributes`` you name. All get the same rate. The original rates come back when
     training ends, by an exception too. Evaluation mode drops nothing and is not concerned. A compiled model is
     recompiled for each rate, so the rate then takes 4 values from the schedule's lowest to its highest. Logged as
-    ``dropout/p`` whenever Lightning logs.
+    ``dropout/p`` whenever Lightning logs, of several schedules as ``dropout/p 1`` and so on.
 
     Args:
         p: A rate in [0, 1), a :class:`~lightning_regularize.schedules.Schedule`, or a callable from a

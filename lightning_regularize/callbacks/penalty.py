@@ -14,7 +14,7 @@ from lightning_regularize import _stepping
 from lightning_regularize._configuring import model_root
 from lightning_regularize._sharding import Sharding, local_tensor, settle_gradient_
 from lightning_regularize.callbacks._choosing import check_real, choose, tell_idle
-from lightning_regularize.groups import check_number, rule_name
+from lightning_regularize.groups import check_number, function_key, rule_key
 from lightning_regularize.penalties import L1, L2, ElasticNet, GroupLasso, Penalty
 from lightning_regularize.projections import norm_dims
 from lightning_regularize.schedules import Constant, Schedule, as_schedule
@@ -96,10 +96,10 @@ class PenaltyCallback(Callback):
 
     @property
     def state_key(self) -> str:
-        rules = {"include": [*map(rule_name, self.include)], "exclude": [*map(rule_name, self.exclude)]}
+        rules = {"include": [*map(rule_key, self.include)], "exclude": [*map(rule_key, self.exclude)]}
         # A function's repr is an address, which another process does not have.
         schedule = self.schedule
-        strength = repr(schedule) if isinstance(schedule, Schedule) else getattr(schedule, "__qualname__", "callable")
+        strength = repr(schedule) if isinstance(schedule, Schedule) else function_key(schedule)
         return self._generate_state_key(strength=strength, method=self.method, **rules)
 
     def state_dict(self) -> dict[str, Any]:

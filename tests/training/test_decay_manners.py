@@ -501,6 +501,40 @@ def test_an_anchor_that_does_not_fit_is_an_error_before_training(anchor, message
         fit(Regression(sgd), AnchorDecay(0.5, anchor=anchor))
 
 
+@pytest.mark.parametrize(
+    ("values", "error", "message"),
+    [
+        (torch.full((4, 3), float("nan")), ValueError, r"finite floating-point numbers, .* 'hidden.weight' are not"),
+        (torch.zeros(4, 3, dtype=torch.int64), ValueError, r"floating-point numbers, .*torch.int64"),
+        (np.zeros((4, 3)), TypeError, "`anchor` should hold tensors, got ndarray for 'hidden.weight'"),
+        (0.0, TypeError, "`anchor` should hold tensors, got float for 'hidden.weight'"),
+    ],
+    ids=["nan", "integers", "numpy", "number"],
+)
+def test_an_anchor_is_made_of_finite_tensors(values, error, message):
+    module = Regression(sgd)
+    before = weights(module)
+    with pytest.raises(error, match=message):
+        fit(module, AnchorDecay(0.5, anchor={**module.state_dict(), "hidden.weight": values}))
+    assert_identical_weights(weights(module), before)
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [
+        WeightDecay(11.0, method="decoupled"),
+        WeightDecay(1.1, method="independent"),
+        WeightDecay(11.0, method="cautious"),
+        AnchorDecay(11.0),
+    ],
+    ids=["decoupled", "independent", "cautious", "anchor"],
+)
+def test_a_step_that_removes_more_than_the_whole_weight_is_refused(callback):
+    module = Regression(sgd)  # lr 0.1
+    with pytest.raises(ValueError, match=r"should remove a share in \[0, 1\] of each weight, got 1.1"):
+        fit(module, callback)
+
+
 # --- constrained --------------------------------------------------------------------------------------------------
 
 

@@ -4,6 +4,8 @@ import csv
 import functools
 import itertools
 import pickle
+import subprocess
+import sys
 import warnings
 
 import lightning.pytorch as L
@@ -520,6 +522,27 @@ def test_two_of_a_kind_and_two_optimizers_have_keys_of_their_own(tmp_path):
 def test_state_keys_tell_instances_apart(first, second):
     assert first.state_key != second.state_key
     assert first.state_key == pickle.loads(pickle.dumps(first)).state_key
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (L1Penalty(0.1, include=(lambda i: "hidden" in i.name,)), L1Penalty(0.1, include=(lambda i: "put" in i.name,))),
+        (L1Penalty(lambda at: 0.1), L1Penalty(lambda at: 0.2)),
+        (L1Penalty(lambda at: at.lr), L1Penalty(lambda at: at.peak_lr)),
+    ],
+    ids=["rules", "constants", "attributes"],
+)
+def test_lambdas_are_told_apart_by_what_they_compute(first, second):
+    assert first.state_key != second.state_key
+    train(Regression(sgd), first, second, max_epochs=1)
+
+
+def test_the_key_of_a_lambda_is_that_of_another_process():
+    code = "from lightning_regularize import L1Penalty; print(L1Penalty(lambda at: 0.1 * at.lr).state_key)"
+    found = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout for _ in range(2)}
+    assert len(found) == 1
+    assert "0x" not in found.pop()
 
 
 @pytest.mark.parametrize("method", ["gradient", "proximal"])
