@@ -179,6 +179,8 @@ class Sharding:
         Returns:
             A tensor like ``values``, the same on every rank that holds a piece.
         """
+        if not (dist.is_available() and dist.is_initialized()):
+            return values
         spread_alike: dict[Hashable, list[int]] = {}
         for i, parameter in enumerate(parameters):
             if (spread := self._spread(parameter)) is not None:

@@ -382,11 +382,14 @@ def _combined(found: list[Tensor], combines: Sequence[str]) -> Tensor:
 
 def _joined(rows: list[Tensor], order: Sequence[int], device: torch.device) -> Tensor:
     """The rows on one device, the first one for the tensor ``order[0]``."""
-    arranged = torch.cat([row.to(device, non_blocking=True) for row in rows])
-    if isinstance(order, range):
-        return arranged
-    found = torch.empty_like(arranged)
-    found[torch.tensor(order, device=device)] = arranged
+    found = rows[0] if len(rows) == 1 else torch.cat([row.to(device, non_blocking=True) for row in rows])
+    return found if isinstance(order, range) else _arranged(found, order)
+
+
+def _arranged(values: Tensor, places: Sequence[int]) -> Tensor:
+    """The values in other places, of which each has one."""
+    found = torch.empty_like(values)
+    found[torch.tensor(places, device=values.device)] = values
     return found
 
 
@@ -401,10 +404,11 @@ def _fresh_norms(tensors: list[Tensor], order: float) -> Tensor:
         tensors = [t if t.numel() else t.new_zeros(1) for t in tensors]
     if tensors[0].device.type != "cpu":  # an accelerator reduces as a tree, so that torch's own kernel is accurate
         return _each_norm(tensors, order, dtype=_wide(tensors[0].new_empty(0)).dtype)
-    found = _wide(tensors[0].new_empty(len(tensors)))
+    found, places = [], []
     for norms_of, indices in _methods(tensors, order):
-        found[indices] = norms_of([tensors[i] for i in indices], order)
-    return found
+        found.append(norms_of([tensors[i] for i in indices], order))
+        places += indices
+    return _arranged(torch.cat(found), places)
 
 
 def _methods(tensors: list[Tensor], order: float) -> Iterator[tuple[Method, list[int]]]:
