@@ -381,6 +381,11 @@ def will_move(optimizer: Optimizer, parameter: torch.Tensor) -> bool:
     return parameter.grad is not None or (isinstance(optimizer, torch.optim.LBFGS) and parameter.requires_grad)
 
 
+def without_module(callback: Any) -> dict[str, Any]:
+    """The attributes of a callback without ``log`` and ``log_dict``, which Lightning binds to the module."""
+    return {key: value for key, value in vars(callback).items() if key not in ("log", "log_dict")}
+
+
 def check_total_steps(total_steps: int | None) -> int | None:
     """Refuse what is not a number of steps; None is the Trainer's.
 

@@ -29,7 +29,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from lightning_regularize._checks import is_number
+from lightning_regularize._checks import check_is_number
 from lightning_regularize._sharding import local_tensor
 from lightning_regularize.norms import norms
 from lightning_regularize.projections import sum_over_ranks, unit_dims, unit_norms
@@ -216,7 +216,7 @@ class ElasticNet(Penalty):
     l1_ratio: float
 
     def __post_init__(self) -> None:
-        _check_number("l1_ratio", self.l1_ratio)
+        check_is_number("l1_ratio", self.l1_ratio)
         if not 0 <= self.l1_ratio <= 1:
             raise ValueError(f"`l1_ratio` should be in [0, 1], got {self.l1_ratio!r}.")
 
@@ -324,15 +324,10 @@ class GroupLasso(Penalty):
         local_tensor(weight).mul_(factors.to(torch.promote_types(weight.dtype, torch.float32)))
 
 
-def _check_number(name: str, value: object) -> None:
-    if not is_number(value):
-        raise TypeError(f"`{name}` should be a number, got {value!r}.")
-
-
 def _check(name: str, value: float | Tensor, gradient: Tensor | None = None) -> None:
     # A tensor is not looked at: that would wait for its device.
     if not isinstance(value, Tensor):
-        _check_number(name, value)
+        check_is_number(name, value)
         if not 0 <= value < math.inf:
             raise ValueError(f"`{name}` should be non-negative and finite, got {value!r}.")
     if gradient is not None and gradient.layout is not torch.strided:

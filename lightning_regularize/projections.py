@@ -22,7 +22,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_regularize._checks import is_number
+from lightning_regularize._checks import check_is_number
 from lightning_regularize._sharding import local_tensor
 
 if dist.is_available():
@@ -553,8 +553,8 @@ def _checked_dims(dim: int | Sequence[int], shape: Sequence[int]) -> tuple[int, 
 
 
 def _check_number(name: str, value: object) -> None:
-    if not is_number(value) and not (isinstance(value, Tensor) and value.dim() == 0):
-        raise TypeError(f"`{name}` should be a number, got {value!r}.")
+    if not (isinstance(value, Tensor) and value.dim() == 0):
+        check_is_number(name, value)
 
 
 def _check_positive(name: str, value: float) -> None:

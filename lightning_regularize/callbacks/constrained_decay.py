@@ -158,9 +158,12 @@ class ConstrainedDecay(Callback):
         for key, values in self._state.items():
             for i, info in enumerate(self._infos):
                 values[i] = self._saved.get(key, {}).get(info.name, values[i])
-        counts = self.bound != "start"
-        after = lambda index: self._decay(trainer, index)  # noqa: E731
-        self._steps = _stepping.RealSteps(trainer, "ConstrainedDecay", after=after, counts=counts)
+        self._steps = _stepping.RealSteps(
+            trainer,
+            "ConstrainedDecay",
+            after=lambda index: self._decay(trainer, index),
+            counts=self.bound != "start",
+        )
 
     def _initial_state(self) -> dict[str, Tensor]:
         square = self._square_norms(self._infos)

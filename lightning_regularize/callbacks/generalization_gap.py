@@ -29,8 +29,8 @@ class GeneralizationGapMonitor(Callback):
     It is taken at the end of a training epoch in which validation ran: only then is the epoch's training metric known.
     A training metric that the module logs in its own ``on_train_epoch_end``, which comes after the callbacks', is taken
     as soon as the next epoch begins or training ends. Where it was not logged in an epoch, there is no gap, and that is
-    said once. Training metrics are of the weights as they were during the
-    epoch and with dropout, which makes the gap look smaller than it is.
+    said once. Training metrics are of the weights as they were during the epoch and with dropout, which makes the gap
+    look smaller than it is.
 
     Args:
         metric: Name of the metric without its prefix.
@@ -56,6 +56,10 @@ class GeneralizationGapMonitor(Callback):
         self.train_name, self.val_name = f"{train_prefix}{metric}", f"{val_prefix}{metric}"
         self._is_validated = self._waits = self._told_stale = False
         self._stale: torch.Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy does not hold the module."""
+        return _stepping.without_module(self)
 
     @property
     def key(self) -> str:

@@ -183,9 +183,8 @@ class WeightNormMonitor(Callback):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy, as for spawned processes, is of the callback and not of a run, nor of the module's `log`."""
-        of_run = {"log", "log_dict"}  # Lightning's, bound to the module
-        return {key: value for key, value in self.__dict__.items() if not key.startswith("_") and key not in of_run}
+        """A copy, as for spawned processes, is of the callback and not of a run."""
+        return {key: value for key, value in _stepping.without_module(self).items() if not key.startswith("_")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -336,15 +335,10 @@ class WeightNormMonitor(Callback):
         found = [quantities.settings(optimizer, group) for group in optimizer.param_groups]
         held = _stepping.held_parameters(trainer.optimizers[index])
         by_id = {id(p): setting for setting, parameters in zip(found, held, strict=True) for p in parameters}
-        if not _stepping.hides_gradients(
-            trainer
-        ):  # what has none neither moves nor decays; an empty piece may have none
-            by_id = {
-                id(p): by_id[id(p)]
-                for parameters in held
-                for p in parameters
-                if _stepping.will_move(optimizer, p) or not p.numel()
-            }
+        if not _stepping.hides_gradients(trainer):
+            # What has no gradient neither moves nor decays; the piece of a parameter that is empty need not have one.
+            moving = [p for group in held for p in group if _stepping.will_move(optimizer, p) or not p.numel()]
+            by_id = {id(p): by_id[id(p)] for p in moving}
         named = {info.name: by_id[id(info.parameter)] for info in self._infos if id(info.parameter) in by_id}
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, WeightDecay) and callback.method != "optimizer":

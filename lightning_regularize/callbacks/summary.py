@@ -64,6 +64,10 @@ class RegularizationSummary(Callback):
         self.max_rows = max_rows
         self._printed = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy does not hold the module."""
+        return _stepping.without_module(self)
+
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._printed = False
 

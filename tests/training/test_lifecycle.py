@@ -8,9 +8,25 @@ import pickle
 import lightning.pytorch as L
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
+from torch import nn
 from torch.optim.lr_scheduler import StepLR
 
-from lightning_regularize import WeightDecay
+from lightning_regularize import (
+    AnchorDecay,
+    ConstrainedDecay,
+    DropoutSchedule,
+    ElasticNetPenalty,
+    GeneralizationGapMonitor,
+    GroupLassoPenalty,
+    L1Penalty,
+    L2Penalty,
+    RegularizationSummary,
+    WeightConstraint,
+    WeightDecay,
+    WeightNormMonitor,
+)
+from lightning_regularize.projections import MaxNorm
 from lightning_regularize.schedules import Cosine, FromLRScheduler, Linear
 from tests.training.support import (
     QUIET,
@@ -218,3 +234,45 @@ def test_what_ddp_spawn_sends_can_be_pickled():
     trainer.fit(module := Regression(), Batches())
     callbacks, module = pickle.loads(pickle.dumps((trainer.callbacks, module)))
     assert len(train(module, *[c for c in callbacks if isinstance(c, WeightDecay)]).steps) == 21
+
+
+class Unpicklable(Regression):
+    """With metrics for a monitor of their gap, and something that cannot be copied to another process."""
+
+    def __init__(self):
+        super().__init__(functools.partial(torch.optim.AdamW, lr=0.1, weight_decay=0.0))
+        self.drop, self.function = nn.Dropout(0.1), lambda: None
+
+    def training_step(self, batch, batch_idx):
+        self.log("train_acc", 1.0, on_epoch=True, on_step=False, batch_size=1)
+        return self.loss(batch)
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_acc", 1.0, batch_size=1)
+
+
+CALLBACKS = {
+    "WeightDecay": lambda: WeightDecay(0.1),
+    "AnchorDecay": lambda: AnchorDecay(0.1),
+    "ConstrainedDecay": lambda: ConstrainedDecay("start"),
+    "L1Penalty": lambda: L1Penalty(0.1),
+    "L2Penalty": lambda: L2Penalty(0.1),
+    "ElasticNetPenalty": lambda: ElasticNetPenalty(0.1, 0.1),
+    "GroupLassoPenalty": lambda: GroupLassoPenalty(0.1),
+    "WeightConstraint": lambda: WeightConstraint(MaxNorm(0.1)),
+    "DropoutSchedule": lambda: DropoutSchedule(0.2),
+    "WeightNormMonitor": WeightNormMonitor,
+    "GeneralizationGapMonitor": lambda: GeneralizationGapMonitor("acc"),
+    "RegularizationSummary": RegularizationSummary,
+}
+
+
+@pytest.mark.parametrize("name", CALLBACKS)
+def test_a_copy_of_a_callback_that_ran_does_not_hold_the_module(name, tmp_path):
+    callback = CALLBACKS[name]()
+    trainer = make_trainer(callback, max_epochs=1, logger=CSVLogger(tmp_path), num_sanity_val_steps=0)
+    trainer.fit(Unpicklable(), Batches(), Batches(2))
+    copies = pickle.loads(pickle.dumps(callback)), copy.deepcopy(callback)
+    assert not any(hasattr(twin, "log") or hasattr(twin, "log_dict") for twin in copies)
+    for twin in copies:
+        make_trainer(twin, max_epochs=1, logger=CSVLogger(tmp_path)).fit(Unpicklable(), Batches(), Batches(2))

@@ -1,6 +1,5 @@
 """Does WeightNormMonitor log what it says, on the steps it says, and nothing else?"""
 
-import copy
 import gc
 import math
 import pickle
@@ -474,14 +473,6 @@ def test_changes_of_complex_weights_are_seen_in_their_phase_too():
     assert logged["update_norm/total"][0] == pytest.approx(math.sqrt(2))
     w, v = torch.tensor([3.0, 0, 0, 1]), torch.tensor([3.0, -1, 0, 0])
     assert logged["angle/total"][0] == pytest.approx(exact_angle(w.double(), v.double()))
-
-
-def test_a_copy_of_a_monitor_that_ran_does_not_hold_the_module():
-    monitor = WeightNormMonitor()
-    fresh = len(pickle.dumps(monitor))
-    fit(monitor)
-    assert len(pickle.dumps(monitor)) == fresh
-    assert not hasattr(copy.deepcopy(monitor), "log")
 
 
 def test_lbfgs_is_logged_once_a_step():
