@@ -92,6 +92,7 @@ class RegularizedModule(LightningModule):
 
         Raises:
             ValueError: The optimizer has no weight decay to be set, or the LR scheduler no metric to watch.
+            TypeError: What ``optimizer`` or ``lr_scheduler`` made is none.
         """
         root = model_root(self._trainer, self)
         groups = param_groups(
@@ -103,6 +104,8 @@ class RegularizedModule(LightningModule):
             layer_decay=self._layer_decay,
         )
         optimizer = self._make_optimizer(groups)
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"`optimizer` should make a torch.optim.Optimizer, it made {optimizer!r}.")
         if self._weight_decay > 0 and "weight_decay" not in optimizer.defaults:
             raise ValueError(
                 f"{type(optimizer).__name__} has no `weight_decay`: use another optimizer, or `weight_decay=0.0`."
@@ -115,6 +118,8 @@ class RegularizedModule(LightningModule):
         if self._make_lr_scheduler is None:
             return optimizer
         scheduler = self._make_lr_scheduler(optimizer)
+        if not hasattr(scheduler, "step"):
+            raise TypeError(f"`lr_scheduler` should make a learning rate scheduler, it made {scheduler!r}.")
         config: dict[str, Any] = {"scheduler": scheduler, "interval": self._interval}
         if isinstance(scheduler, ReduceLROnPlateau):
             if not hasattr(scheduler, "monitor"):

@@ -203,15 +203,18 @@ def plot_histograms(
         The figure and its axes, for several panels a list of them.
 
     Raises:
-        ValueError: If ``bins`` is not positive, or there is no value to draw.
+        ValueError: If ``bins`` is no positive integer, or there is no value to draw.
+        TypeError: If ``weights`` is neither a module nor a mapping.
 
     Example:
         >>> fig, axes = plot_histograms(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)))
         >>> [ax.get_title() for ax in axes]
         ['0.weight', '0.bias', '2.weight', '2.bias']
     """
-    if bins < 1:
-        raise ValueError(f"`bins` should be positive, got {bins}.")
+    if isinstance(bins, bool) or not isinstance(bins, int) or bins < 1:
+        raise ValueError(f"`bins` should be a positive integer, got {bins!r}.")
+    if not isinstance(weights, (nn.Module, Mapping)):
+        raise TypeError(f"`weights` should be a module, or map labels to tensors, got {type(weights).__name__}.")
     named = weights.named_parameters() if isinstance(weights, nn.Module) else weights.items()
     values = {name: _values(name, tensors) for name, tensors in named}
     if not any(len(tensor) for tensor in values.values()):

@@ -203,7 +203,8 @@ def check_rules(rules: Sequence[Rule], *, argument: str) -> tuple[Rule, ...]:
 classes or functions, got 'biases'. Did you mean 'bias'? To match names write '*biases*'.
     """
     if isinstance(rules, str) or not isinstance(rules, Sequence):
-        raise TypeError(f"`{argument}` should be a sequence of rules, got {rules!r}; one alone is ({rules!r},).")
+        alone = f"; one alone is ({rules!r},)" if isinstance(rules, (str, type)) else "; a list or a tuple is one"
+        raise TypeError(f"`{argument}` should be a sequence of rules, got {rules!r}{alone}.")
     expected = f"`{argument}` should hold kinds ({', '.join(KINDS)}), globs, 'type:Name', module classes or functions"
     for rule in rules:
         if isinstance(rule, str):

@@ -637,3 +637,24 @@ def test_a_checkpoint_with_other_groups_is_refused_with_both_layouts():  # TRAPS
 def test_a_checkpoint_with_the_same_groups_loads():
     saved = regularize(Plain()).configure_optimizers().state_dict()
     regularize(Plain()).configure_optimizers().load_state_dict(saved)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"optimizer": lambda groups: None}, "`optimizer` should make a torch.optim.Optimizer, it made None"),
+        (
+            {"lr_scheduler": lambda optimizer: None},
+            "`lr_scheduler` should make a learning rate scheduler",
+        ),
+    ],
+    ids=["optimizer", "lr_scheduler"],
+)
+def test_what_a_factory_made_is_looked_at(arguments, message):
+    class Module(RegularizedModule):
+        def __init__(self):
+            super().__init__(**arguments)
+            self.layer = torch.nn.Linear(2, 2)
+
+    with pytest.raises(TypeError, match=message):
+        Module().configure_optimizers()

@@ -561,6 +561,18 @@ def test_without_matplotlib_the_error_names_the_extra(draw, monkeypatch):
         draw(None)
 
 
+@pytest.mark.parametrize("bins", [0, 2.0, True, "7"], ids=repr)
+def test_bins_are_a_positive_integer(bins):
+    with pytest.raises(ValueError, match="`bins` should be a positive integer, got "):
+        plot_histograms(nn.Linear(2, 2), bins=bins)
+
+
+@pytest.mark.parametrize("weights", [torch.ones(3), [torch.ones(3)], 3], ids=repr)
+def test_histograms_are_of_a_module_or_a_mapping(weights):
+    with pytest.raises(TypeError, match="`weights` should be a module, or map labels to tensors, got "):
+        plot_histograms(weights)
+
+
 def test_a_learning_rate_may_be_a_schedule():
     _, given = plot_schedule(FollowLR(0.1), 10, lr_schedule=Cosine(1e-3, 0.0))
     _, listed = plot_schedule(FollowLR(0.1), 10, lr_schedule=simulate(Cosine(1e-3, 0.0), 10))

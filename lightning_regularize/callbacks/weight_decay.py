@@ -113,7 +113,7 @@ class WeightDecay(Callback):
     ) -> None:
         super().__init__()
         self.schedule = as_schedule(weight_decay, name="weight_decay")
-        self.grouping = Grouping(exclude, factors or {})
+        self.grouping = Grouping(exclude, {} if factors is None else factors)
         self.total_steps = total_steps
         if method not in _METHODS:
             raise ValueError(f"`method` should be one of {_METHODS}, got {method!r}.")
@@ -121,6 +121,8 @@ class WeightDecay(Callback):
             raise ValueError(f"`rounding` should be 'nearest' or 'stochastic', got {rounding!r}.")
         if rounding == "stochastic" and method not in ("decoupled", "independent"):
             raise ValueError(f"`rounding='stochastic'` needs method='decoupled' or 'independent', got {method!r}.")
+        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+            raise ValueError(f"`seed` should be an integer of at least 0, got {seed!r}.")
         self.method, self.rounding, self.seed = method, rounding, seed
         self._clock = _stepping.Clock(self.schedule, total_steps)
         self._plans: list[tuple[Optimizer, Plan]] = []

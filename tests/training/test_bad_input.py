@@ -49,6 +49,11 @@ CONSTRUCTOR = {
     "nan factor": ({"factors": {"bias": math.nan}}, ValueError, NO_FACTOR + "finite and at least 0, got nan"),
     "string factor": ({"factors": {"bias": "1"}}, TypeError, NO_FACTOR + "a number, got '1'"),
     "factors in a list": ({"factors": ["bias"]}, TypeError, r"`factors` should map rules to numbers, got \['bias'\]"),
+    "factors in an empty list": ({"factors": []}, TypeError, r"`factors` should map rules to numbers, got \[\]"),
+    "set of rules": ({"exclude": {"bias"}}, TypeError, r"sequence of rules, got \{'bias'\}; a list or a tuple is one"),
+    "negative seed": ({"seed": -1}, ValueError, "`seed` should be an integer of at least 0, got -1"),
+    "string seed": ({"seed": "3"}, ValueError, "`seed` should be an integer of at least 0, got '3'"),
+    "bool seed": ({"seed": True}, ValueError, "`seed` should be an integer of at least 0, got True"),
 }
 
 
