@@ -482,7 +482,7 @@ def test_drawing_changes_no_weight():
         ({}, {}, r"^`weights` should have at least one value, got none\.$"),
         ({"a": torch.empty(0), "b": []}, {}, r"^`weights` should have at least one value, got none\.$"),
         (nn.ReLU(), {}, r"^`weights` should have at least one value, got none\.$"),
-        ({"a": torch.ones(2)}, {"bins": 0}, r"^`bins` should be positive, got 0\.$"),
+        ({"a": torch.ones(2)}, {"bins": 0}, r"^`bins` should be a positive integer, got 0\.$"),
         ({"a": torch.ones(2, dtype=torch.complex64)}, {}, r"^`weights\['a'\]` should be real, in memory and whole"),
         (nn.Linear(2, 2, device="meta"), {}, r"^`weights\['weight'\]` should be real, in memory and whole"),
     ],
