@@ -262,8 +262,8 @@ def _changes(
     is_wide = max(sizes) <= _SMALL or any(a.dtype == torch.float64 for a in old)
     dtype = torch.float64 if is_wide and old[0].device.type != "mps" else torch.float32
     key = old[0].device, dtype
-    if key not in buffers:
-        buffers[key] = old[0].new_empty(_slice_size(old[0]), dtype=dtype)
+    if key not in buffers or len(buffers[key]) < sum(sizes):
+        buffers[key] = old[0].new_empty(sum(sizes), dtype=dtype)
     parts = torch.split(buffers[key][: sum(sizes)], sizes)
     return [torch.sub(b, a, out=part) for a, b, part in zip(old, new, parts, strict=True)]
 
