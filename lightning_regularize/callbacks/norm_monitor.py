@@ -335,7 +335,7 @@ class WeightNormMonitor(Callback):
         found = [quantities.settings(optimizer, group) for group in optimizer.param_groups]
         held = _stepping.held_parameters(trainer.optimizers[index])
         by_id = {id(p): setting for setting, parameters in zip(found, held, strict=True) for p in parameters}
-        if not _stepping.hides_gradients(trainer):
+        if not _stepping.deepspeed_keeper(trainer):  # which has the gradients to itself
             # What has no gradient neither moves nor decays; the piece of a parameter that is empty need not have one.
             moving = [p for group in held for p in group if _stepping.will_move(optimizer, p) or not p.numel()]
             by_id = {id(p): by_id[id(p)] for p in moving}
