@@ -25,6 +25,8 @@ if dist.is_available():
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
     from torch.distributed.tensor import DTensor, Replicate
 
+_SHARDED = (DTensor,) if dist.is_available() else ()
+
 
 def local_tensor(tensor: Tensor) -> Tensor:
     """The piece of ``tensor`` that lies on this rank, detached and sharing memory; a plain tensor is its own piece."""
@@ -35,7 +37,7 @@ def local_piece(tensor: Tensor) -> Tensor:
     """As :func:`local_tensor`, but a plain tensor is not detached, which takes time: to be called without gradients."""
     if hasattr(tensor, "ds_tensor"):
         return _of_zero3(tensor.ds_tensor, tensor)
-    return tensor.to_local() if dist.is_available() and isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if isinstance(tensor, _SHARDED) else tensor
 
 
 def gradient_of(parameter: Tensor) -> Tensor | None:
