@@ -159,6 +159,39 @@ def test_spawned_processes():
         assert spread[name].numpy() == pytest.approx(weight.numpy(), rel=0, abs=1e-12)
 
 
+class Late(Network):
+    """Its output layer is in no group at first."""
+
+    def configure_optimizers(self):
+        late = set(self.output.parameters())
+        return torch.optim.AdamW([p for p in self.parameters() if p not in late], lr=0.05)
+
+
+class AddGroup(L.Callback):
+    """As BackboneFinetuning does, and after a validation."""
+
+    def on_train_epoch_start(self, trainer, module):
+        if trainer.current_epoch == 1:
+            trainer.optimizers[0].add_param_group({"params": list(module.output.parameters())})
+
+
+def fit_late(rank, world_size, method):
+    column = COLUMNS["fsdp2" if world_size == 2 else "single"]
+    weights, decay = Weights(), WeightDecay(0.5, method=method)
+    trainer = make_trainer(AddGroup(), decay, weights, max_epochs=2, devices=world_size, **column.options())
+    trainer.fit(Late().build(column), Share(rank, world_size), Share(rank, world_size))
+    return weights.found, decay.state_dict()["layouts"]
+
+
+@pytest.mark.parametrize("method", ["optimizer", "decoupled"])
+def test_groups_that_are_added_after_a_validation_decay_under_fsdp2(method):
+    expected, layouts = fit_late(0, 1, method)
+    for found, found_layouts in run_distributed(fit_late, method):
+        assert found_layouts == layouts
+        for name, weight in expected.items():
+            assert found[name] == pytest.approx(weight, rel=0, abs=1e-12), name
+
+
 class Redundant(Network):
     """Each process keeps the optimizer's state for a part of the parameters."""
 
