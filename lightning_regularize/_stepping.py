@@ -27,7 +27,7 @@ from lightning_regularize._sharding import Sharding
 from lightning_regularize.schedules import Position, value_at
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     import lightning.pytorch as pl
 
@@ -379,6 +379,16 @@ def check_view(name: str, parameter: torch.Tensor, view: tuple[int, ...]) -> Non
 def will_move(optimizer: Optimizer, parameter: torch.Tensor) -> bool:
     """Is a parameter going to change in the step that begins? LBFGS begins before there are gradients."""
     return parameter.grad is not None or (isinstance(optimizer, torch.optim.LBFGS) and parameter.requires_grad)
+
+
+def alike(trainer: pl.Trainer, kind: type) -> list[Any]:
+    """All callbacks of a class, in their order."""
+    return [callback for callback in trainer.callbacks if isinstance(callback, kind)]  # type: ignore[attr-defined]
+
+
+def number_among(callbacks: Sequence[Any], callback: Any) -> str:
+    """What tells the key of one of several callbacks from those of the others, `` 2``; of one alone nothing."""
+    return f" {callbacks.index(callback) + 1}" if len(callbacks) > 1 else ""
 
 
 def without_module(callback: Any) -> dict[str, Any]:

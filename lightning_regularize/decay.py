@@ -10,6 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+HALF = (torch.bfloat16, torch.float16)
+"""Types of weights in which a small decay rounds to nothing."""
+
 
 @torch.no_grad()
 def decay_(weight: Tensor, share: float | Tensor) -> None:
@@ -60,7 +63,7 @@ def decay_stochastic_(weight: Tensor, share: float, *, seed: int) -> None:
         >>> abs(weight.double().mean().item() - 0.999) < 1e-4
         True
     """
-    if weight.dtype not in (torch.bfloat16, torch.float16):
+    if weight.dtype not in HALF:
         decay_(weight, share)
         return
     _check_share(share)

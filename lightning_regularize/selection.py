@@ -360,14 +360,25 @@ def _class_names(module: nn.Module) -> list[str]:
     return [cls.__name__ for cls in type(module).__mro__ if cls not in {nn.Module, object}]
 
 
+def tensor_name(name: str) -> str:
+    """What a layer calls the tensor that it computes from a parameter: ``weight``, where that is parametrized.
+
+    Example:
+        >>> tensor_name("0.weight"), tensor_name("0.parametrizations.weight.original1")
+        ('weight', 'weight')
+    """
+    path, _, leaf = name.rpartition(".")
+    _, is_parametrized, tensor = path.rpartition("parametrizations.")
+    return tensor if is_parametrized else leaf
+
+
 def is_normalized(info: ParameterInfo) -> bool:
     """Is the tensor divided by its own norm before the layer uses it, as in weight and spectral normalization of torch?
 
     The model then does not depend on its scale, and at zero it is 0/0.
     """
-    path, _, leaf = info.name.rpartition(".")
-    _, is_parametrized, tensor = path.rpartition("parametrizations.")
-    if is_parametrized:
+    leaf, tensor = info.name.rpartition(".")[2], tensor_name(info.name)
+    if leaf != tensor:
         parametrizations = getattr(info.owner, "parametrizations", {})
         by = list(parametrizations[tensor]) if tensor in parametrizations else []
         is_direction = leaf == "original1" and any(isinstance(part, _WeightNorm) for part in by)

@@ -12,7 +12,7 @@ from lightning_regularize import _stepping
 from lightning_regularize._configuring import model_root
 from lightning_regularize._sharding import local_tensor, piece_like, whole_tensor
 from lightning_regularize.callbacks._choosing import choose, tell_idle
-from lightning_regularize.decay import pull_
+from lightning_regularize.decay import HALF, pull_
 from lightning_regularize.groups import rule_key
 from lightning_regularize.schedules import Schedule, as_schedule
 from lightning_regularize.selection import check_rules
@@ -187,8 +187,7 @@ class AnchorDecay(Callback):
 
     def _tell_rounding(self, dtype: torch.dtype, share: float) -> None:
         """Once, if in half precision a weight stays where it is although it is pulled."""
-        half = dtype in (torch.bfloat16, torch.float16)
-        if half and 0 < share < decay_rounding_threshold(dtype) and not self._told_rounding:
+        if dtype in HALF and 0 < share < decay_rounding_threshold(dtype) and not self._told_rounding:
             self._told_rounding = True
             rank_zero_warn(
                 f"AnchorDecay does next to nothing here: lr * strength is {share:.2g}, and below "

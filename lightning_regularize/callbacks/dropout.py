@@ -124,7 +124,7 @@ class DropoutSchedule(Callback):
         Raises:
             MisconfigurationException: There are two.
         """
-        others = [c for c in _alike(trainer) if c is not self]
+        others = [c for c in _stepping.alike(trainer, DropoutSchedule) if c is not self]
         taken = {(id(rate.module), rate.attribute) for other in others for rate in other._rates}
         if shared := [r.name for r in self._rates if (id(r.module), r.attribute) in taken]:
             raise MisconfigurationException(
@@ -161,8 +161,8 @@ class DropoutSchedule(Callback):
         for rate in self._rates:
             setattr(rate.module, rate.attribute, p)
         if _stepping.logs_now(trainer):
-            alike = _alike(trainer)
-            pl_module.log("dropout/p" + (f" {alike.index(self) + 1}" if len(alike) > 1 else ""), p)
+            number = _stepping.number_among(_stepping.alike(trainer, DropoutSchedule), self)
+            pl_module.log(f"dropout/p{number}", p)
         self._batches += 1
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -223,10 +223,6 @@ class DropoutSchedule(Callback):
 def _first_group(trainer: pl.Trainer) -> dict[str, Any]:
     """The first parameter group of all optimizers; empty where there is none."""
     return next((group for optimizer in trainer.optimizers for group in optimizer.param_groups), {})
-
-
-def _alike(trainer: pl.Trainer) -> list[DropoutSchedule]:
-    return [c for c in trainer.callbacks if isinstance(c, DropoutSchedule)]  # type: ignore[attr-defined]
 
 
 def _known_attributes(module: nn.Module) -> dict[str, None]:

@@ -14,11 +14,12 @@ from lightning_regularize import _stepping
 from lightning_regularize._configuring import model_root
 from lightning_regularize._sharding import Sharding, local_tensor, settle_gradient_
 from lightning_regularize.callbacks._choosing import check_real, choose, tell_idle
+from lightning_regularize.decay import HALF
 from lightning_regularize.groups import check_number, function_key, rule_key
 from lightning_regularize.penalties import L1, L2, ElasticNet, GroupLasso, Penalty
 from lightning_regularize.projections import norm_dims
 from lightning_regularize.schedules import Constant, Schedule, as_schedule
-from lightning_regularize.selection import DEFAULT_EXCLUDE, check_rules, is_normalized
+from lightning_regularize.selection import DEFAULT_EXCLUDE, check_rules, is_normalized, tensor_name
 from lightning_regularize.step_sizes import knows, step_size, unknown_metric
 
 if TYPE_CHECKING:
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from lightning_regularize.selection import ParameterInfo, Rule
     from lightning_regularize.step_sizes import StepSize
 
-_HALF = (torch.bfloat16, torch.float16)
 _PIECE = 2**20  # elements of a weight for which a threshold of its own is made at a time
 
 
@@ -73,7 +73,7 @@ class PenaltyCallback(Callback):
         self._steps: _stepping.RealSteps | None = None
         self._logged: dict[int, int] = {}  # the step in which each optimizer's was, for LBFGS evaluates several times
         self._moved = -1.0  # the largest share of half-precision weights that a proximal step has moved
-        self._told_rounding = False
+        self._has_half = self._told_rounding = False
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is of the callback and not of a run."""
@@ -124,6 +124,7 @@ class PenaltyCallback(Callback):
         infos = choose(root, what, include=self.include, exclude=self.exclude, initialized=needs_shapes)
         self._check_penalizable(infos)
         self._infos = {id(info.parameter): info for info in infos}
+        self._has_half = any(info.parameter.dtype in HALF for info in infos)
         self._sharding = Sharding(root)
         if self.method == "proximal":
             _stepping.check_weights_are_the_optimizers(trainer, f"{type(self).__name__}(method='proximal')")
@@ -167,7 +168,7 @@ class PenaltyCallback(Callback):
             )
         for info in infos:
             try:
-                view, dim = norm_dims(info.owner, _tensor_name(info), info.shape)
+                view, dim = norm_dims(info.owner, tensor_name(info.name), info.shape)
             except ValueError as error:
                 raise MisconfigurationException(
                     f"{type(self).__name__} does not know what the units of {info.name!r} are, of shape "
@@ -227,7 +228,7 @@ class PenaltyCallback(Callback):
             step = step_size(optimizer, group_of[id(parameter)], parameter)
             if step is None:
                 continue
-            before = local_tensor(parameter).clone() if is_watched and parameter.dtype in _HALF else None
+            before = local_tensor(parameter).clone() if is_watched and parameter.dtype in HALF else None
             self._shrink_(parameter, step, strength)
             if before is not None:
                 moved.append(_moved(before, local_tensor(parameter)))
@@ -252,7 +253,7 @@ class PenaltyCallback(Callback):
 
     def _watches(self, trainer: pl.Trainer, index: int) -> bool:
         """Is this a step in which to count what moves? Not while the learning rate warms up."""
-        if self._told_rounding or not (self._moved < 0 or _stepping.logs_now(trainer)):
+        if self._told_rounding or not self._has_half or not (self._moved < 0 or _stepping.logs_now(trainer)):
             return False
         groups = range(len(_stepping.torch_optimizer(trainer.optimizers[index]).param_groups))
         return any(at.lr >= 0.5 * at.peak_lr for at in (self._clock.position(trainer, index, i) for i in groups))
@@ -266,8 +267,7 @@ class PenaltyCallback(Callback):
         self._tell_rounding(trainer, pl_module)
 
     def _tell_rounding(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        has_half = any(info.parameter.dtype in _HALF for info in self._infos.values())
-        if self._told_rounding or self.method == "gradient" or not has_half:
+        if self._told_rounding or self.method == "gradient" or not self._has_half:
             return
         moved = trainer.strategy.reduce(torch.tensor(self._moved, device=module.device), reduce_op="max").item()
         self._told_rounding = moved >= 0  # else there was no step to tell from
@@ -306,8 +306,7 @@ class PenaltyCallback(Callback):
         if not values:
             return
         total = self._summed(torch.stack(values), parameters)
-        alike = [c for c in trainer.callbacks if type(c) is type(self)]  # type: ignore[attr-defined]
-        number = f" {alike.index(self) + 1}" if len(alike) > 1 else ""
+        number = _stepping.number_among(_stepping.alike(trainer, type(self)), self)
         suffix = f" optimizer{index}" if len(trainer.optimizers) > 1 else ""
         module.log(f"penalty/{self.name}{number}{suffix}", total.float())
 
@@ -340,13 +339,6 @@ class PenaltyCallback(Callback):
 def _moved(before: Tensor, after: Tensor) -> Tensor:
     """Of the weights that were not zero, how many are others now, and how many there are."""
     return torch.stack([(after != before).sum(), before.count_nonzero()])
-
-
-def _tensor_name(info: ParameterInfo) -> str:
-    """What the layer calls the tensor: ``weight``, also where it is parametrized."""
-    path, _, leaf = info.name.rpartition(".")
-    _, is_parametrized, tensor = path.rpartition("parametrizations.")
-    return tensor if is_parametrized else leaf
 
 
 @final

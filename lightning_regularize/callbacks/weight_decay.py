@@ -17,7 +17,7 @@ from lightning_regularize import _stepping
 from lightning_regularize._configuring import Configuring, check_numbers, model_root, number_states
 from lightning_regularize._sharding import Sharding, local_tensor, settle_gradient_
 from lightning_regularize.callbacks._choosing import check_real
-from lightning_regularize.decay import couple_
+from lightning_regularize.decay import HALF, couple_
 from lightning_regularize.groups import (
     Grouping,
     Plan,
@@ -203,7 +203,7 @@ class WeightDecay(Callback):
         if self.schedule != Constant(0.0):
             check_something_decays(self.grouping, infos)
         self._infos = {id(info.parameter): info for info in infos}
-        self._has_half = any(info.parameter.dtype in (torch.bfloat16, torch.float16) for info in infos)
+        self._has_half = any(info.parameter.dtype in HALF for info in infos)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The optimizers exist, nothing is restored yet."""
@@ -449,7 +449,7 @@ class WeightDecay(Callback):
             return  # of stable decay nobody knows the share before the step
         if self.method == "optimizer" and group.get("fused"):
             return  # a fused kernel rounds once, with the gradient's noise in it
-        for dtype in {parameter.dtype for parameter in group["params"]} & {torch.bfloat16, torch.float16}:
+        for dtype in {parameter.dtype for parameter in group["params"]} & set(HALF):
             if share < decay_rounding_threshold(dtype):
                 self._told_rounding = True
                 what = "weight_decay" if self.method == "independent" else "lr * weight_decay"
