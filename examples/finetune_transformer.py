@@ -49,7 +49,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import AutoModel, AutoTokenizer
 
-from lightning_regularize import AnchorDecay, RegularizationSummary, RegularizedModule, describe
+from lightning_regularize import DEFAULT_EXCLUDE, AnchorDecay, RegularizationSummary, RegularizedModule, describe
 from lightning_regularize.norms import combine, norms
 
 if TYPE_CHECKING:
@@ -288,7 +288,8 @@ def fine_tune(run: Run, train: Sequence[Sentence], test: Sequence[Sentence], epo
     moved = {name: parameter.detach() - before[name] for name, parameter in model.encoder.named_parameters()}
     distances, sizes = layer_norms(moved), layer_norms(before)
     shares = [distance / size for distance, size in zip(distances, sizes, strict=True)]
-    return Result(*scores(model, test), remembered(model), distances, shares, settings_of(model, trainer))
+    settings = settings_of(model, trainer.optimizers[0], run)
+    return Result(*scores(model, test), remembered(model), distances, shares, settings)
 
 
 @torch.no_grad()
@@ -334,13 +335,14 @@ def layer_of(name: str) -> int:
     return 0 if parts[0] == "embeddings" else 1 + int(parts[2])
 
 
-def settings_of(model: Classifier, trainer: Trainer) -> list[Setting]:
-    """Of all parameters, as the optimizer's groups have them after training."""
+def settings_of(model: Classifier, optimizer: torch.optim.Optimizer, run: Run) -> list[Setting]:
+    """Of all parameters: rates as the optimizer's groups have them, and decay where :func:`describe` says so."""
+    rows = {row.name: row for row in describe(model, exclude=run.settings.get("exclude", DEFAULT_EXCLUDE))}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return [
-        Setting(names[id(parameter)], group["initial_lr"], group["weight_decay"])
-        for group in trainer.optimizers[0].param_groups
-        for parameter in group["params"]
+        Setting(name, group["initial_lr"], group["weight_decay"] if rows[name].group == "decay" else 0.0)
+        for group in optimizer.param_groups
+        for name in (names[id(parameter)] for parameter in group["params"])
     ]
 
 

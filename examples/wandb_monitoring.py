@@ -173,7 +173,7 @@ def train(output: Path, epochs: int, seed: int) -> Log:
 
 
 class Rows(NamedTuple):
-    """What a CSVLogger wrote: a row for each step on which something was logged, or two."""
+    """What a CSVLogger wrote: one row or more for each step on which something was logged."""
 
     rows: list[dict[str, float]]
 
@@ -227,7 +227,7 @@ def plot_overview(csv: Path, rows: Rows) -> Figure:
 def claims_of(rows: Rows, run: Path) -> list[Claim]:
     """What was written, and what it shows."""
     steps, loss_steps = list(rows.series("weight_norm/total")), list(rows.series("train_loss"))
-    decays, gaps = ([*rows.series(key).values()] for key in ("lr-AdamW/decay-weight_decay", "generalization_gap/acc"))
+    decays, gaps = ([*rows.series(key).values()] for key in ("lr-AdamW-weight_decay", "generalization_gap/acc"))
     angles, sizes = (
         {part: rows.over_expected(f"{key}/{part}") for part in (*HIDDEN, "head")} for key in ("angle", "rms")
     )

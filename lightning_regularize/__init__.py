@@ -1,5 +1,6 @@
 """Regularization for PyTorch Lightning, added to a ``Trainer`` as callbacks."""
 
+from lightning_regularize._trainer import names as _names  # noqa: F401  first: it looks at what is imported already
 from lightning_regularize.callbacks.anchor_decay import AnchorDecay
 from lightning_regularize.callbacks.constrained_decay import ConstrainedDecay
 from lightning_regularize.callbacks.constraint import WeightConstraint

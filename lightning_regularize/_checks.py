@@ -1,7 +1,8 @@
-"""What is a number?"""
+"""Is an argument a number, and in range?"""
 
 from __future__ import annotations
 
+import math
 import numbers
 from typing import TypeGuard
 
@@ -18,4 +19,29 @@ def check_is_number(name: str, value: object) -> None:
 
 def is_number(value: object) -> TypeGuard[float]:
     """Is it a real number, of Python or numpy? A boolean is none."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return type(value) is float or (isinstance(value, numbers.Real) and not isinstance(value, bool))
+
+
+def check_number(value: object, what: str) -> float:
+    """Refuse what is not a finite number of at least 0; numbers of numpy become Python's, which checkpoints can hold.
+
+    Raises:
+        TypeError: ``value`` is no number.
+        ValueError: ``value`` is negative, infinite or NaN.
+    """
+    if not is_number(value):
+        raise TypeError(f"{what} should be a number, got {value!r}.")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{what} should be finite and at least 0, got {value!r}.")
+    return value if isinstance(value, int) else float(value)
+
+
+def check_layer_decay(layer_decay: object) -> None:
+    """Refuse what is not a number in (0, 1].
+
+    Raises:
+        TypeError: It is no number.
+        ValueError: It is out of range.
+    """
+    if not 0 < check_number(layer_decay, "`layer_decay`") <= 1:
+        raise ValueError(f"`layer_decay` should be in (0, 1], got {layer_decay!r}.")

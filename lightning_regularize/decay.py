@@ -1,4 +1,4 @@
-"""How does a weight shrink? One step of each manner of weight decay, as functions on tensors.
+"""How does a weight shrink? One step of each kind of weight decay, as functions on tensors.
 
 ``share`` is always the part of a weight that one step removes: learning rate times weight decay where the two are
 coupled by the optimizer's convention, and weight decay alone where they are not. All functions change their first
@@ -38,7 +38,7 @@ def decay_(weight: Tensor, share: float | Tensor) -> None:
         Wortsman et al., "Small-scale proxies for large-scale Transformer training instabilities", 2023,
         https://arxiv.org/abs/2309.14322 (independent decay).
     """
-    _check_share(share)
+    check_share(share)
     weight.mul_(1 - share)
 
 
@@ -66,7 +66,7 @@ def decay_stochastic_(weight: Tensor, share: float, *, seed: int) -> None:
     if weight.dtype not in HALF:
         decay_(weight, share)
         return
-    _check_share(share)
+    check_share(share)
     generator = torch.Generator(weight.device).manual_seed(seed)
     pieces = torch.split(weight.view(-1), _PIECE) if weight.is_contiguous() else (weight,)
     for piece in pieces:
@@ -116,7 +116,7 @@ def decay_cautiously_(weight: Tensor, before: Tensor, share: float) -> None:
     References:
         Chen et al., "Cautious Weight Decay", 2025, https://arxiv.org/abs/2510.12402.
     """
-    _check_share(share)
+    check_share(share)
     agree = (before - weight).mul_(before).ge_(0)
     weight.addcmul_(before, agree, value=-share)
 
@@ -141,7 +141,7 @@ def pull_(weight: Tensor, anchor: Tensor, share: float) -> None:
     References:
         Li et al., "Explicit Inductive Bias for Transfer Learning with Convolutional Networks" (L2-SP), ICML 2018.
     """
-    _check_share(share)
+    check_share(share)
     weight.lerp_(anchor, share)
 
 
@@ -173,8 +173,15 @@ def next_multiplier(multiplier: Tensor, square_norm: Tensor, bound: Tensor, nume
     return (multiplier + (square_norm - bound) / numel).clamp_min(0)
 
 
-def _check_share(share: float | Tensor) -> None:
-    # A tensor is not looked at: that would wait for its device.
+def check_share(share: float | Tensor) -> None:
+    """Refuse a share of a weight outside [0, 1].
+
+    Args:
+        share: The part of each weight that a step removes; a tensor is not looked at, which would wait for its device.
+
+    Raises:
+        ValueError: It is out of range.
+    """
     if not isinstance(share, Tensor) and not 0 <= share <= 1:
         raise ValueError(
             f"A step should remove a share in [0, 1] of each weight, got {share:.6g}: as a product with the learning "

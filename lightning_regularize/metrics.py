@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.wrappers.abstract import WrapperMetric
 
+from lightning_regularize._checks import check_number
 from lightning_regularize._sharding import Sharding
-from lightning_regularize.groups import check_number
 from lightning_regularize.norms import check_norm_type, combine, count_below, local_statistics, norms
 from lightning_regularize.selection import check_rules, select
 

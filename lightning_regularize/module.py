@@ -1,28 +1,30 @@
-"""How does a LightningModule configure its parameter groups? A base class, and a function for modules that exist."""
+"""A LightningModule that configures its parameter groups, and a function that does so for modules that exist."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
-from weakref import WeakSet
+from typing import TYPE_CHECKING, Any, Literal
+from weakref import ref
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from lightning_regularize._configuring import Configuring, model_root, number_states
+from lightning_regularize._checks import check_layer_decay, check_number
+from lightning_regularize._trainer.names import is_named
+from lightning_regularize._trainer.strategies import deepspeed_keeper, model_root
+from lightning_regularize.callbacks.weight_decay import WeightDecay
 from lightning_regularize.groups import (
     Grouping,
-    check_layer_decay,
-    check_number,
     check_something_decays,
-    guard_state_dict,
-    param_groups,
-    plan_groups,
-    repair_scheduler_,
+    layer_groups,
 )
 from lightning_regularize.selection import DEFAULT_EXCLUDE, Rule, parameter_infos
+
+if TYPE_CHECKING:
+    from torch import nn
 
 OptimizerCallable = Callable[[Iterable[Any]], Optimizer]  # as in lightning.pytorch.cli, which needs an extra package
 LRSchedulerCallable = Callable[[Optimizer], LRScheduler | ReduceLROnPlateau]
@@ -55,8 +57,8 @@ class RegularizedModule(LightningModule):
         ...         super().__init__(**kwargs)
         ...         self.layer = torch.nn.Linear(4, 2)
         >>> module = Classifier(optimizer=functools.partial(torch.optim.AdamW, lr=1e-3), weight_decay=0.1)
-        >>> [(group["name"], group["weight_decay"]) for group in module.configure_optimizers().param_groups]
-        [('decay', 0.1), ('no_decay', 0.0)]
+        >>> module.configure_callbacks()
+        [WeightDecay(0.1)]
     """
 
     def __init__(
@@ -82,39 +84,46 @@ class RegularizedModule(LightningModule):
             check_layer_decay(layer_decay)
         self._make_optimizer = optimizer
         self._make_lr_scheduler = lr_scheduler
-        self._grouping = Grouping(exclude, factors or {})
         self._weight_decay = weight_decay
+        self._decay: dict[str, Any] = {"weight_decay": weight_decay, "exclude": exclude, "factors": factors}
+        WeightDecay(**self._decay)  # which checks these
         self._layer_decay = layer_decay
         self._interval = interval
 
+    def configure_callbacks(self) -> Sequence[Any]:
+        """:class:`~lightning_regularize.WeightDecay` with the rules of this module, unless the Trainer has one.
+
+        Whoever overrides it should add what ``super().configure_callbacks()`` returns.
+        """
+        return _decay_callbacks(self, self._decay)
+
     def configure_optimizers(self) -> Any:
-        """The given optimizer over :func:`~lightning_regularize.param_groups` of this module.
+        """The given optimizer over the trainable parameters: one group, or with ``layer_decay`` one a layer.
+
+        Without a Trainer, :class:`~lightning_regularize.WeightDecay` is attached to the optimizer, so that nothing that
+        is excluded decays in another training loop either.
 
         Raises:
-            ValueError: The optimizer has no weight decay to be set, or the LR scheduler no metric to watch.
+            ValueError: There is nothing to train or to decay, the optimizer has no weight decay to be set, or the LR
+                scheduler no metric to watch.
             TypeError: What ``optimizer`` or ``lr_scheduler`` made is none.
+            MisconfigurationException: Under DeepSpeed's ZeRO an override of ``configure_callbacks`` leaves WeightDecay
+                out.
         """
         root = model_root(self._trainer, self)
-        groups = param_groups(
-            root,
-            self._weight_decay,
-            exclude=self._grouping.exclude,
-            factors=self._grouping.factors,
-            lr=None if self._layer_decay is None else 1.0,
-            layer_decay=self._layer_decay,
-        )
-        optimizer = self._make_optimizer(groups)
+        optimizer = self._make_optimizer(self._groups(root))
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"`optimizer` should make a torch.optim.Optimizer, it made {optimizer!r}.")
         if self._weight_decay > 0 and "weight_decay" not in optimizer.defaults:
             raise ValueError(
                 f"{type(optimizer).__name__} has no `weight_decay`: use another optimizer, or `weight_decay=0.0`."
             )
-        if self._layer_decay is not None:
-            # Only the optimizer knows its rate; until now the groups' were multiples of it.
-            for group in optimizer.param_groups:
+        for group in optimizer.param_groups:
+            if "weight_decay" in group:
+                group["weight_decay"] = self._weight_decay
+            if self._layer_decay is not None:  # until now the rates were multiples of the optimizer's
                 group["lr"] = group["lr"] * optimizer.defaults["lr"]
-        guard_state_dict(optimizer, {id(info.parameter): info for info in parameter_infos(root)})
+        self._see_to_decay(optimizer, root)
         if self._make_lr_scheduler is None:
             return optimizer
         scheduler = self._make_lr_scheduler(optimizer)
@@ -130,13 +139,29 @@ class RegularizedModule(LightningModule):
             config |= {"monitor": scheduler.monitor, "interval": "epoch"}
         return {"optimizer": optimizer, "lr_scheduler": config}
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Have FSDP2 understand the numbers of parameters, which groups have put into another order.
+    def _groups(self, root: nn.Module) -> list[dict[str, Any]]:
+        infos = parameter_infos(root)
+        grouping = Grouping(self._decay["exclude"], self._decay["factors"] or {})
+        grouping.check(infos)
+        if self._weight_decay > 0:
+            check_something_decays(grouping, infos)
+        parameters = [info.parameter for info in infos if info.parameter.requires_grad]
+        if not parameters:
+            raise ValueError(f"{type(self).__name__} has no trainable parameters to group.")
+        if self._layer_decay is None:
+            return [{"params": parameters}]
+        return layer_groups(root, 1.0, self._layer_decay)
 
-        Call it from your own, if you have one, or the optimizer's state of a DDP run cannot be loaded under FSDP2.
-        """
-        if self._trainer is not None:
-            number_states(self._trainer, self, checkpoint)
+    def _see_to_decay(self, optimizer: Optimizer, root: nn.Module) -> None:
+        callbacks = getattr(self._trainer, "callbacks", ())
+        if any(isinstance(callback, WeightDecay) for callback in callbacks) or not self._weight_decay:
+            return
+        if self._trainer is not None and deepspeed_keeper(self._trainer):
+            raise MisconfigurationException(
+                f"{type(self).__name__}.configure_callbacks leaves out what `super().configure_callbacks()` returns, "
+                "without which nothing is excluded from weight decay under DeepSpeed's ZeRO: add it."
+            )
+        WeightDecay(**self._decay).attach(optimizer, root)
 
 
 def regularize(
@@ -146,15 +171,16 @@ def regularize(
     exclude: Sequence[Rule] = DEFAULT_EXCLUDE,
     factors: Mapping[Any, float] | None = None,
 ) -> LightningModule:
-    """Have a module's own ``configure_optimizers`` come out with decay and no-decay groups.
+    """Let a module exclude biases, norms and other vectors from weight decay in any Trainer, by its own callbacks.
 
-    Whatever it returns is kept: optimizers, LR schedulers and their settings. Its groups are split where their
-    parameters differ in decay, and schedulers get a value for each. LBFGS and other optimizers without weight decay are
-    left whole. Class, state dict keys, hyperparameters and pickling are as before; a second call replaces the first.
+    Its ``configure_callbacks`` returns a :class:`~lightning_regularize.WeightDecay` beside what it returned before.
+    Optimizers, their groups and LR schedulers stay as they are. LBFGS and other optimizers without weight decay are
+    left alone. Class, state dict keys, hyperparameters and pickling are as before; a second call replaces the first. A
+    WeightDecay that the Trainer has takes precedence. In a loop without a Trainer, attach a WeightDecay instead.
 
     Args:
-        module: Changed in place.
-        weight_decay: Weight decay of groups with factor 1; None keeps what each group has.
+        module: Changed in place; of ``lightning.pytorch`` or ``pytorch_lightning``.
+        weight_decay: As of :class:`~lightning_regularize.WeightDecay`; None keeps what each group has.
         exclude: Rules for what does not decay.
         factors: Rule -> factor on the weight decay, first match wins.
 
@@ -162,81 +188,56 @@ def regularize(
         The same module.
 
     Raises:
-        TypeError: ``module`` is no LightningModule, or another argument is of the wrong type.
+        TypeError: ``module`` is not a LightningModule, or another argument is of the wrong type.
         ValueError: An argument is out of range, or a rule is not understood.
 
     Example:
         >>> from lightning.pytorch.demos.boring_classes import BoringModel
-        >>> optimizer = regularize(BoringModel(), weight_decay=0.1).configure_optimizers()[0][0]
-        >>> [(group["name"], group["weight_decay"]) for group in optimizer.param_groups]
-        [('decay', 0.1), ('no_decay', 0.0)]
+        >>> regularize(BoringModel(), weight_decay=0.1).configure_callbacks()
+        [WeightDecay(0.1)]
     """
-    if not isinstance(module, LightningModule):
+    if not is_named(module, "LightningModule"):
         raise TypeError(
             f"`module` should be a LightningModule, got {type(module).__name__}."
             + (" Call `regularize` before `torch.compile`." if hasattr(module, "_orig_mod") else "")
         )
     if weight_decay is not None:
         weight_decay = check_number(weight_decay, "`weight_decay`")
-    before = vars(module).get("configure_optimizers")
-    if isinstance(before, Configuring) and before.lasting:
-        before.undo()
-    Configuring(module, _Split(weight_decay, Grouping(exclude, factors or {})), lasting=True)
+    decay: dict[str, Any] = {"weight_decay": weight_decay, "exclude": exclude, "factors": factors}
+    WeightDecay(**decay)  # which checks these
+    before = vars(module).get("configure_callbacks")
+    if isinstance(before, _ConfigureCallbacks):
+        before = before.before
+    module.configure_callbacks = _ConfigureCallbacks(module, decay, before)  # type: ignore[method-assign]
     return module
 
 
-def grouping_of(module: LightningModule) -> Grouping | None:
-    """The rules by which a module of ours, or one that was given to :func:`regularize`, groups its parameters."""
-    configuring = vars(module).get("configure_optimizers")
-    while isinstance(configuring, Configuring):
-        if isinstance(configuring.adapt, _Split):
-            return configuring.adapt.grouping
-        configuring = configuring.configure
-    return module._grouping if isinstance(module, RegularizedModule) else None
+class _ConfigureCallbacks:
+    """``configure_callbacks`` of a module, and a WeightDecay. A class, since modules are pickled and copied."""
+
+    def __init__(self, module: LightningModule, decay: dict[str, Any], before: Callable[[], Any] | None) -> None:
+        self.module, self.decay, self.before = module, decay, before
+
+    def __call__(self) -> list[Any]:
+        found = type(self.module).configure_callbacks(self.module) if self.before is None else self.before()
+        callbacks = found if isinstance(found, Sequence) else [found]
+        others = [c for c in callbacks if not (isinstance(c, WeightDecay) and c.of_module is not None)]
+        return [*others, *_decay_callbacks(self.module, self.decay)]
 
 
-@dataclass(frozen=True)
-class _Split:
-    """What :func:`regularize` does with the optimizers of a module."""
-
-    weight_decay: float | None
-    grouping: Grouping
-    # An optimizer that is made in `__init__` comes again in a second fit, when its factors are in its groups already.
-    done: WeakSet[Optimizer] = field(default_factory=WeakSet, compare=False, repr=False)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Split, (self.weight_decay, self.grouping)  # weak references cannot be pickled
-
-    def __call__(self, module: LightningModule, optimizers: list[Optimizer], schedulers: list[Any]) -> None:
-        """Split the groups of ``optimizers`` in place, and repair ``schedulers``.
-
-        Raises:
-            ValueError: An optimizer has no weight decay that could be set.
-        """
-        root = model_root(module._trainer, module)
-        infos = parameter_infos(root)
-        self.grouping.check(infos)
-        if self.weight_decay:
-            check_something_decays(self.grouping, infos)
-        for i, optimizer in enumerate(optimizers):
-            if any("weight_decay" not in group for group in optimizer.param_groups):
-                if self.weight_decay:
-                    raise ValueError(
-                        f"{type(optimizer).__name__} has no `weight_decay`: use another optimizer, or "
-                        "`regularize(module)` without a number."
-                    )
-                continue
-            if optimizer in self.done:
-                continue
-            self.done.add(optimizer)
-            before = [dict(group) for group in optimizer.param_groups]
-            prefix = f"optimizer{i}" if len(optimizers) > 1 else ""
-            by_id = {id(info.parameter): info for info in infos}
-            plan = plan_groups(optimizer, self.grouping, by_id, prefix)
-            guard_state_dict(optimizer, by_id)
-            if self.weight_decay is not None:
-                for group, factor in zip(optimizer.param_groups, plan.factors, strict=True):
-                    group["weight_decay"] = self.weight_decay * factor
-            for scheduler in schedulers:
-                if scheduler.optimizer is optimizer:
-                    repair_scheduler_(scheduler, plan.origins, before)
+def _decay_callbacks(module: LightningModule, decay: Mapping[str, Any]) -> list[WeightDecay]:
+    """A WeightDecay for a module; none if the Trainer has one of its own, which Lightning would throw out."""
+    callbacks = getattr(module._trainer, "callbacks", ())
+    of_trainer = [c for c in callbacks if isinstance(c, WeightDecay) and c.of_module is None]
+    mine = WeightDecay(**decay)
+    mine.of_module = ref(module)
+    if not of_trainer:
+        return [mine]
+    theirs = of_trainer[0]
+    excludes = mine.grouping.exclude not in (DEFAULT_EXCLUDE, theirs.grouping.exclude)
+    if excludes or mine.grouping.factors not in ({}, theirs.grouping.factors):
+        rank_zero_warn(
+            f"The Trainer's {theirs!r} decides what decays, and not {mine!r} of {type(module).__name__}: give the "
+            "`exclude` and `factors` of the module to the Trainer's."
+        )
+    return []

@@ -128,7 +128,7 @@ def settings(optimizer: Any, group: Mapping[str, Any]) -> dict[str, Any]:
         rule = "SGD with Nesterov's momentum or dampening"
     return {
         "rule": rule,
-        "lr": float(group.get("lr", 0.0)),
+        "lr": float(group.get("lr") or 0.0),  # None where the optimizer finds its own
         "weight_decay": float(group.get("weight_decay") or 0.0),
         "momentum": float(group.get("momentum", 0.0)),
         "betas": tuple(map(float, group["betas"])) if "betas" in group else None,

@@ -23,7 +23,7 @@ __all__ = [
     "Constant", "Linear", "Cosine", "Exponential", "Polynomial",
     "Steps", "Join", "Warmup", "FollowLR", "FromLRScheduler",
     "early_dropout", "late_dropout",
-    "as_schedule", "value_at", "simulate",
+    "as_schedule", "check_total_steps", "value_at", "simulate",
 ]  # fmt: skip
 
 _UNKNOWN_HORIZON = (
@@ -546,10 +546,10 @@ def as_schedule(value: ScheduleLike, *, name: str = "value") -> Schedule | Calla
         >>> as_schedule(0.1)
         Constant(value=0.1)
     """
-    if is_number(value):
-        return Constant(_value(name, value))
     if callable(value) and not isinstance(value, type):
         return value
+    if is_number(value):
+        return Constant(_value(name, value))
     raise TypeError(f"`{name}` should be a number, a `Schedule` or a callable of a `Position`, got {value!r}.")
 
 
@@ -617,6 +617,27 @@ def simulate(
     peak_lr = max(lrs)
     positions = (Position(step, len(steps), step // epoch_steps, lrs[step], peak_lr) for step in steps)
     return [value_at(schedule, at) for at in positions]
+
+
+def check_total_steps(total_steps: int | None) -> int | None:
+    """Refuse what is not a number of steps; None leaves it to the training loop.
+
+    Args:
+        total_steps: What was given.
+
+    Returns:
+        The same.
+
+    Raises:
+        ValueError: If it is not a positive integer.
+
+    Example:
+        >>> check_total_steps(100)
+        100
+    """
+    if total_steps is None or (isinstance(total_steps, int) and not isinstance(total_steps, bool) and total_steps > 0):
+        return total_steps
+    raise ValueError(f"`total_steps` should be a positive integer or None, got {total_steps!r}.")
 
 
 def _needs_total_steps(schedule: ScheduleLike) -> bool:

@@ -313,7 +313,7 @@ def _uses(module: nn.Module, path: str = "", parents: tuple[nn.Module, ...] = ()
             yield _use(name, parameter, path, (*parents, module))
     for name, child in module._modules.items():
         if child is not None:
-            yield from _uses(child, path if _wraps(module, name) else _join(path, name), (*parents, module))
+            yield from _uses(child, path if wraps(module, name) else _join(path, name), (*parents, module))
 
 
 def _use(name: str, parameter: nn.Parameter, path: str, modules: tuple[nn.Module, ...]) -> _Use:
@@ -351,7 +351,8 @@ def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
-def _wraps(module: nn.Module, child: str) -> bool:
+def wraps(module: nn.Module, child: str) -> bool:
+    """Is ``module`` a wrapper, such as DDP, and ``child`` the name under which it keeps what it wraps?"""
     return any(child in _WRAPPED_CHILDREN.get(name, ()) for name in _class_names(module))
 
 
@@ -432,7 +433,7 @@ def _declared(module: nn.Module) -> set[int]:
     """``id`` of each parameter for which a module of the tree, or a mark on the tensor, asks for no weight decay."""
     declared = {id(parameter) for parameter in module.parameters() if getattr(parameter, "_no_weight_decay", False)}
     for part in module.modules():
-        prefixes = [_canonical(name, part) for name in _declaration(part, "no_weight_decay")]
+        prefixes = [canonical(name, part) for name in _declaration(part, "no_weight_decay")]
         keywords = _declaration(part, "no_weight_decay_keywords")
         for use in _uses(part) if prefixes or keywords else ():
             names = (use.name, use.tensor)
@@ -462,12 +463,12 @@ def _declaration(module: nn.Module, method: str) -> Collection[str]:
     return names
 
 
-def _canonical(name: str, module: nn.Module) -> str:
+def canonical(name: str, module: nn.Module) -> str:
     """``name``, which is relative to ``module``, without what wrappers below ``module`` add to it."""
     parts: list[str] = []
     at: nn.Module | None = module
     for part in name.split("."):
-        if at is None or not _wraps(at, part):
+        if at is None or not wraps(at, part):
             parts.append(part)
         at = None if at is None else at._modules.get(part)
     return ".".join(parts)

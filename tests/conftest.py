@@ -2,4 +2,6 @@
 
 import torch
 
+import lightning_regularize  # noqa: F401  (before Lightning, so that it looks for both packages of it)
+
 torch.set_num_threads(1)

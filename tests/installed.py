@@ -22,14 +22,14 @@ from lightning_regularize.schedules import Cosine
 
 
 class Line(LightningModule):
-    """Nothing in it knows of regularization."""
+    """Its gradients are zero, so that weights move by weight decay only. Nothing in it knows of regularization."""
 
     def __init__(self):
         super().__init__()
         self.layer = nn.Linear(4, 1)
 
     def training_step(self, batch):
-        return self.layer(batch).square().mean()
+        return 0.0 * self.layer(batch).square().mean()
 
     def configure_optimizers(self):
         return torch.optim.AdamW(self.parameters(), lr=0.1, weight_decay=0.0)
@@ -70,11 +70,15 @@ def is_installed(name):
 
 def check_one_line_use():
     module = Line()
+    before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
     trainer = Trainer(callbacks=[WeightDecay(0.05)], max_epochs=2, accelerator="cpu", enable_progress_bar=False)
     trainer.fit(module, DataLoader(torch.ones(8, 4), batch_size=2))
     assert trainer.global_step == 8
-    decays = {group["name"]: group["weight_decay"] for group in trainer.optimizers[0].param_groups}
-    assert decays == {"decay": 0.05, "no_decay": 0.0}, decays
+    assert torch.equal(module.layer.bias, before["layer.bias"]), "the bias has decayed"
+    shrunk = before["layer.weight"] * (1 - 0.1 * 0.05) ** 8  # lr * weight_decay
+    torch.testing.assert_close(module.layer.weight.detach(), shrunk)
+    (group,) = trainer.optimizers[0].param_groups
+    assert group["weight_decay"] == 0.0, "the optimizer's own value was not put back"
 
 
 def check_a_missing_extra_is_named():

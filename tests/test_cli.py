@@ -8,7 +8,7 @@ import yaml
 from lightning.pytorch.cli import LightningCLI
 from torch import nn
 
-from lightning_regularize import RegularizedModule, WeightConstraint
+from lightning_regularize import RegularizedModule, WeightConstraint, WeightDecay
 from tests.models import randn
 
 pytest.importorskip("jsonargparse")
@@ -123,8 +123,11 @@ def test_every_callback_trains_from_yaml_and_two_of_a_kind_as_well(tmp_path):
     names = [type(callback).__name__ for callback in cli.trainer.callbacks]
     assert names.count("L1Penalty") == names.count("WeightConstraint") == 2
     assert cli.trainer.global_step == 4
-    decays = {group["name"]: group["weight_decay"] for group in cli.trainer.optimizers[0].param_groups}
-    assert decays == {"decay": 0.4, "decay x0.5": 0.2, "no_decay": 0.0}
+    assert cli.trainer.callback_metrics["weight_decay"] == pytest.approx(0.4, rel=1e-12, abs=0)  # of the last step
+    (decay,) = (callback for callback in cli.trainer.callbacks if isinstance(callback, WeightDecay))
+    assert decay.grouping.factors == {"layers.3.*": 0.5}
+    (group,) = cli.trainer.optimizers[0].param_groups
+    assert group["weight_decay"] == 0.05  # the module's, put back
     norms = torch.linalg.vector_norm(cli.model.layers[0].weight, dim=1)
     assert norms.max() <= 0.5
 

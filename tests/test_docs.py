@@ -20,9 +20,11 @@ import torch
 import yaml
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import lightning_regularize
 from lightning_regularize.projections import MaxNorm
+from lightning_regularize.schedules import Position
 from tests.models import randn
 
 ROOT = Path(__file__).parent.parent
@@ -30,7 +32,7 @@ DOCS = ROOT / "docs"
 PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
 TITLED_NOT_RUN = re.compile(r'title="[^"]*\bnot run\b[^"]*"')
 DOCUMENTED_WHOLE = (
-    "decay", "groups", "manners", "metrics", "norms", "penalties", "plots", "projections", "schedules", "selection",
+    "decay", "groups", "metrics", "norms", "penalties", "plots", "projections", "schedules", "selection",
     "step_sizes", "theory",
 )  # fmt: skip
 
@@ -98,20 +100,45 @@ def test_blocks_are_of_a_language_that_is_run_or_say_that_they_are_not(page):
         assert language != "text" or options.strip() == 'title="Output"'
 
 
-def test_the_configuration_of_the_cli_page_trains(tmp_path, monkeypatch):
+@pytest.mark.parametrize("decays_by", ["callback", "module"])
+def test_the_configurations_of_the_cli_page_train(decays_by, tmp_path, monkeypatch):
     cli = pytest.importorskip("lightning.pytorch.cli")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train.py"])
     monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # lightning 2.6 calls what jsonargparse renames
     page = "guides/lightning-cli.md"
     module = run(blocks_of(page), {"__name__": "docs"})["Classifier"]
-    (config,) = [block.content for block in blocks_of(page) if block.language == "yaml"]
-    Path("config.yaml").write_text(config)
+    config, of_the_model = (yaml.safe_load(b.content) for b in blocks_of(page) if b.language == "yaml")
+    if decays_by == "module":
+        config["model"] |= of_the_model["model"]
+        callbacks = config["trainer"]["callbacks"]
+        config["trainer"]["callbacks"] = [c for c in callbacks if not c["class_path"].endswith("WeightDecay")]
+    Path("config.yaml").write_text(yaml.safe_dump(config))
     trained = cli.LightningCLI(
         module, auto_configure_optimizers=False, save_config_callback=None, args=["fit", "--config", "config.yaml"]
     )
-    decays = {group["name"]: group["weight_decay"] for group in trained.trainer.optimizers[0].param_groups}
-    assert decays == {"decay": 0.4, "decay x0.1": pytest.approx(0.04), "no_decay": 0.0}
+    (decay,) = (c for c in trained.trainer.callbacks if isinstance(c, lightning_regularize.WeightDecay))
+    assert decay.grouping.factors == {"net.4.*": 0.1}
+    expected = {"callback": 0.4, "module": 0.05}[decays_by]  # in the last step
+    assert decay.schedule(Position(15, 16, 1, 1e-3, 1e-3)) == pytest.approx(expected, rel=1e-12, abs=0)
+
+
+@pytest.mark.filterwarnings("ignore")  # transformers and accelerate, on import and on use
+def test_the_block_for_transformers_trains(tmp_path, monkeypatch):
+    for package in ("transformers", "accelerate"):
+        pytest.importorskip(package)
+    monkeypatch.chdir(tmp_path)
+    (block,) = [block for block in blocks_of("guides/any-training-loop.md") if block.language == "py"]
+    names, shown = {"x": randn(64, 16)}, []
+    handle = register_optimizer_step_post_hook(lambda o, *_: shown.append(o.param_groups[0]["weight_decay"]))
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            exec(block.content, names)
+    finally:
+        handle.remove()
+    assert (shown[0], shown[-1]) == (0.04, 0.4)
+    decays = {len(group["params"]): group["weight_decay"] for group in names["trainer"].optimizer.param_groups}
+    assert decays == {2: 0.1, 4: 0.0}  # their own again
 
 
 # Links, navigation, names
@@ -318,6 +345,7 @@ def test_docstrings_become_markdown():
     spec.loader.exec_module(docstrings)
     given = """\
         See :func:`~lightning_regularize.theory.timescale`\\ s, :meth:`Penalty.value` and :math:`w_0`.
+        Not :func:`~lightning_regularize._sharding.reshard`, which has no page.
 
         .. math:: a
             + b
@@ -343,6 +371,7 @@ def test_docstrings_become_markdown():
         """
     expected = """\
         See [`timescale`][lightning_regularize.theory.timescale]s, [`Penalty.value`][here.Penalty.value] and $w_0$.
+        Not `reshard`, which has no page.
 
         $$
         a + b

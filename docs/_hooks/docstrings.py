@@ -66,6 +66,8 @@ def _link(target: str, resolve: Callable[[str], str]) -> str:
     if not name.startswith(PACKAGE):
         first, dot, rest = name.partition(".")
         name = resolve(first) + dot + rest
+    if "._" in name:  # of a private module, which has no page
+        return f"`{shown}`"
     return f"[`{shown}`][{name}]"
 
 

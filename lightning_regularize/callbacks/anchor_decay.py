@@ -2,34 +2,39 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
-from lightning.pytorch import Callback
-from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_regularize import _stepping
-from lightning_regularize._configuring import model_root
 from lightning_regularize._sharding import local_tensor, piece_like, whole_tensor
-from lightning_regularize.callbacks._choosing import choose, tell_idle
-from lightning_regularize.decay import HALF, pull_
-from lightning_regularize.groups import rule_key
-from lightning_regularize.schedules import Schedule, as_schedule
-from lightning_regularize.selection import check_rules
+from lightning_regularize._steps.clock import rate_of
+from lightning_regularize._steps.targets import Targets
+from lightning_regularize._trainer.strategies import check_not_flat, check_weights_are_the_optimizers
+from lightning_regularize.callbacks._base import Regularizer
+from lightning_regularize.decay import HALF, check_share, pull_
+from lightning_regularize.decay_methods import will_move
+from lightning_regularize.schedules import Schedule, as_schedule, check_total_steps
 from lightning_regularize.theory import decay_rounding_threshold
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    import lightning.pytorch as pl
     from torch import Tensor
-    from torch.optim import Optimizer
 
-    from lightning_regularize.schedules import Position
+    from lightning_regularize._steps.hooks import Step
+    from lightning_regularize._steps.run import Run
+    from lightning_regularize.schedules import Position, ScheduleLike
     from lightning_regularize.selection import ParameterInfo, Rule
 
 
-class AnchorDecay(Callback):
+class _Target(NamedTuple):
+    """A parameter, and this rank's piece of what it is pulled to."""
+
+    info: ParameterInfo
+    anchor: Tensor | None  # None before training begins
+
+
+class AnchorDecay(Regularizer):
     r"""Pulls weights towards an anchor, decoupled from the gradient: L2-SP, for fine-tuning.
 
     .. math:: w \leftarrow w - \eta\, a\, (w - w_0)
@@ -69,140 +74,117 @@ class AnchorDecay(Callback):
         exclude: Sequence[Rule] = (),
         total_steps: int | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(locals())
         self.schedule = as_schedule(strength, name="strength")
         if anchor != "init" and not hasattr(anchor, "keys"):
             raise TypeError(f"`anchor` should be 'init' or a state dict, got {anchor!r}.")
         self.anchor = anchor
-        self.include = check_rules(include, argument="include")
-        self.exclude = check_rules(exclude, argument="exclude")
-        self._clock = _stepping.Clock(self.schedule, total_steps)
-        self._begin_run()
-
-    def _begin_run(self) -> None:
-        self._infos: list[ParameterInfo] = []
-        self._anchors: dict[int, Tensor] = {}
-        self._saved: dict[str, Tensor] = {}
-        self._steps: _stepping.RealSteps | None = None
-        self._told_rounding = False
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy is of the callback and not of a run."""
-        constructed = {key: self.__dict__[key] for key in ("schedule", "anchor", "include", "exclude")}
-        return {**constructed, "total_steps": self._clock.total_steps}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self._clock = _stepping.Clock(state["schedule"], state.pop("total_steps"))
-        self.__dict__.update(state)
-        self._begin_run()
+        self.total_steps = check_total_steps(total_steps)
 
     @property
-    def state_key(self) -> str:
-        rules = {"include": [*map(rule_key, self.include)], "exclude": [*map(rule_key, self.exclude)]}
-        return self._generate_state_key(**rules)
+    def schedules(self) -> Sequence[ScheduleLike]:
+        """The schedule of the strength."""
+        return (self.schedule,)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Whole tensors by name, which every rank takes part in putting together."""
+    # -- before training -----------------------------------------------------------------------------------------------
+
+    def check(self, run: Run) -> None:
+        check_weights_are_the_optimizers(run.trainer, "AnchorDecay")
+        check_not_flat(run.sharding(), list(run.root.parameters()), "AnchorDecay")
+        infos = self.select(run, "nothing to pull")
         if self.anchor != "init":
-            return self._clock.state_dict()
-        anchors = {i.name: whole_tensor(self._anchors[id(i.parameter)], i.parameter) for i in self._anchored()}
-        return {"anchors": {name: anchor.cpu() for name, anchor in anchors.items()}, **self._clock.state_dict()}
+            _check_anchor(self.anchor, infos)
+        self._phase: Literal["before", "beginning", "training"] = "before"
+        self._targets: Targets[_Target] = Targets(run.infos, self._learn, move=self._move)
+        for optimizer in run.optimizers:
+            for group, targets in zip(optimizer.param_groups, self._targets.of(optimizer), strict=True):
+                if targets:
+                    rate_of(optimizer, group)
+        self.warn_if_no_effect(run, infos)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._clock.load_state_dict(state_dict)
-        self._saved = dict(state_dict.get("anchors", {}))
+    def _learn(self, info: ParameterInfo) -> _Target | None:
+        if not self.selects(info):
+            return None
+        if self._phase == "before":
+            return _Target(info, None)
+        given = self._saved.get("anchors", {}) if self.anchor == "init" else self.anchor
+        whole, weight = given.get(info.name), local_tensor(info.parameter)
+        is_new = self._phase == "training"
+        if whole is not None and not (is_new and self.anchor == "init") and tuple(whole.shape) == tuple(info.shape):
+            return _Target(info, piece_like(whole, info.parameter).clone())
+        if is_new:
+            self.warn(f"AnchorDecay has no anchor for {info.name!r}, which is new in the model, and leaves it alone.")
+            return None
+        return _Target(info, weight.clone())
 
-    def _anchored(self) -> list[ParameterInfo]:
-        return [info for info in self._infos if id(info.parameter) in self._anchors]
+    def _move(self, info: ParameterInfo, target: _Target) -> _Target | None:
+        """A parameter that is in another layer now keeps its anchor, if rules select it there."""
+        return target._replace(info=info) if self.selects(info) else None
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if stage == "fit":
-            self._stop()
-            self._begin_run()
+    def begin(self, run: Run) -> None:
+        if self.anchor == "init" and any(watch.steps for watch in run.watches) and not self._saved.get("anchors"):
+            self.warn("The checkpoint has no anchor: AnchorDecay takes the weights as they are now.")
+        self._phase = "beginning"
+        self._targets = Targets(run.infos, self._learn, move=self._move)
+        self._phase = "training"
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Before anything is restored, so that what cannot work is told before any weight changes.
+    # -- training ------------------------------------------------------------------------------------------------------
 
-        Raises:
-            MisconfigurationException: No parameter is concerned, or the strategy cannot work with it.
-        """
-        _stepping.check_weights_are_the_optimizers(trainer, "AnchorDecay")
-        root = model_root(trainer, pl_module)
-        _stepping.check_not_flat(root, "AnchorDecay")
-        self._infos = choose(root, "AnchorDecay has nothing to pull", include=self.include, exclude=self.exclude)
-        if self.anchor != "init":
-            self._check_anchor(self.anchor)
-        self._clock.note_rates(trainer)
-        tell_idle(trainer, self._infos, "AnchorDecay")
+    def before_step(self, step: Step) -> None:
+        optimizer = step.optimizer
+        of_groups = zip(optimizer.param_groups, self._targets.of(optimizer), strict=True)
+        pulled = [(targets, self._share(step, group)) for group, targets in of_groups if targets]
+        for _, share in pulled:  # before any weight changes
+            check_share(share)
+        for targets, share in pulled:
+            moving = [(info.parameter, anchor) for info, anchor in targets if will_move(optimizer, info.parameter)]
+            weights = [local_tensor(parameter) for parameter, anchor in moving if anchor is not None]
+            for dtype in {weight.dtype for weight in weights}:
+                self._warn_of_rounding(dtype, share)
+            anchors = [anchor for _, anchor in moving if anchor is not None]
+            if any(weight.dtype in HALF for weight in weights):  # on a CPU (torch 2.13) a list rounds the share as well
+                for weight, anchor in zip(weights, anchors, strict=True):
+                    pull_(weight, anchor, share)
+            elif weights:
+                torch._foreach_lerp_(weights, anchors, share)
 
-    def _check_anchor(self, anchor: Mapping[str, Tensor]) -> None:
-        for info in self._infos:
-            found = anchor.get(info.name)
-            if found is not None and not isinstance(found, torch.Tensor):
-                raise TypeError(f"`anchor` should hold tensors, got {type(found).__name__} for {info.name!r}.")
-            if found is None or tuple(found.shape) != tuple(info.shape):
-                what = "lacks it" if found is None else f"has shape {tuple(found.shape)}"
-                raise ValueError(
-                    f"`anchor` should have a tensor of shape {tuple(info.shape)} for {info.name!r}, but {what}. "
-                    "Complete it, or leave the parameter out by `exclude`."
-                )
-            if not (found.is_floating_point() or found.is_complex()) or not found.isfinite().all():
-                raise ValueError(
-                    f"`anchor` should hold finite floating-point numbers, which those for {info.name!r} are not "
-                    f"({found.dtype})."
-                )
+    def _share(self, step: Step, group: dict[str, Any]) -> float:
+        """The part of the way to the anchor that a step goes."""
+        strength: float = self.run.value(self.schedule, group, step.number)
+        return float(rate_of(step.optimizer, group)) * strength
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """All is restored, the anchor of the first start too."""
-        if self.anchor == "init" and trainer.global_step > 0 and not self._saved:
-            rank_zero_warn("The checkpoint has no anchor: AnchorDecay takes the weights as they are now.")
-        given = self._saved if self.anchor == "init" else self.anchor
-        for info in self._infos:
-            whole = given.get(info.name)
-            weight = local_tensor(info.parameter)
-            self._anchors[id(info.parameter)] = (
-                weight.clone() if whole is None else piece_like(whole, info.parameter).clone()
-            )
-        self._saved = {}
-        self._clock.start(trainer)
-        self._steps = _stepping.RealSteps(trainer, "AnchorDecay", before=lambda index: self._pull(trainer, index))
-
-    def on_before_optimizer_step(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
-    ) -> None:
-        if self._steps is not None:
-            self._clock.begin(trainer, optimizer)
-            self._steps.announce(trainer, optimizer)
-
-    def _pull(self, trainer: pl.Trainer, index: int) -> None:
-        optimizer = _stepping.torch_optimizer(trainer.optimizers[index])
-        for i, group in enumerate(optimizer.param_groups):
-            strength = self._clock.value(trainer, index, i)
-            for parameter in group["params"]:
-                anchor = self._anchors.get(id(parameter))
-                if anchor is not None and _stepping.will_move(optimizer, parameter):
-                    share = float(group["lr"]) * strength
-                    self._tell_rounding(parameter.dtype, share)
-                    pull_(local_tensor(parameter), anchor, share)
-
-    def _tell_rounding(self, dtype: torch.dtype, share: float) -> None:
+    def _warn_of_rounding(self, dtype: torch.dtype, share: float) -> None:
         """Once, if in half precision a weight stays where it is although it is pulled."""
-        if dtype in HALF and 0 < share < decay_rounding_threshold(dtype) and not self._told_rounding:
-            self._told_rounding = True
-            rank_zero_warn(
+        if dtype in HALF and 0 < share < decay_rounding_threshold(dtype) and "rounding" not in self._warned:
+            self._warned.add("rounding")
+            self.warn(
                 f"AnchorDecay does next to nothing here: lr * strength is {share:.2g}, and below "
                 f"{decay_rounding_threshold(dtype):.2g} {dtype} weights that are nearer to their anchor than to zero "
                 "stay as they are. Use float32 weights with precision='bf16-mixed'."
             )
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if stage == "fit":
-            self._stop()
+    def save(self) -> dict[str, Any]:
+        """Whole tensors by name, which every rank takes part in putting together."""
+        if self.anchor != "init":
+            return {}
+        targets = [target for target in self._targets if target.anchor is not None]
+        anchors = {info.name: whole_tensor(anchor, info.parameter) for info, anchor in targets if anchor is not None}
+        return {"anchors": {name: anchor.cpu() for name, anchor in anchors.items()}}
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._stop()
 
-    def _stop(self) -> None:
-        if self._steps is not None:
-            self._steps.remove()
-            self._steps = None
+def _check_anchor(anchor: Mapping[str, Tensor], infos: Sequence[ParameterInfo]) -> None:
+    for info in infos:
+        found = anchor.get(info.name)
+        if found is not None and not isinstance(found, torch.Tensor):
+            raise TypeError(f"`anchor` should hold tensors, got {type(found).__name__} for {info.name!r}.")
+        if found is None or tuple(found.shape) != tuple(info.shape):
+            what = "lacks it" if found is None else f"has shape {tuple(found.shape)}"
+            raise ValueError(
+                f"`anchor` should have a tensor of shape {tuple(info.shape)} for {info.name!r}, but {what}. "
+                "Complete it, or leave the parameter out by `exclude`."
+            )
+        if not (found.is_floating_point() or found.is_complex()) or not found.isfinite().all():
+            raise ValueError(
+                f"`anchor` should hold finite floating-point numbers, which those for {info.name!r} are not "
+                f"({found.dtype})."
+            )

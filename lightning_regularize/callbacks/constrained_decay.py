@@ -6,25 +6,22 @@ import math
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from lightning.pytorch import Callback
-from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_regularize import _stepping
-from lightning_regularize._configuring import model_root
-from lightning_regularize._sharding import Sharding, local_tensor
-from lightning_regularize.callbacks._choosing import check_real, choose, tell_idle
+from lightning_regularize._checks import check_number
+from lightning_regularize._sharding import local_tensor
+from lightning_regularize._steps.targets import Targets
+from lightning_regularize._trainer.strategies import check_weights_are_the_optimizers
+from lightning_regularize.callbacks._base import Regularizer
 from lightning_regularize.decay import decay_, next_multiplier
-from lightning_regularize.groups import check_number, rule_key
 from lightning_regularize.norms import norms
-from lightning_regularize.selection import check_rules
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import lightning.pytorch as pl
     from torch import Tensor
-    from torch.optim import Optimizer
 
+    from lightning_regularize._steps.hooks import Step
+    from lightning_regularize._steps.run import Run
     from lightning_regularize.selection import ParameterInfo, Rule
 
 _BOUNDS = ("start", "warm_start", "inflection_point")
@@ -32,7 +29,18 @@ _LARGEST_MULTIPLIER = 0.25  # halves a weight; weights with an RMS above 0.5 wou
 _SMOOTHING = 0.9  # of the square norm whose inflection is looked for
 
 
-class ConstrainedDecay(Callback):
+class _Target:
+    """A matrix, with its multiplier, bound, smoothed square norm and growth of that, as one tensor of four numbers."""
+
+    def __init__(self, info: ParameterInfo) -> None:
+        self.info = info
+        self.state: Tensor | None = None
+
+
+_STATE = ("multiplier", "bound", "smoothed", "growth")
+
+
+class ConstrainedDecay(Regularizer):
     r"""Constrained parameter regularization: each matrix has its own decay, as strong as its bound needs.
 
     After each real step, for each matrix with :math:`n` weights,
@@ -78,7 +86,7 @@ class ConstrainedDecay(Callback):
         include: Sequence[Rule] = ("weight",),
         exclude: Sequence[Rule] = (),
     ) -> None:
-        super().__init__()
+        super().__init__(locals())
         if bound not in _BOUNDS:
             raise ValueError(f"`bound` should be one of {_BOUNDS}, got {bound!r}.")
         factor = check_number(factor, "`factor`")
@@ -89,126 +97,80 @@ class ConstrainedDecay(Callback):
                 raise ValueError(f"`{name}` should be a positive integer, got {steps!r}.")
         self.bound, self.factor = bound, factor
         self.warm_start_steps, self.interval = warm_start_steps, interval
-        self.include = check_rules(include, argument="include")
-        self.exclude = check_rules(exclude, argument="exclude")
-        self._counter = _stepping.StepCounter()
-        self._begin_run()
 
-    def _begin_run(self) -> None:
-        self._infos: list[ParameterInfo] = []
-        self._sharding = Sharding()
-        self._steps: _stepping.RealSteps | None = None
-        self._state: dict[str, Tensor] = {}
-        self._saved: dict[str, dict[str, float]] = {}
-        self._told_decay = False
+    # -- before training -----------------------------------------------------------------------------------------------
 
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy is of the callback and not of a run."""
-        constructed = ("bound", "factor", "warm_start_steps", "interval", "include", "exclude")
-        return {key: self.__dict__[key] for key in constructed}
+    def check(self, run: Run) -> None:
+        check_weights_are_the_optimizers(run.trainer, "ConstrainedDecay")
+        infos = self.select(run, "nothing to constrain")
+        self.check_real(infos)
+        self.warn_if_no_effect(run, infos)
+        self._sharding, self._has_looked_for_decay = run.sharding(), False
+        self._targets: Targets[_Target] = Targets(run.infos, self._learn, move=self._move)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._counter = _stepping.StepCounter()
-        self._begin_run()
+    def _learn(self, info: ParameterInfo) -> _Target | None:
+        if not self.selects(info):
+            return None
+        return _Target(info)
 
-    @property
-    def state_key(self) -> str:
-        rules = {"include": [*map(rule_key, self.include)], "exclude": [*map(rule_key, self.exclude)]}
-        return self._generate_state_key(**rules)
+    def _move(self, info: ParameterInfo, target: _Target) -> _Target | None:
+        """A matrix that is in another place of the model goes on, if rules select it there."""
+        target.info = info
+        return target if self.selects(info) else None
 
-    def state_dict(self) -> dict[str, Any]:
-        """Multiplier, bound and smoothed square norms of each matrix, as numbers by name."""
-        names = [info.name for info in self._infos]
-        state = {key: dict(zip(names, values.tolist(), strict=True)) for key, values in self._state.items()}
-        return {"matrices": state, **self._counter.state_dict()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._counter.load_state_dict(state_dict)
-        self._saved = state_dict.get("matrices", {})
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if stage == "fit":
-            self._stop()
-            self._begin_run()
-
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Before anything is restored, so that what cannot work is told before any weight changes.
-
-        Raises:
-            MisconfigurationException: No parameter is concerned, or the strategy cannot work with it.
-        """
-        _stepping.check_weights_are_the_optimizers(trainer, "ConstrainedDecay")
-        root = model_root(trainer, pl_module)
-        self._sharding = Sharding(root)
-        what = "ConstrainedDecay has nothing to constrain"
-        self._infos = choose(root, what, include=self.include, exclude=self.exclude)
-        check_real(self._infos, "ConstrainedDecay")
-        tell_idle(trainer, self._infos, "ConstrainedDecay")
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """All is restored."""
-        if self.bound == "start" and trainer.global_step > 0 and not self._saved:
-            rank_zero_warn(
+    def begin(self, run: Run) -> None:
+        if any(watch.steps for watch in run.watches) and not self._saved.get("matrices") and self.bound == "start":
+            self.warn(
                 "The checkpoint does not tell the norms at the start of training: ConstrainedDecay takes its bounds "
                 "from the weights as they are now."
             )
-        self._counter.start(trainer)
-        self._state = self._initial_state()
-        for key, values in self._state.items():
-            for i, info in enumerate(self._infos):
-                values[i] = self._saved.get(key, {}).get(info.name, values[i])
-        self._steps = _stepping.RealSteps(
-            trainer,
-            "ConstrainedDecay",
-            after=lambda index: self._decay(trainer, index),
-            counts=self.bound != "start",
-        )
+        self._begin_targets(list(self._targets))
 
-    def _initial_state(self) -> dict[str, Tensor]:
-        square = self._square_norms(self._infos)
-        return {
-            "multiplier": torch.zeros_like(square),
-            "bound": self.factor * square if self.bound == "start" else torch.full_like(square, math.inf),
-            "smoothed": square.clone(),
-            "growth": torch.full_like(square, -math.inf),  # there is no growth that could slow down yet
-        }
-
-    def _square_norms(self, infos: Sequence[ParameterInfo]) -> Tensor:
-        return norms([info.parameter for info in infos], sharding=self._sharding).square()
-
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """By now a WeightDecay that stands after this callback has written its own values."""
-        if not self._told_decay:
-            self._told_decay = True
-            self._warn_of_decay(trainer)
-
-    def on_before_optimizer_step(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
-    ) -> None:
-        if self._steps is not None:
-            self._counter.begin(trainer, _stepping.optimizer_index(trainer, optimizer))
-            self._steps.announce(trainer, optimizer)
-
-    def _decay(self, trainer: pl.Trainer, index: int) -> None:
-        """After the optimizer's step; nothing is read back from the device."""
-        groups = _stepping.torch_optimizer(trainer.optimizers[index]).param_groups
-        held = {id(parameter) for group in groups for parameter in group["params"]}
-        rows = [i for i, info in enumerate(self._infos) if id(info.parameter) in held and info.parameter.requires_grad]
-        if not rows:
+    def _begin_targets(self, targets: Sequence[_Target]) -> None:
+        new = [target for target in targets if target.state is None]
+        if not new:
             return
-        infos = [self._infos[i] for i in rows]
-        square = self._square_norms(infos)
-        which = torch.tensor(rows, device=square.device)
-        state = {key: values[which] for key, values in self._state.items()}
-        self._look_for_bound_(state, square, steps=self._counter.current(trainer, index) + 1)
-        numel = torch.tensor([math.prod(info.shape) for info in infos], device=square.device)
+        square, saved = self._square_norms(new), self._saved.get("matrices", {})
+        bound = self.factor * square if self.bound == "start" else torch.full_like(square, math.inf)
+        # There is no growth yet that could slow down.
+        columns = [torch.zeros_like(square), bound, square.clone(), torch.full_like(square, -math.inf)]
+        for target, state in zip(new, torch.stack(columns, dim=1), strict=True):
+            for i, key in enumerate(_STATE):
+                if target.info.name in saved.get(key, {}):
+                    state[i] = saved[key][target.info.name]
+            target.state = state
+
+    def _square_norms(self, targets: Sequence[_Target]) -> Tensor:
+        return norms([target.info.parameter for target in targets], sharding=self._sharding).square()
+
+    # -- training ------------------------------------------------------------------------------------------------------
+
+    def on_gradients(self, step: Step) -> None:
+        """What is new begins with its weights as they are now, before another callback decays them."""
+        self.before_step(step)
+
+    def before_step(self, step: Step) -> None:
+        """LBFGS begins before there are gradients. WeightDecay has written its own values by now."""
+        if not self._has_looked_for_decay:
+            self._has_looked_for_decay = True
+            self._warn_of_decay()
+        self._begin_targets([target for targets in self._targets.of(step.optimizer) for target in targets])
+
+    def after_step(self, step: Step, *, is_real: bool) -> None:
+        """Nothing is read back from the device."""
+        held = [t for targets in self._targets.of(step.optimizer) for t in targets if t.info.parameter.requires_grad]
+        if not held or not is_real:
+            return
+        square = self._square_norms(held)
+        rows = torch.stack([target.state for target in held if target.state is not None])
+        state = dict(zip(_STATE, rows.unbind(dim=1), strict=True))
+        self._look_for_bound_(state, square, steps=step.number + 1)
+        numel = torch.tensor([math.prod(target.info.shape) for target in held], device=square.device)
         multiplier = next_multiplier(state["multiplier"], square, state["bound"], numel)
         state["multiplier"] = multiplier.clamp_max(_LARGEST_MULTIPLIER)
-        for key, values in state.items():
-            self._state[key][which] = values
-        for info, multiplier in zip(infos, state["multiplier"], strict=True):
-            decay_(local_tensor(info.parameter), 2 * multiplier)
+        for target, row in zip(held, torch.stack([state[key] for key in _STATE], dim=1), strict=True):
+            target.state = row
+            decay_(local_tensor(target.info.parameter), 2 * row[0])
 
     def _look_for_bound_(self, state: dict[str, Tensor], square: Tensor, *, steps: int) -> None:
         if self.bound == "warm_start" and steps >= self.warm_start_steps:  # a GradScaler may skip the very step
@@ -220,25 +182,17 @@ class ConstrainedDecay(Callback):
             state["bound"] = torch.where(slower, self.factor * square, state["bound"])
             state["smoothed"], state["growth"] = smoothed, growth
 
-    def _warn_of_decay(self, trainer: pl.Trainer) -> None:
-        held = {id(info.parameter) for info in self._infos}
-        for optimizer in trainer.optimizers:
-            for group in optimizer.param_groups:
-                if group.get("weight_decay") and any(id(parameter) in held for parameter in group["params"]):
-                    rank_zero_warn(
+    def _warn_of_decay(self) -> None:
+        for optimizer in self.run.optimizers:
+            for group, targets in zip(optimizer.param_groups, self._targets.of(optimizer), strict=True):
+                if group.get("weight_decay") and targets:
+                    self.warn(
                         f"{type(optimizer).__name__} decays weights by weight_decay={float(group['weight_decay']):g} "
                         "that ConstrainedDecay decays as well: set it to 0, for example by WeightDecay(0.0)."
                     )
                     return
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if stage == "fit":
-            self._stop()
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._stop()
-
-    def _stop(self) -> None:
-        if self._steps is not None:
-            self._steps.remove()
-            self._steps = None
+    def save(self) -> dict[str, Any]:
+        """Multiplier, bound, smoothed square norm and its growth of each matrix, as numbers by name."""
+        rows = {t.info.name: t.state.tolist() for t in self._targets if t.state is not None}
+        return {"matrices": {key: {name: row[i] for name, row in rows.items()} for i, key in enumerate(_STATE)}}

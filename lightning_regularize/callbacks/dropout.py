@@ -10,18 +10,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from lightning_regularize import _stepping
-from lightning_regularize.schedules import Constant, Position, Schedule, as_schedule, value_at
+from lightning_regularize.callbacks._base import Regularizer
+from lightning_regularize.schedules import Constant, Position, Schedule, as_schedule, check_total_steps, value_at
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     import lightning.pytorch as pl
+
+    from lightning_regularize._steps.hooks import Step
+    from lightning_regularize._steps.run import Run
+    from lightning_regularize.schedules import ScheduleLike
 
 # torch recompiles a compiled model for each value of a rate, at most 8 times by default, and once more for evaluation.
 _COMPILED_LEVELS = 4
@@ -38,7 +40,7 @@ class _Rate(NamedTuple):
     original: float
 
 
-class DropoutSchedule(Callback):
+class DropoutSchedule(Regularizer):
     """Sets the dropout rate of a module's layers on a schedule while it trains.
 
     Scheduled are ``p`` of torch's dropout layers and of torchvision's ``StochasticDepth``, ``dropout`` of
@@ -82,7 +84,7 @@ class DropoutSchedule(Callback):
         attributes: Sequence[str] = (),
         total_steps: int | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(locals())
         self.schedule = as_schedule(p, name="p")
         if isinstance(self.schedule, Constant):
             _check_rate(self.schedule.value)
@@ -92,40 +94,35 @@ class DropoutSchedule(Callback):
             raise TypeError(f"`attributes` should be a sequence of names, got {attributes!r}.")
         self.include = tuple(include)
         self.attributes = tuple(attributes)
-        self.total_steps = _stepping.check_total_steps(total_steps)
-        self._begin_run()
+        self.total_steps = check_total_steps(total_steps)
 
-    def _begin_run(self) -> None:
-        self._rates: list[_Rate] = []
+    @property
+    def schedules(self) -> Sequence[ScheduleLike]:
+        """The schedule of the rate."""
+        return (self.schedule,)
+
+    # -- before training -----------------------------------------------------------------------------------------------
+
+    def check(self, run: Run) -> None:
         self._levels: list[float] = []
-        self._batches = 0
-        self._horizon = math.inf
-        self._start_lr = 1.0
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if stage == "fit":
-            self._restore()
-
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._batches = 0
-        self._rates = list(self._find(pl_module))
+        self._rates = list(self._find(run.module))
         if not self._rates:
             raise MisconfigurationException(
                 f"There is nothing to drop: no module that matches {self.include} has a dropout rate. "
                 "Name a float attribute that is one in `attributes`, or take DropoutSchedule out."
             )
         self._check_all_found()
-        self._check_not_shared(trainer)
-        self._start_lr = float(_first_group(trainer).get("lr", 1.0))
+        for other in run.trainer.callbacks if run.trainer is not None else ():
+            if isinstance(other, DropoutSchedule) and other is not self and other.run is not None:
+                self._check_not_shared(other)
 
-    def _check_not_shared(self, trainer: pl.Trainer) -> None:
+    def _check_not_shared(self, other: DropoutSchedule) -> None:
         """Of two schedules for one rate the later would win.
 
         Raises:
             MisconfigurationException: There are two.
         """
-        others = [c for c in _stepping.alike(trainer, DropoutSchedule) if c is not self]
-        taken = {(id(rate.module), rate.attribute) for other in others for rate in other._rates}
+        taken = {(id(rate.module), rate.attribute) for rate in other._rates}
         if shared := [r.name for r in self._rates if (id(r.module), r.attribute) in taken]:
             raise MisconfigurationException(
                 f"Two DropoutSchedules have the rates of {shared}: let them `include` different modules."
@@ -144,55 +141,48 @@ class DropoutSchedule(Callback):
             found = [f"{rate.name}.{rate.attribute}" for rate in self._rates]
             raise MisconfigurationException(f"No dropout rate is found by {what}; all that is found is {found}.")
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Not before: who asks for the length of the data too early keeps a loader's own state from being restored."""
-        self._horizon = self.total_steps or _stepping.total_steps(trainer)
-        _stepping.check_horizon(self.schedule, self._horizon)
-        rates = self._sampled_rates()
-        self._levels = self._compiled_levels(rates) if _is_compiled(pl_module) else []
+    def begin(self, run: Run) -> None:
+        rates = self._sampled_rates(run.clock.total_steps)
+        self._levels = self._compiled_levels(rates, run.clock.total_steps) if _is_compiled(run.module) else []
+        self._set_rate()
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+    # -- training ------------------------------------------------------------------------------------------------------
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         """Before the forward pass, so that it drops at the rate of the step it belongs to."""
-        step = trainer.global_step // max(len(trainer.optimizers), 1)
-        at = _stepping.position(trainer, _first_group(trainer), step, self._horizon, self._start_lr)
-        p = _check_rate(value_at(self.schedule, at))
+        super().on_train_batch_start(trainer, pl_module, *args)
+        rate = self._set_rate()
+        if self.run.logs_now():
+            self.run.log({f"dropout/p{self.number_among(DropoutSchedule)}": rate})
+
+    def after_step(self, step: Step, *, is_real: bool) -> None:
+        """Outside a Trainer no hook comes before the next forward pass."""
+        if self.run.trainer is None:
+            self._set_rate()
+
+    def _set_rate(self) -> float:
+        watches = self.run.watches
+        step = min((watch.steps for watch in watches), default=0)
+        nothing: dict[str, Any] = {"params": []}
+        group = next((group for watch in watches for group in watch.optimizer.param_groups), nothing)
+        p = _check_rate(self.run.value(self.schedule, group, step))
         if self._levels:
             p = min(self._levels, key=lambda level: abs(level - p))
         for rate in self._rates:
             setattr(rate.module, rate.attribute, p)
-        if _stepping.logs_now(trainer):
-            number = _stepping.number_among(_stepping.alike(trainer, DropoutSchedule), self)
-            pl_module.log(f"dropout/p{number}", p)
-        self._batches += 1
+        return p
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._restore()
-        moves = not isinstance(self.schedule, Constant) and self._batches > 0
-        if moves and not pl_module.automatic_optimization and trainer.global_step == 0:
-            rank_zero_warn(
-                "DropoutSchedule stood still, for Lightning has counted no step: in manual optimization step what "
-                "`self.optimizers()` returns."
-            )
+        super().on_train_end(trainer, pl_module)
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if stage == "fit":
-            self._restore()
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+    def end(self, run: Run) -> None:
         self._restore()
 
     def _restore(self) -> None:
-        for rate in self._rates:
+        for rate in getattr(self, "_rates", ()):
             setattr(rate.module, rate.attribute, rate.original)
         self._rates = []
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy is of the callback, and not of a run: Lightning hangs the module on it, as ``log``."""
-        return {key: self.__dict__[key] for key in ("schedule", "include", "attributes", "total_steps")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._begin_run()
 
     def _find(self, root: nn.Module) -> Iterator[_Rate]:
         for name, module in root.named_modules():
@@ -204,25 +194,20 @@ class DropoutSchedule(Callback):
                 if isinstance(value, (int, float)) and not isinstance(value, bool):
                     yield _Rate(name, module, attribute, value)
 
-    def _sampled_rates(self) -> list[float]:
+    def _sampled_rates(self, total_steps: float) -> list[float]:
         """What the schedule has in store, checked before training; without an end, its first value."""
-        last = 0 if math.isinf(self._horizon) else max(int(self._horizon) - 1, 0)
+        last = 0 if math.isinf(total_steps) else max(int(total_steps) - 1, 0)
         steps = [*range(0, last, max(last // _SAMPLES, 1)), last]
-        return [_check_rate(value_at(self.schedule, Position(step=s, total_steps=self._horizon))) for s in steps]
+        return [_check_rate(value_at(self.schedule, Position(step=s, total_steps=total_steps))) for s in steps]
 
-    def _compiled_levels(self, rates: Sequence[float]) -> list[float]:
-        if math.isinf(self._horizon) and not isinstance(self.schedule, Constant):
+    def _compiled_levels(self, rates: Sequence[float], total_steps: float) -> list[float]:
+        if math.isinf(total_steps) and not isinstance(self.schedule, Constant):
             raise MisconfigurationException(
                 "A compiled model is recompiled for each dropout rate, so that DropoutSchedule has to know them: "
                 "give `total_steps`."
             )
         low, high = min(rates), max(rates)
         return [low + (high - low) * i / (_COMPILED_LEVELS - 1) for i in range(_COMPILED_LEVELS)]
-
-
-def _first_group(trainer: pl.Trainer) -> dict[str, Any]:
-    """The first parameter group of all optimizers; empty where there is none."""
-    return next((group for optimizer in trainer.optimizers for group in optimizer.param_groups), {})
 
 
 def _known_attributes(module: nn.Module) -> dict[str, None]:

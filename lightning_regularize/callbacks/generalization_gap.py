@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback
-from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_regularize import _logging, _stepping
+from lightning_regularize._trainer import loggers
+from lightning_regularize._trainer.run import logged_step
+from lightning_regularize.callbacks._base import Regularizer
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
 
-class GeneralizationGapMonitor(Callback):
+class GeneralizationGapMonitor(Regularizer):
     r"""Logs the gap between a metric on training and on validation data, the first sign of overfitting.
 
     .. math:: \mathrm{gap} = m_\mathrm{train} - m_\mathrm{val}
@@ -46,20 +46,18 @@ class GeneralizationGapMonitor(Callback):
         >>> trainer = Trainer(callbacks=[GeneralizationGapMonitor("acc")], logger=False, accelerator="cpu")
     """
 
+    acts_on_steps = False
+
     def __init__(self, metric: str, *, train_prefix: str = "train_", val_prefix: str = "val_") -> None:
-        super().__init__()
+        super().__init__(locals())
         if not isinstance(metric, str) or not metric:
             raise ValueError(f"`metric` should be the name of a metric without its prefix, got {metric!r}.")
         if train_prefix == val_prefix:
             raise ValueError(f"`train_prefix` and `val_prefix` should differ, got {train_prefix!r} twice.")
         self.metric = metric
         self.train_name, self.val_name = f"{train_prefix}{metric}", f"{val_prefix}{metric}"
-        self._is_validated = self._waits = self._told_stale = False
+        self._is_validated = self._waits = False
         self._stale: torch.Tensor | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy does not hold the module."""
-        return _stepping.without_module(self)
 
     @property
     def key(self) -> str:
@@ -67,12 +65,14 @@ class GeneralizationGapMonitor(Callback):
         return f"generalization_gap/{self.metric}"
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._is_validated = self._waits = self._told_stale = False
+        super().setup(trainer, pl_module, stage)
+        self._is_validated = self._waits = False
         self._stale = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
         if trainer.is_global_zero:
-            _logging.define_step_axis(trainer.loggers, ["generalization_gap"])
+            loggers.define_step_axis(trainer.loggers, ["generalization_gap"])
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
@@ -95,6 +95,7 @@ class GeneralizationGapMonitor(Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._log_what_waits(trainer)
+        super().on_train_end(trainer, pl_module)
 
     def _check_is_of_an_epoch(self, results: list[Any]) -> None:
         if not any(result.meta.on_epoch for result in results):
@@ -109,11 +110,7 @@ class GeneralizationGapMonitor(Callback):
         self._waits = False
         if self._stale is not None and trainer.callback_metrics.get(self.train_name) is self._stale:
             self._is_validated = False
-            if not self._told_stale:
-                self._told_stale = True
-                rank_zero_warn(
-                    f"GeneralizationGapMonitor logs no gap for epochs in which {self.train_name!r} is not logged."
-                )
+            self.warn(f"GeneralizationGapMonitor logs no gap for epochs in which {self.train_name!r} is not logged.")
             return
         self._log(trainer)
 
@@ -132,4 +129,4 @@ class GeneralizationGapMonitor(Callback):
         metrics[self.key] = torch.tensor(gap)
         if trainer.is_global_zero:
             # The epoch's last step, as Lightning has it for the metrics of the epoch.
-            _logging.log(trainer.loggers, {self.key: gap}, {}, _stepping.logged_step(trainer) - 1)
+            loggers.log(trainer.loggers, {self.key: gap}, {}, logged_step(trainer) - 1)

@@ -10,26 +10,31 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback
-from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_regularize import _logging, _stepping, quantities
-from lightning_regularize._configuring import model_root
+from lightning_regularize import quantities
+from lightning_regularize._checks import check_number
 from lightning_regularize._reading import Reading
-from lightning_regularize._sharding import Sharding, gradient_of, is_elsewhere
+from lightning_regularize._sharding import gradient_of, is_elsewhere
+from lightning_regularize._steps.targets import Targets
+from lightning_regularize._trainer import loggers
+from lightning_regularize._trainer.run import group_labels, logs_now
+from lightning_regularize._trainer.strategies import deepspeed_keeper, held_parameters, hides_gradients, torch_optimizer
+from lightning_regularize.callbacks._base import Regularizer
 from lightning_regularize.callbacks.weight_decay import WeightDecay
-from lightning_regularize.groups import check_number
+from lightning_regularize.decay_methods import will_move
 from lightning_regularize.histograms import BINS
 from lightning_regularize.norms import NONFINITE, check_norm_type, count_below, power
 from lightning_regularize.quantities import QUANTITIES
-from lightning_regularize.selection import check_rules, matching, parameter_infos
+from lightning_regularize.selection import require_matches
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import lightning.pytorch as pl
-    from torch.optim import Optimizer
 
+    from lightning_regularize._steps.hooks import Step
+    from lightning_regularize._steps.run import Run
+    from lightning_regularize._steps.watch import Watch
     from lightning_regularize.histograms import Histogram
     from lightning_regularize.norms import Statistic
     from lightning_regularize.selection import ParameterInfo, Rule
@@ -48,7 +53,7 @@ _BESIDE = (  # keys that come with quantities
 _BYTES = 16 * BINS  # of a histogram on disk: a count and an edge a bin
 
 
-class WeightNormMonitor(Callback):
+class WeightNormMonitor(Regularizer):
     r"""Logs how large weights and gradients are, and how far a step moves the weights.
 
     .. math:: \lVert w \rVert_p = \bigl(\sum_i |w_i|^p\bigr)^{1/p}
@@ -129,7 +134,7 @@ class WeightNormMonitor(Callback):
         max_keys: int = 2000,
         max_histogram_megabytes: float = 100.0,
     ) -> None:
-        super().__init__()
+        super().__init__(locals())
         self.every_n_steps = None if every_n_steps is None else _positive_integer(every_n_steps, "every_n_steps")
         self.quantities = _check_quantities(quantities)
         if detail not in _DETAILS:
@@ -144,23 +149,10 @@ class WeightNormMonitor(Callback):
         self.detail = detail
         self.norm_type = float(norm_type)
         self.histograms = histograms
-        self.include = check_rules(include, argument="include")
-        self.exclude = check_rules(exclude, argument="exclude")
         self.threshold = threshold
         self.expected = expected
         self.max_keys = _positive_integer(max_keys, "max_keys")
         self.max_histogram_megabytes = max_histogram_megabytes
-        self._begin_run()
-
-    def _begin_run(self) -> None:
-        self._infos: list[ParameterInfo] = []
-        self._sharding = Sharding()
-        self._real_steps: _stepping.RealSteps | None = None
-        self._logged: dict[int, int] = {}
-        self._seen: set[int] = set()
-        self._readings: dict[int, tuple[Reading, dict[str, dict[str, Any]]]] = {}
-        self._told: set[str] = set()
-        self._histogram_bytes = 0
         self._weights, self._gradients, self._changes = self._statistics()
 
     def _statistics(self) -> tuple[dict[str, Statistic], dict[str, Statistic], dict[str, Statistic]]:
@@ -182,120 +174,95 @@ class WeightNormMonitor(Callback):
             {name: statistic for name, statistic in changes.items() if name in needs},
         )
 
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy, as for spawned processes, is of the callback and not of a run."""
-        return {key: value for key, value in _stepping.without_module(self).items() if not key.startswith("_")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._begin_run()
-
-    # -- when --------------------------------------------------------------------------------------------------------
+    # -- when ----------------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        self._stop()
-        self._begin_run()
         if not trainer.loggers:
             raise MisconfigurationException(
                 "WeightNormMonitor has nowhere to log to: give the Trainer a logger, or take the callback out."
             )
-        if self.histograms and not any(map(_logging.shows_histograms, trainer.loggers)):
-            names = ", ".join(type(logger).__name__ for logger in trainer.loggers)
-            rank_zero_warn(f"WeightNormMonitor draws no histograms: {names} has no place for them.")
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        root = model_root(trainer, pl_module)
-        self._sharding = Sharding(root)
-        self._infos = matching(parameter_infos(root), include=self.include, exclude=self.exclude)
-        # DeepSpeed writes the module's weights when its optimizer has stepped: they are read when the batch ends.
-        if self._changes and not _stepping.deepspeed_keeper(trainer):
-            self._real_steps = _stepping.RealSteps(trainer, "WeightNormMonitor", after=self._after_step)
-        if trainer.is_global_zero:
+    def check(self, run: Run) -> None:
+        self._seen: set[int] = set()
+        self._readings: dict[int, tuple[Watch, Reading, dict[str, dict[str, Any]]]] = {}
+        self._histogram_bytes = 0
+        if run.trainer is None:
+            raise TypeError("WeightNormMonitor logs to the loggers of a Trainer, and cannot be attached without one.")
+        if self.histograms and not any(map(loggers.shows_histograms, run.trainer.loggers)):
+            names = ", ".join(type(logger).__name__ for logger in run.trainer.loggers)
+            self.warn(f"WeightNormMonitor draws no histograms: {names} has no place for them.")
+
+    def begin(self, run: Run) -> None:
+        self._sharding = run.sharding()
+        require_matches((*self.include, *self.exclude), run.infos())
+        self._targets: Targets[ParameterInfo] = Targets(run.infos, self._learn)
+        if run.trainer.is_global_zero:
             keys = [QUANTITIES[quantity].key for quantity in self.quantities]
-            _logging.define_step_axis(trainer.loggers, [*keys, *_BESIDE])
+            loggers.define_step_axis(run.trainer.loggers, [*keys, *_BESIDE])
 
-    def on_before_optimizer_step(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
-    ) -> None:
+    def _learn(self, info: ParameterInfo) -> ParameterInfo | None:
+        return info if self.selects(info) else None
+
+    def on_gradients(self, step: Step) -> None:
         """Gradients are complete here, and not yet clipped."""
-        if _stepping.is_accumulating(trainer):
+        watch, trainer = step.watch, self.run.trainer
+        self._seen.add(watch.index)
+        if not logs_now(trainer, self.every_n_steps):
             return
-        index, step = _stepping.optimizer_index(trainer, optimizer), _stepping.logged_step(trainer)
-        self._seen.add(index)
-        if not _stepping.logs_now(trainer, self.every_n_steps):
-            return
-        if self._logged.get(index) != step:  # LBFGS evaluates its closure again: the first time counts
-            self._logged[index] = step
-            self._readings[index] = self._read(trainer, index), self._settings(trainer, index)
+        if watch.index not in self._readings:  # LBFGS evaluates its closure again: the first time counts
+            self._logged[watch.index] = watch.steps
+            self._readings[watch.index] = watch, self._read(trainer, step), self._settings(trainer, watch)
 
-    def _after_step(self, index: int) -> None:
-        if index in self._readings:
-            self._readings[index][0].read_changes(self._changes)
+    def after_step(self, step: Step, *, is_real: bool) -> None:
+        """Of several inner optimizers the last one completes the change."""
+        if is_real and step.watch.index in self._readings and step.optimizer is step.watch.leaves[-1]:
+            self._readings[step.watch.index][1].read_changes(self._changes)
 
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+    def after_batch(self, trainer: pl.Trainer) -> None:
         """All optimizers have stepped: one transfer to the host, and one row, for all."""
         if not self._readings:
             return
         readings, self._readings = self._readings, {}
-        for reading, _settings in readings.values():
-            reading.read_changes(self._changes)  # of a step that was skipped: none
-        numbers = iter(torch.cat([reading.reduced() for reading, _settings in readings.values()]).tolist())
+        for _, reading, _settings in readings.values():
+            # DeepSpeed writes the module's weights after its optimizer's step; of a step that was skipped: no change.
+            reading.read_changes(self._changes)
+        numbers = iter(torch.cat([reading.reduced() for _, reading, _settings in readings.values()]).tolist())
         totals: dict[str, float] = {}
         details: dict[str, float] = {}
         drawn: dict[str, Histogram] = {}
-        for index, (reading, settings) in readings.items():
+        for watch, reading, settings in readings.values():
             sums, pictures = reading.rows(numbers)
             self._complete(sums, settings)
-            self._name(trainer, index, sums, totals, details)
+            self._name(watch, sums, totals, details)
             drawn |= pictures
-        trainer.callback_metrics.update({key: torch.tensor(value) for key, value in totals.items()})
-        if trainer.is_global_zero:
-            scalars = totals | self._at_most(details)
-            _logging.log(trainer.loggers, scalars, self._affordable(drawn), _stepping.logged_step(trainer))
+        loggers.gather(trainer, totals, details=self._at_most(details), histograms=self._affordable(drawn))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Optimizers that take turns may all have stepped on other batches than those that are logged."""
-        if not pl_module.automatic_optimization and not self._seen and trainer.fit_loop.total_batch_idx >= 0:
-            self._tell(
-                "WeightNormMonitor logged nothing, for Lightning has seen no step: in manual optimization step what "
-                "`self.optimizers()` returns."
-            )
         for index in sorted(self._seen - set(self._logged)) if self._logged else ():
-            self._tell(
+            self.warn(
                 f"WeightNormMonitor logged nothing of optimizer {index}, which never stepped on a batch that is "
                 "logged: choose another `every_n_steps`."
             )
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._stop()
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Lightning calls no teardown after an exception."""
-        self._stop()
-
-    def _stop(self) -> None:
-        self._readings.clear()
-        if self._real_steps is not None:
-            self._real_steps.remove()
-            self._real_steps = None
+    def end(self, run: Run) -> None:
+        self._readings = {}
 
     # -- on what -----------------------------------------------------------------------------------------------------
 
-    def _read(self, trainer: pl.Trainer, index: int) -> Reading:
+    def _read(self, trainer: pl.Trainer, step: Step) -> Reading:
         """Whatever can be known before the step; nothing waits for the device."""
-        infos = self._of_optimizer(trainer, index)
+        infos = self._of_optimizer(step.watch)
         reading = Reading({info.name: info.parameter for info in infos}, self._sharding)
         reading.read_weights(self._weights)
         if self.histograms:
             reading.draw("weight", [info.parameter for info in infos])
         if self._gradients:
-            hidden = _stepping.hides_gradients(trainer)
+            hidden, scale = hides_gradients(trainer), step.scale
             gradients = [None if hidden else gradient_of(info.parameter) for info in infos]
-            scaler, scale = _stepping.loss_scaler(trainer, trainer.optimizers[index]), None
-            if scaler is not None and infos:
-                scale = scaler.scale(torch.ones((), device=infos[0].parameter.device))  # no synchronization
             reading.read_gradients(
                 gradients, self._gradients, scale, 1.0 if math.isinf(self.norm_type) else self.norm_type
             )
@@ -307,53 +274,62 @@ class WeightNormMonitor(Callback):
             reading.keep_weights()
         return reading
 
-    def _of_optimizer(self, trainer: pl.Trainer, index: int) -> list[ParameterInfo]:
-        trainable = [info for info in self._infos if info.parameter.requires_grad]
+    def _of_optimizer(self, watch: Watch) -> list[ParameterInfo]:
+        for leaf in watch.leaves:  # layers may have been replaced
+            self._targets.of(leaf)
+        trainable = [info for info in self._targets if info.parameter.requires_grad]
         readable = [info for info in trainable if not is_elsewhere(info.parameter)]
         if len(readable) < len(trainable):
-            self._tell(
+            self.warn(
                 "DeepSpeed has put parameters on a disk, where WeightNormMonitor cannot read them; it leaves them out."
             )
-        if len(trainer.optimizers) == 1:
+        if len(self.run.watches) == 1:
             return readable
-        held = {id(p) for group in trainer.optimizers[index].param_groups for p in group["params"]}
+        held = {id(p) for leaf in watch.leaves for group in leaf.param_groups for p in group["params"]}
         return [info for info in readable if id(info.parameter) in held]
 
     def _is_matrix(self, info: ParameterInfo) -> bool:
         if len(info.shape) < 2 or 0 in info.shape:
             return False
         if self._sharding.is_flat(info.parameter):
-            self._tell(
+            self.warn(
                 "WeightNormMonitor logs no stable rank of what FSDP1 or ZeRO-3 has cut into flat pieces; use FSDP2."
             )
             return False
         return True
 
-    def _settings(self, trainer: pl.Trainer, index: int) -> dict[str, dict[str, Any]]:
-        """What the optimizer's groups say of each parameter, and who decays in their stead."""
-        optimizer = _stepping.torch_optimizer(trainer.optimizers[index])
-        found = [quantities.settings(optimizer, group) for group in optimizer.param_groups]
-        held = _stepping.held_parameters(trainer.optimizers[index])
-        by_id = {id(p): setting for setting, parameters in zip(found, held, strict=True) for p in parameters}
-        if not _stepping.deepspeed_keeper(trainer):  # which has the gradients to itself
+    def _settings(self, trainer: pl.Trainer, watch: Watch) -> dict[str, dict[str, Any]]:
+        """What the optimizer's groups say of each parameter, and what WeightDecay says."""
+        if deepspeed_keeper(trainer):  # which has the gradients to itself
+            optimizer, held = torch_optimizer(watch.optimizer), held_parameters(trainer.optimizers[watch.index])
+            of_groups = zip(trainer.optimizers[watch.index].param_groups, held, strict=True)
+            by_id = {id(p): quantities.settings(optimizer, group) for group, params in of_groups for p in params}
+        else:
             # What has no gradient neither moves nor decays; the piece of a parameter that is empty need not have one.
-            moving = [p for group in held for p in group if _stepping.will_move(optimizer, p) or not p.numel()]
-            by_id = {id(p): by_id[id(p)] for p in moving}
-        named = {info.name: by_id[id(info.parameter)] for info in self._infos if id(info.parameter) in by_id}
+            by_id = {
+                id(p): found
+                for leaf in watch.leaves
+                for group in leaf.param_groups
+                for found in [quantities.settings(leaf, group)]
+                for p in group["params"]
+                if will_move(leaf, p) or not p.numel()
+            }
+        named = {info.name: by_id[id(info.parameter)] for info in self._targets if id(info.parameter) in by_id}
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, WeightDecay) and callback.method != "optimizer":
-                for name, (value, _) in callback.by_parameter(trainer).items():
-                    if callback.method in ("cautious", "stable"):
-                        named.pop(name, None)  # what these remove is known only after the step
-                    elif name in named:
-                        # Independent decay removes the weight decay itself, whatever the rate.
-                        rate = {"lr": 1.0} if callback.method == "independent" else {}
-                        named[name] = named[name] | {"weight_decay": value} | rate
+            if not isinstance(callback, WeightDecay):
+                continue
+            method = callback.decay_method
+            for info, _, _, value, _, _ in callback.by_parameter():
+                if not method.knows_share:
+                    named.pop(info.name, None)
+                elif info.name in named:
+                    found = named[info.name]
+                    named[info.name] = found | {"weight_decay": value, "lr": method.rate(found["lr"])}
         return named
 
     def _complete(self, rows: dict[str, dict[str, float]], settings: dict[str, dict[str, Any]]) -> None:
         """Add the sums that are known without reading a tensor."""
-        shapes = {info.name: info.shape for info in self._infos}
+        shapes = {info.name: info.shape for info in self._targets}
         for name, row in rows.items():
             size, found = float(math.prod(shapes[name])), settings.get(name, _NO_SETTINGS)
             row |= quantities.known_sums(row, size, found, expected=self.expected, norm_type=self.norm_type)
@@ -361,26 +337,23 @@ class WeightNormMonitor(Callback):
     # -- under which names -------------------------------------------------------------------------------------------
 
     def _name(
-        self,
-        trainer: pl.Trainer,
-        index: int,
-        sums: dict[str, dict[str, float]],
-        totals: dict[str, float],
-        details: dict[str, float],
+        self, watch: Watch, sums: dict[str, dict[str, float]], totals: dict[str, float], details: dict[str, float]
     ) -> None:
-        prefix = f"optimizer{index} " if len(trainer.optimizers) > 1 else ""
+        trainer, prefix = self.run.trainer, f"{label} " if (label := self.run.label(watch)) else ""
         total = quantities.combined(sums.values(), self.norm_type)
         if not sums:
-            self._tell(f"WeightNormMonitor logs nothing of optimizer {index}: it holds no parameter that is watched.")
+            self.warn(
+                f"WeightNormMonitor logs nothing of optimizer {watch.index}: it holds no parameter that is watched."
+            )
             return
         if "gradient" in self.quantities and not total["gradient_size"]:
-            self._tell("WeightNormMonitor logs no gradient norm: no parameter that it watches has a gradient.")
+            self.warn("WeightNormMonitor logs no gradient norm: no parameter that it watches has a gradient.")
         totals |= self._values(f"{prefix}total", total, trainer)
         if total.get("gradient_size"):
             totals[f"gradient_nonfinite/{prefix}total"] = total["gradient_nonfinite"]
         if total.get("weight_nonfinite"):
             totals[f"weight_nonfinite/{prefix}total"] = total["weight_nonfinite"]
-        for part, names in self._parts(trainer, index, list(sums)).items():
+        for part, names in self._parts(watch, list(sums)).items():
             values = self._values(part, quantities.combined((sums[name] for name in names), self.norm_type), trainer)
             taken = any(key in details for key in values)  # by another optimizer with a part of that name
             details |= {f"{key.replace('/', f'/{prefix}', 1)}": v for key, v in values.items()} if taken else values
@@ -391,7 +364,7 @@ class WeightNormMonitor(Callback):
         found = quantities.values_of(sums, self.quantities, expected=self.expected, steps_per_epoch=steps)
         return {key.replace("/", f"/{part}/", 1) if "/" in key else f"{key}/{part}": v for key, v in found.items()}
 
-    def _parts(self, trainer: pl.Trainer, index: int, names: list[str]) -> dict[str, list[str]]:
+    def _parts(self, watch: Watch, names: list[str]) -> dict[str, list[str]]:
         """The names of the parameters behind each part that ``detail`` asks for."""
         if self.detail == "total":
             return {}
@@ -400,10 +373,11 @@ class WeightNormMonitor(Callback):
         elif self.detail == "module":
             of = {name: _owner(name) for name in names}
         else:
-            held = _stepping.held_parameters(trainer.optimizers[index])
-            labels = _stepping.group_labels(trainer, index)
-            by_id = {id(p): k for k, parameters in zip(labels, held, strict=True) for p in parameters}
-            of = {i.name: by_id[id(i.parameter)] for i in self._infos if i.name in names and id(i.parameter) in by_id}
+            labels = group_labels(watch.optimizer, self.run.label(watch))
+            of_groups = zip(labels, held_parameters(watch.optimizer), strict=True)
+            by_id = {id(p): label for label, parameters in of_groups for p in parameters}
+            infos = [info for info in self._targets if info.name in names and id(info.parameter) in by_id]
+            of = {info.name: by_id[id(info.parameter)] for info in infos}
         parts: dict[str, list[str]] = {}
         for name, part in of.items():
             own = f"{part} ({self.detail})" if _TOTAL.fullmatch(part) else part
@@ -414,7 +388,7 @@ class WeightNormMonitor(Callback):
 
     def _at_most(self, details: dict[str, float]) -> dict[str, float]:
         if len(details) > self.max_keys:
-            self._tell(
+            self.warn(
                 f"WeightNormMonitor logs {self.max_keys} of {len(details)} keys a step: "
                 "ask for less `detail`, `include` less, or raise `max_keys`."
             )
@@ -422,18 +396,13 @@ class WeightNormMonitor(Callback):
 
     def _affordable(self, drawn: dict[str, Histogram]) -> dict[str, Histogram]:
         if drawn and self._histogram_bytes + len(drawn) * _BYTES > self.max_histogram_megabytes * 1e6:
-            self._tell(
+            self.warn(
                 f"WeightNormMonitor draws no more histograms: there are {self._histogram_bytes / 1e6:.0f} MB of them. "
                 "Draw them more rarely, `include` less, or raise `max_histogram_megabytes`."
             )
             return {}
         self._histogram_bytes += len(drawn) * _BYTES
         return dict(itertools.islice(drawn.items(), self.max_keys))
-
-    def _tell(self, message: str) -> None:
-        if message not in self._told:
-            self._told.add(message)
-            rank_zero_warn(message)
 
 
 def _owner(name: str) -> str:

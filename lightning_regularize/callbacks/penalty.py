@@ -2,88 +2,84 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from typing import TYPE_CHECKING, Any, Literal, final
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, final
+from weakref import WeakSet
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback
-from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_regularize import _stepping
-from lightning_regularize._configuring import model_root
-from lightning_regularize._sharding import Sharding, local_tensor, settle_gradient_
-from lightning_regularize.callbacks._choosing import check_real, choose, tell_idle
+from lightning_regularize._checks import check_number
+from lightning_regularize._sharding import local_tensor, settle_gradient_
+from lightning_regularize._steps.clock import rate_of
+from lightning_regularize._steps.targets import Targets
+from lightning_regularize._steps.watch import stepping_optimizers
+from lightning_regularize._trainer.strategies import (
+    check_gradients_are_the_modules,
+    check_view,
+    check_weights_are_the_optimizers,
+)
+from lightning_regularize.callbacks._base import Regularizer
 from lightning_regularize.decay import HALF
-from lightning_regularize.groups import check_number, function_key, rule_key
 from lightning_regularize.penalties import L1, L2, ElasticNet, GroupLasso, Penalty
 from lightning_regularize.projections import norm_dims
-from lightning_regularize.schedules import Constant, Schedule, as_schedule
-from lightning_regularize.selection import DEFAULT_EXCLUDE, check_rules, is_normalized, tensor_name
+from lightning_regularize.schedules import Constant, Schedule, as_schedule, check_total_steps
+from lightning_regularize.selection import DEFAULT_EXCLUDE, is_normalized, tensor_name
 from lightning_regularize.step_sizes import knows, step_size, unknown_metric
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     import lightning.pytorch as pl
     from torch import Tensor
     from torch.optim import Optimizer
 
-    from lightning_regularize.schedules import Position
+    from lightning_regularize._steps.hooks import Step
+    from lightning_regularize._steps.run import Run
+    from lightning_regularize._steps.watch import Watch
+    from lightning_regularize.schedules import Position, ScheduleLike
     from lightning_regularize.selection import ParameterInfo, Rule
     from lightning_regularize.step_sizes import StepSize
 
 _PIECE = 2**20  # elements of a weight for which a threshold of its own is made at a time
 
 
-class PenaltyCallback(Callback):
+class _Target(NamedTuple):
+    """A parameter that is penalized, and how to look at it."""
+
+    info: ParameterInfo
+    view: tuple[int, ...] | None
+    dim: tuple[int, ...] | None
+
+    @property
+    def parameter(self) -> torch.nn.Parameter:
+        return self.info.parameter
+
+    def as_units(self, other: Any = None) -> tuple[Tensor, Any]:
+        """The weight, and a tensor like it, in the shape in which the norms of units run over ``dim``."""
+        weight = self.parameter.detach()
+        if self.view is not None and tuple(weight.shape) != self.view:
+            weight = weight.view(self.view)
+            other = other.view(self.view) if isinstance(other, torch.Tensor) and other.dim() else other
+        return weight, other
+
+
+class PenaltyCallback(Regularizer):
     """The base of all penalties on weights: it says when, on what and how strongly; a subclass says which penalty.
 
     Args:
+        arguments: The ``locals()`` of the subclass' constructor.
         strength: A number of at least 0, a schedule, or a callable from a position to a number.
-        include: Rules for what is penalized.
-        exclude: Rules for what is not.
-        method: "gradient" or "proximal".
-        total_steps: Length of the schedule in steps of an optimizer; by default what the Trainer expects.
     """
 
-    def __init__(
-        self,
-        strength: float | Schedule | Callable[[Position], float],
-        *,
-        include: Sequence[Rule],
-        exclude: Sequence[Rule],
-        method: Literal["gradient", "proximal"],
-        total_steps: int | None,
-    ) -> None:
-        super().__init__()
+    def __init__(self, arguments: Mapping[str, Any], strength: float | Schedule | Callable[[Position], float]) -> None:
+        super().__init__(arguments)
         self.schedule = as_schedule(strength, name="strength")
-        self.include = check_rules(include, argument="include")
-        self.exclude = check_rules(exclude, argument="exclude")
-        if method not in ("gradient", "proximal"):
-            raise ValueError(f"`method` should be 'gradient' or 'proximal', got {method!r}.")
-        self.method = method
-        self._clock = _stepping.Clock(self.schedule, total_steps)
-        self._begin_run()
-
-    def _begin_run(self) -> None:
-        self._infos: dict[int, ParameterInfo] = {}
-        self._dims: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = {}
-        self._sharding = Sharding()
-        self._steps: _stepping.RealSteps | None = None
-        self._logged: dict[int, int] = {}  # the step in which each optimizer's was, for LBFGS evaluates several times
-        self._moved = -1.0  # the largest share of half-precision weights that a proximal step has moved
-        self._has_half = self._told_rounding = False
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy is of the callback and not of a run."""
-        constructed = {key: self.__dict__[key] for key in ("schedule", "include", "exclude", "method")}
-        return {**constructed, "total_steps": self._clock.total_steps}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self._clock = _stepping.Clock(state["schedule"], state.pop("total_steps"))
-        self.__dict__.update(state)
-        self._begin_run()
+        self.total_steps = check_total_steps(self.arguments["total_steps"])
+        self.method = self.arguments["method"]
+        if self.method not in _METHODS:
+            raise ValueError(f"`method` should be 'gradient' or 'proximal', got {self.method!r}.")
+        self._method = _METHODS[self.method]()
 
     @property
     @abstractmethod
@@ -95,224 +91,84 @@ class PenaltyCallback(Callback):
         """The penalty at unit strength."""
 
     @property
-    def state_key(self) -> str:
-        rules = {"include": [*map(rule_key, self.include)], "exclude": [*map(rule_key, self.exclude)]}
-        # A function's repr is an address, which another process does not have.
-        schedule = self.schedule
-        strength = repr(schedule) if isinstance(schedule, Schedule) else function_key(schedule)
-        return self._generate_state_key(strength=strength, method=self.method, **rules)
+    def schedules(self) -> Sequence[ScheduleLike]:
+        """The schedule of the strength."""
+        return (self.schedule,)
 
-    def state_dict(self) -> dict[str, Any]:
-        return self._clock.state_dict()
+    def strength(self, group: dict[str, Any], step: int) -> float:
+        """The strength for a parameter group in step number ``step``."""
+        return self.run.value(self.schedule, group, step)  # type: ignore[no-any-return]
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._clock.load_state_dict(state_dict)
+    def check(self, run: Run) -> None:
+        needs_shapes = self.penalty().per_unit
+        infos = self.select(run, "nothing to pull at", initialized=needs_shapes)
+        self._sharding = run.sharding()
+        self._method.check(run, self, infos)
+        self._targets: Targets[_Target] = Targets(run.infos, self._learn)
+        self._rounding = _Rounding(any(info.parameter.dtype in HALF for info in infos))
+        self._checked: WeakSet[Optimizer] = WeakSet()
+        for optimizer in run.optimizers:
+            for leaf in stepping_optimizers(optimizer):
+                self._check_optimizer(leaf)
+        self.warn_if_no_effect(run, infos)
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if stage == "fit":
-            self._stop()
-            self._begin_run()
-
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Before anything is restored, so that what cannot work is told before any weight changes.
-
-        Raises:
-            MisconfigurationException: Nothing is penalized, or the strategy or an optimizer cannot work with it.
-        """
-        root = model_root(trainer, pl_module)
-        what, needs_shapes = f"{type(self).__name__} has nothing to pull at", self.penalty().per_unit
-        infos = choose(root, what, include=self.include, exclude=self.exclude, initialized=needs_shapes)
-        self._check_penalizable(infos)
-        self._infos = {id(info.parameter): info for info in infos}
-        self._has_half = any(info.parameter.dtype in HALF for info in infos)
-        self._sharding = Sharding(root)
-        if self.method == "proximal":
-            _stepping.check_weights_are_the_optimizers(trainer, f"{type(self).__name__}(method='proximal')")
-        else:
-            _stepping.check_gradients_are_the_modules(trainer, type(self).__name__)
-        self._find_units(infos)
-        for optimizer in map(_stepping.torch_optimizer, trainer.optimizers):
-            self._check_optimizer(optimizer)
-        self._clock.note_rates(trainer)
-        tell_idle(trainer, infos, type(self).__name__)
-
-    def _check_penalizable(self, infos: Sequence[ParameterInfo]) -> None:
-        if self.method == "proximal" or not isinstance(self.penalty(), L2):
-            check_real(infos, f"{type(self).__name__}(method={self.method!r})")
-        if self.method == "gradient" or isinstance(self.penalty(), L2):
-            return
-        if found := [info.name for info in infos if is_normalized(info)]:
-            raise MisconfigurationException(
-                f"{type(self).__name__}(method='proximal') makes weights exactly zero, where weight and spectral "
-                f"normalization divide zero by zero, and on the scale of {found} the model does not depend: leave "
-                "them out by `exclude`, or use method='gradient'."
-            )
-
-    def _check_optimizer(self, optimizer: Optimizer) -> None:
-        groups = [g for g in optimizer.param_groups if any(id(p) in self._infos for p in g["params"])]
-        if groups and self.method == "proximal" and not knows(optimizer):
-            raise MisconfigurationException(unknown_metric(optimizer))
-        if self.method == "gradient" and any(group.get("maximize") for group in groups):
-            raise MisconfigurationException(
-                f"{type(optimizer).__name__}(maximize=True) climbs, and would climb the gradient of "
-                f"{type(self).__name__} as well: use method='proximal', or minimize the negative."
-            )
-
-    def _find_units(self, infos: Sequence[ParameterInfo]) -> None:
+    def _learn(self, info: ParameterInfo) -> _Target | None:
+        if not self.selects(info):
+            return None
         if not self.penalty().per_unit:
-            return
-        if any(self._sharding.is_flat(info.parameter) for info in infos):
+            return _Target(info, None, None)
+        if self._sharding.is_flat(info.parameter):
             raise MisconfigurationException(
                 f"{type(self).__name__} needs the norms of whole units, and FSDP1 cuts weights anywhere: use "
                 "ModelParallelStrategy with fully_shard (FSDP2)."
             )
-        for info in infos:
-            try:
-                view, dim = norm_dims(info.owner, tensor_name(info.name), info.shape)
-            except ValueError as error:
-                raise MisconfigurationException(
-                    f"{type(self).__name__} does not know what the units of {info.name!r} are, of shape "
-                    f"{tuple(info.shape)}: leave it out by `exclude`."
-                ) from error
-            _stepping.check_view(info.name, info.parameter, view)
-            self._dims[id(info.parameter)] = view, dim
+        try:
+            view, dim = norm_dims(info.owner, tensor_name(info.name), info.shape)
+        except ValueError as error:
+            raise MisconfigurationException(
+                f"{type(self).__name__} does not know what the units of {info.name!r} are, of shape "
+                f"{tuple(info.shape)}: leave it out by `exclude`."
+            ) from error
+        check_view(info.name, info.parameter, view)
+        return _Target(info, view, dim)
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """All is restored."""
-        self._clock.start(trainer)
-        self._steps = _stepping.RealSteps(
-            trainer,
-            type(self).__name__,
-            before=(lambda _: None) if self.method == "gradient" else None,
-            after=(lambda i: self._proximal_step(trainer, i)) if self.method == "proximal" else None,
-            counts=not isinstance(self.schedule, Constant),
-        )
+    def targets(self, optimizer: Optimizer) -> Iterator[tuple[dict[str, Any], list[_Target]]]:
+        """The groups of an optimizer, each with what is penalized in it now."""
+        for group, targets in zip(optimizer.param_groups, self._targets.of(optimizer), strict=True):
+            yield group, [target for target in targets if target.parameter.requires_grad]
 
-    def on_before_optimizer_step(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
-    ) -> None:
-        """Gradients are complete, and in a closure that is evaluated again they are new."""
-        if self._steps is None or _stepping.is_accumulating(trainer):
-            return
-        index = self._clock.begin(trainer, optimizer)
-        self._steps.announce(trainer, optimizer)
-        if _stepping.logs_now(trainer) and self._logged.get(index) != trainer.global_step:
-            self._logged[index] = trainer.global_step
-            self._log(trainer, pl_module, index)
-        if self.method == "gradient":
-            self._add_gradients(trainer, index)
+    def on_gradients(self, step: Step) -> None:
+        if self.logs(step):
+            self._log(step.watch)
+        self._method.on_gradients(self, step)
 
-    # -- what is done ------------------------------------------------------------------------------------------------
+    def before_step(self, step: Step) -> None:
+        if step.optimizer not in self._checked:  # made since the last step
+            self._check_optimizer(step.optimizer)
 
-    def _add_gradients(self, trainer: pl.Trainer, index: int) -> None:
-        scaler = _stepping.loss_scaler(trainer, trainer.optimizers[index])
-        penalty = self.penalty()
-        for parameter, strength in self._targets(trainer, index):
-            gradient = settle_gradient_(parameter)
-            if gradient is None:  # unused in this step, and no gradient is made for it
-                continue
-            scaled = strength
-            if scaler is not None:
-                scaled = scaler.scale(torch.tensor(strength, dtype=torch.float32, device=gradient.device))
-            weight, gradient, dim = self._as_units(parameter, gradient)
-            penalty.add_gradient_(gradient, weight, scaled, dim=dim)
+    def after_step(self, step: Step, *, is_real: bool) -> None:
+        if is_real:
+            self._method.after_step(self, step)
 
-    def _proximal_step(self, trainer: pl.Trainer, index: int) -> None:
-        optimizer = _stepping.torch_optimizer(trainer.optimizers[index])
-        group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-        is_watched = self._watches(trainer, index)
-        moved: list[Tensor] = []
-        for parameter, strength in self._targets(trainer, index):
-            if parameter.grad is None or not strength:
-                continue
-            step = step_size(optimizer, group_of[id(parameter)], parameter)
-            if step is None:
-                continue
-            before = local_tensor(parameter).clone() if is_watched and parameter.dtype in HALF else None
-            self._shrink_(parameter, step, strength)
-            if before is not None:
-                moved.append(_moved(before, local_tensor(parameter)))
-        if moved:
-            number, of = torch.stack([counts.to(moved[0].device) for counts in moved]).sum(dim=0).tolist()
-            self._moved = max(self._moved, number / of if of else 0.0)
+    def _check_optimizer(self, leaf: Optimizer) -> None:
+        self._checked.add(leaf)
+        self._method.check_optimizer(self, leaf)
 
-    def _shrink_(self, parameter: Tensor, step: StepSize, strength: float) -> None:
-        if step.square is None or self.penalty().per_unit:
-            weight, _, dim = self._as_units(parameter, None)
-            lengths = step.lengths()
-            if isinstance(lengths, torch.Tensor) and lengths.dim():  # this rank's, and so is the view's shape
-                lengths = lengths.view_as(local_tensor(weight))
-            self.penalty().proximal_(weight, lengths * strength, dim=dim)
-            return
-        weight = local_tensor(parameter)
-        pieces = weight.chunk(-(-weight.numel() // _PIECE)) if weight.numel() > _PIECE else (weight,)
-        for piece, piece_step in zip(pieces, step.pieces(len(pieces)), strict=True):
-            self.penalty().proximal_(piece, piece_step.lengths() * strength)
-
-    # -- where weights are of low precision --------------------------------------------------------------------------
-
-    def _watches(self, trainer: pl.Trainer, index: int) -> bool:
-        """Is this a step in which to count what moves? Not while the learning rate warms up."""
-        if self._told_rounding or not self._has_half or not (self._moved < 0 or _stepping.logs_now(trainer)):
-            return False
-        groups = range(len(_stepping.torch_optimizer(trainer.optimizers[index]).param_groups))
-        return any(at.lr >= 0.5 * at.peak_lr for at in (self._clock.position(trainer, index, i) for i in groups))
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Once an epoch has passed it is known whether shrinking rounds to nothing."""
-        if isinstance(self.schedule, Constant):
-            self._tell_rounding(trainer, pl_module)
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._tell_rounding(trainer, pl_module)
-
-    def _tell_rounding(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        if self._told_rounding or self.method == "gradient" or not self._has_half:
-            return
-        moved = trainer.strategy.reduce(torch.tensor(self._moved, device=module.device), reduce_op="max").item()
-        self._told_rounding = moved >= 0  # else there was no step to tell from
-        if 0 <= moved < 0.5:
-            rank_zero_warn(
-                f"{type(self).__name__}(method='proximal') hardly acts here: of half-precision weights it moved "
-                f"{moved:.0%}, the others are as before when they are rounded. Use float32 weights with "
-                "precision='bf16-mixed', or a larger strength."
-            )
-
-    def _targets(self, trainer: pl.Trainer, index: int) -> Iterator[tuple[torch.nn.Parameter, float]]:
-        """The penalized parameters of one optimizer, with the strength for this step."""
-        for i, group in enumerate(_stepping.torch_optimizer(trainer.optimizers[index]).param_groups):
-            strength = self._strength(trainer, index, i)
-            for parameter in group["params"]:
-                if id(parameter) in self._infos and parameter.requires_grad:
-                    yield parameter, strength
-
-    def _strength(self, trainer: pl.Trainer, index: int, group_index: int) -> float:
-        return self._clock.value(trainer, index, group_index)
-
-    def _as_units(self, parameter: Tensor, other: Any) -> tuple[Tensor, Any, tuple[int, ...] | None]:
-        weight = parameter.detach()
-        if id(parameter) not in self._dims:
-            return weight, other, None
-        view, dim = self._dims[id(parameter)]
-        if tuple(weight.shape) != view:
-            weight = weight.view(view)
-            other = other.view(view) if isinstance(other, torch.Tensor) and other.dim() else other
-        return weight, other, dim
-
-    def _log(self, trainer: pl.Trainer, module: pl.LightningModule, index: int) -> None:
+    def _log(self, watch: Watch) -> None:
         """The value of what the optimizer minimizes beside the loss, at the weights that the step finds."""
-        values = [self._value(parameter, strength) for parameter, strength in self._targets(trainer, index)]
-        parameters = [parameter for parameter, _ in self._targets(trainer, index)]
+        values, parameters = [], []
+        for leaf in watch.leaves:
+            for group, targets in self.targets(leaf):
+                strength = self.strength(group, watch.number(leaf)) if targets else 0.0
+                for target in targets:
+                    weight, _ = target.as_units()
+                    values.append(self.penalty().value(weight, strength, dim=target.dim))
+                    parameters.append(target.parameter)
         if not values:
             return
-        total = self._summed(torch.stack(values), parameters)
-        number = _stepping.number_among(_stepping.alike(trainer, type(self)), self)
-        suffix = f" optimizer{index}" if len(trainer.optimizers) > 1 else ""
-        module.log(f"penalty/{self.name}{number}{suffix}", total.float())
-
-    def _value(self, parameter: Tensor, strength: float) -> Tensor:
-        weight, _, dim = self._as_units(parameter, None)
-        return self.penalty().value(weight, strength, dim=dim)
+        number = self.number_among(type(self))
+        suffix = f" {label}" if (label := self.run.label(watch)) else ""
+        self.run.log({f"penalty/{self.name}{number}{suffix}": self._summed(torch.stack(values), parameters)})
 
     def _summed(self, values: Tensor, parameters: Sequence[Tensor]) -> Tensor:
         # Values of DTensors are of the whole already; FSDP1's pieces are still to be added up.
@@ -321,24 +177,164 @@ class PenaltyCallback(Callback):
             values[flat] = self._sharding.reduce(values[flat], [parameters[i] for i in flat])
         return values.sum()
 
-    # -- after training ----------------------------------------------------------------------------------------------
+    # -- where weights are of low precision ----------------------------------------------------------------------------
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if stage == "fit":
-            self._stop()
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Once an epoch has passed it is known whether shrinking rounds to nothing."""
+        if isinstance(self.schedule, Constant):
+            self._rounding.warn_if_lost(self)
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._stop()
-
-    def _stop(self) -> None:
-        if self._steps is not None:
-            self._steps.remove()
-            self._steps = None
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.run is not None:
+            self._rounding.warn_if_lost(self)
+        super().on_train_end(trainer, pl_module)
 
 
-def _moved(before: Tensor, after: Tensor) -> Tensor:
-    """Of the weights that were not zero, how many are others now, and how many there are."""
-    return torch.stack([(after != before).sum(), before.count_nonzero()])
+class _Method(ABC):
+    """How a penalty acts on a step."""
+
+    @abstractmethod
+    def check(self, run: Run, owner: PenaltyCallback, infos: Sequence[ParameterInfo]) -> None:
+        """Refuse a strategy or weights with which it cannot work."""
+
+    @abstractmethod
+    def check_optimizer(self, owner: PenaltyCallback, optimizer: Optimizer) -> None:
+        """Refuse an optimizer with which it cannot work."""
+
+    def on_gradients(self, owner: PenaltyCallback, step: Step) -> None:  # noqa: B027
+        """Gradients are complete."""
+
+    def after_step(self, owner: PenaltyCallback, step: Step) -> None:  # noqa: B027
+        """Weights have changed."""
+
+
+class _Gradient(_Method):
+    """The gradient of the penalty is added to that of the loss."""
+
+    def check(self, run: Run, owner: PenaltyCallback, infos: Sequence[ParameterInfo]) -> None:
+        if not isinstance(owner.penalty(), L2):
+            owner.check_real(infos, f"{type(owner).__name__}(method='gradient')")
+        check_gradients_are_the_modules(run.trainer, type(owner).__name__)
+
+    def check_optimizer(self, owner: PenaltyCallback, optimizer: Optimizer) -> None:
+        if any(group.get("maximize") and penalized for group, penalized in owner.targets(optimizer)):
+            raise MisconfigurationException(
+                f"{type(optimizer).__name__}(maximize=True) climbs, and would climb the gradient of "
+                f"{type(owner).__name__} as well: use method='proximal', or minimize the negative."
+            )
+
+    def on_gradients(self, owner: PenaltyCallback, step: Step) -> None:
+        penalty = owner.penalty()
+        for group, targets in owner.targets(step.optimizer):
+            strength: Any = owner.strength(group, step.number) if targets else 0.0
+            scaled = strength if step.scale is None else step.scale * strength
+            for target in targets:
+                gradient = settle_gradient_(target.parameter)
+                if gradient is not None:  # otherwise unused in this step, and no gradient is made for it
+                    weight, gradient = target.as_units(gradient)
+                    penalty.add_gradient_(gradient, weight, scaled, dim=target.dim)
+
+
+class _Proximal(_Method):
+    """After the step the proximal map of the penalty is applied, in the metric of the optimizer."""
+
+    def check(self, run: Run, owner: PenaltyCallback, infos: Sequence[ParameterInfo]) -> None:
+        name = f"{type(owner).__name__}(method='proximal')"
+        check_weights_are_the_optimizers(run.trainer, name)
+        owner.check_real(infos, name)
+        if isinstance(owner.penalty(), L2):
+            return
+        if found := [info.name for info in infos if is_normalized(info)]:
+            raise MisconfigurationException(
+                f"{name} makes weights exactly zero, where weight and spectral "
+                f"normalization divide zero by zero, and on the scale of {found} the model does not depend: leave "
+                "them out by `exclude`, or use method='gradient'."
+            )
+
+    def check_optimizer(self, owner: PenaltyCallback, optimizer: Optimizer) -> None:
+        for group, penalized in owner.targets(optimizer):
+            if penalized and not knows(optimizer):
+                raise MisconfigurationException(unknown_metric(optimizer))
+            if penalized:
+                rate_of(optimizer, group)
+
+    def after_step(self, owner: PenaltyCallback, step: Step) -> None:
+        optimizer, rounding = step.optimizer, owner._rounding
+        counts = rounding.counts_in(owner, step)
+        for group, targets in owner.targets(optimizer):
+            strength = owner.strength(group, step.number) if targets else 0.0
+            for target in targets if strength else ():
+                if target.parameter.grad is None:
+                    continue
+                size = step_size(optimizer, group, target.parameter)
+                if size is None:
+                    continue
+                before = local_tensor(target.parameter).clone() if counts and target.parameter.dtype in HALF else None
+                _shrink_(owner.penalty(), target, size, strength)
+                if before is not None:
+                    rounding.count(before, local_tensor(target.parameter))
+        rounding.sum_up()
+
+
+_METHODS: dict[str, type[_Method]] = {"gradient": _Gradient, "proximal": _Proximal}
+
+
+def _shrink_(penalty: Penalty, target: _Target, step: StepSize, strength: float) -> None:
+    if step.square is None or penalty.per_unit:
+        weight, _ = target.as_units()
+        lengths = step.lengths()
+        if isinstance(lengths, torch.Tensor) and lengths.dim():  # this rank's, and so is the view's shape
+            lengths = lengths.view_as(local_tensor(weight))
+        penalty.proximal_(weight, lengths * strength, dim=target.dim)
+        return
+    weight = local_tensor(target.parameter)
+    pieces = weight.chunk(-(-weight.numel() // _PIECE)) if weight.numel() > _PIECE else (weight,)
+    for piece, piece_step in zip(pieces, step.pieces(len(pieces)), strict=True):
+        penalty.proximal_(piece, piece_step.lengths() * strength)
+
+
+class _Rounding:
+    """Do proximal steps move half-precision weights at all?
+
+    Args:
+        has_half: Are there such weights?
+    """
+
+    def __init__(self, has_half: bool) -> None:
+        self._has_half, self._is_done = has_half, False
+        self._moved = -1.0  # the largest fraction of weights that a step has moved
+        self._counts: list[Tensor] = []
+
+    def counts_in(self, owner: PenaltyCallback, step: Step) -> bool:
+        """Is this a step in which to count what moves? Not while the learning rate warms up."""
+        if self._is_done or not self._has_half or not (self._moved < 0 or owner.run.logs_now()):
+            return False
+        positions = [owner.run.clock.position(group, step.number) for group in step.optimizer.param_groups]
+        return any(at.lr >= 0.5 * at.peak_lr for at in positions)
+
+    def count(self, before: Tensor, after: Tensor) -> None:
+        """Of the weights that were not zero, count those that have changed, and all."""
+        self._counts.append(torch.stack([(after != before).sum(), before.count_nonzero()]))
+
+    def sum_up(self) -> None:
+        """A step has ended."""
+        if self._counts:
+            counts, self._counts = self._counts, []
+            number, of = torch.stack([each.to(counts[0].device) for each in counts]).sum(dim=0).tolist()
+            self._moved = max(self._moved, number / of if of else 0.0)
+
+    def warn_if_lost(self, owner: PenaltyCallback) -> None:
+        """Warn once if most weights stay as they are; all ranks should take part."""
+        if self._is_done or owner.method == "gradient" or not self._has_half:
+            return
+        moved = owner.run.largest(self._moved)
+        self._is_done = moved >= 0  # else there was no step to tell from
+        if 0 <= moved < 0.5:
+            owner.warn(
+                f"{type(owner).__name__}(method='proximal') hardly acts here: of half-precision weights it moved "
+                f"{moved:.0%}, the others are as before when they are rounded. Use float32 weights with "
+                "precision='bf16-mixed', or a larger strength."
+            )
 
 
 @final
@@ -385,7 +381,7 @@ class L1Penalty(PenaltyCallback):
         method: Literal["gradient", "proximal"] = "gradient",
         total_steps: int | None = None,
     ) -> None:
-        super().__init__(strength, include=include, exclude=exclude, method=method, total_steps=total_steps)
+        super().__init__(locals(), strength)
 
     name = "l1"
 
@@ -430,7 +426,7 @@ class L2Penalty(PenaltyCallback):
         method: Literal["gradient", "proximal"] = "gradient",
         total_steps: int | None = None,
     ) -> None:
-        super().__init__(strength, include=include, exclude=exclude, method=method, total_steps=total_steps)
+        super().__init__(locals(), strength)
 
     name = "l2"
 
@@ -478,29 +474,20 @@ class ElasticNetPenalty(PenaltyCallback):
         method: Literal["gradient", "proximal"] = "gradient",
         total_steps: int | None = None,
     ) -> None:
-        l1, l2 = check_number(l1, "`l1`"), check_number(l2, "`l2`")
-        if l1 + l2 == 0:
+        super().__init__(locals(), as_schedule(schedule, name="schedule"))
+        self.l1, self.l2 = check_number(l1, "`l1`"), check_number(l2, "`l2`")
+        if self.l1 + self.l2 == 0:
             raise ValueError("`l1` or `l2` should be positive, got 0 for both.")
-        self.l1, self.l2 = l1, l2
-        schedule = as_schedule(schedule, name="schedule")
-        super().__init__(schedule, include=include, exclude=exclude, method=method, total_steps=total_steps)
 
     name = "elastic_net"
-
-    @property
-    def state_key(self) -> str:
-        return f"{super().state_key}[l1={self.l1}, l2={self.l2}]"
-
-    def __getstate__(self) -> dict[str, Any]:
-        """As of every penalty, with both strengths."""
-        return {**super().__getstate__(), "l1": self.l1, "l2": self.l2}
 
     def penalty(self) -> Penalty:
         """The mixture of both."""
         return ElasticNet(self.l1 / (self.l1 + self.l2))
 
-    def _strength(self, trainer: pl.Trainer, index: int, group_index: int) -> float:
-        return (self.l1 + self.l2) * super()._strength(trainer, index, group_index)
+    def strength(self, group: dict[str, Any], step: int) -> float:
+        """The sum of both strengths, times the schedule."""
+        return (self.l1 + self.l2) * self.run.value(self.schedule, group, step)  # type: ignore[no-any-return]
 
 
 @final
@@ -540,7 +527,7 @@ class GroupLassoPenalty(PenaltyCallback):
         method: Literal["gradient", "proximal"] = "gradient",
         total_steps: int | None = None,
     ) -> None:
-        super().__init__(strength, include=include, exclude=exclude, method=method, total_steps=total_steps)
+        super().__init__(locals(), strength)
 
     name = "group_lasso"
 

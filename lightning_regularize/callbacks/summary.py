@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lightning.pytorch import Callback
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lightning_regularize import _stepping, quantities
-from lightning_regularize._configuring import model_root
+from lightning_regularize import quantities
+from lightning_regularize._trainer.run import group_labels, total_steps
+from lightning_regularize._trainer.strategies import has_optimizer, held_parameters, model_root, torch_optimizer
 from lightning_regularize.advice import DecayingGroup, advise
+from lightning_regularize.callbacks._base import Regularizer
 from lightning_regularize.callbacks.anchor_decay import AnchorDecay
 from lightning_regularize.callbacks.constrained_decay import ConstrainedDecay
 from lightning_regularize.callbacks.penalty import ElasticNetPenalty, L2Penalty
 from lightning_regularize.callbacks.weight_decay import WeightDecay
-from lightning_regularize.module import grouping_of
+from lightning_regularize.groups import group_name
 from lightning_regularize.schedules import Position, value_at
 from lightning_regularize.selection import parameter_infos
 
@@ -29,13 +29,12 @@ if TYPE_CHECKING:
 
     import lightning.pytorch as pl
 
-    from lightning_regularize.groups import Grouping
     from lightning_regularize.selection import ParameterInfo
 
 _SAMPLES = 100  # positions at which a schedule is looked at for its mean
 
 
-class RegularizationSummary(Callback):
+class RegularizationSummary(Regularizer):
     """Prints which parameters decay, by how much, and the rule that decided, once at the start of training.
 
     The table is of what the optimizers hold, whoever made their groups. Scheduled weight decay shows the range of its
@@ -57,68 +56,50 @@ class RegularizationSummary(Callback):
         >>> trainer = Trainer(callbacks=callbacks, logger=False, accelerator="cpu")
     """
 
+    acts_on_steps = False
+
     def __init__(self, *, max_rows: int = 50) -> None:
-        super().__init__()
+        super().__init__(locals())
         if not isinstance(max_rows, int) or isinstance(max_rows, bool) or max_rows < 1:
             raise ValueError(f"`max_rows` should be a positive integer, got {max_rows!r}.")
         self.max_rows = max_rows
         self._printed = False
 
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy does not hold the module."""
-        return _stepping.without_module(self)
-
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         self._printed = False
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """In the first epoch: others have written their values in ``on_train_start``, also those that stand behind."""
-        if self._printed or not _stepping.has_optimizer(trainer):
+        if self._printed or not has_optimizer(trainer):
             return
         self._printed = True
         rows = _rows(trainer, pl_module)  # on every rank: if one alone raised, the others would wait for it
         if trainer.is_global_zero:
             console = Console()
             console.print(_table(rows, self.max_rows))
-            for sentence in _advice(trainer):
+            for sentence in _advice(trainer, rows):
                 console.print(f"[bold]Note[/bold] {escape(sentence)}", highlight=False)
 
 
 class _Row(NamedTuple):
     group: str
     info: ParameterInfo
-    decays: tuple[float, float] | None  # the least and the most of the run
-    lr: float | None
-    rule: str
+    decays: tuple[float, float] | None = None  # the least and the most of the run
+    lr: float | None = None
+    rule: str = ""
+    advice: DecayingGroup | None = None  # what is known of the group, if the parameter decays
 
 
 def _rows(trainer: pl.Trainer, module: pl.LightningModule) -> list[_Row]:
-    """All trainable parameters, by optimizer and group."""
-    infos = [info for info in parameter_infos(model_root(trainer, module)) if info.parameter.requires_grad]
-    grouping = _grouping(trainer, module)
+    """All trainable parameters, by optimizer, group and factor."""
     schedule = _schedule(trainer)
-    scheduled = {} if schedule is None else schedule.by_parameter(trainer)
-    reach = functools.cache(functools.partial(_reach, schedule, _stepping.total_steps(trainer)))
-    places = _places(trainer, infos)
-    rows = []
-    for info in sorted(infos, key=lambda info: places.get(info.name, (math.inf, 0))):
-        if info.name not in places:
-            rows.append(_Row("(in no optimizer)", info, None, None, ""))
-            continue
-        index, group = places[info.name]
-        settings = trainer.optimizers[index].param_groups[group]
-        share = weight_decay = settings.get("weight_decay")
-        decays = None if weight_decay is None else (float(weight_decay), float(weight_decay))
-        if info.name in scheduled:
-            _, share = scheduled[info.name]
-            low, high = reach(_peak(settings))
-            decays = share * low, share * high
-        factor, rule = grouping.decide(info) if grouping else (1.0, "")
-        if not rule and factor and not share:
-            rule = "0 as configured"
-        label = _stepping.group_labels(trainer, index)[group]
-        rows.append(_Row(label, info, decays, float(settings["lr"]) if "lr" in settings else None, rule))
-    return rows
+    rows = list(_of_optimizers(trainer, module) if schedule is None else _of_schedule(trainer, schedule))
+    held = {id(row.info.parameter) for row in rows}
+    infos = [info for info in parameter_infos(model_root(trainer, module)) if info.parameter.requires_grad]
+    names = {info.name for info in infos}
+    rows = [row for row in rows if row.info.name in names]
+    return rows + [_Row("(in no optimizer)", info) for info in infos if id(info.parameter) not in held]
 
 
 def _schedule(trainer: pl.Trainer) -> WeightDecay | None:
@@ -126,29 +107,78 @@ def _schedule(trainer: pl.Trainer) -> WeightDecay | None:
     return next((callback for callback in callbacks if isinstance(callback, WeightDecay)), None)
 
 
+def _of_optimizers(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[_Row]:
+    """What the groups of the optimizers say by themselves."""
+    infos = {id(info.parameter): info for info in parameter_infos(model_root(trainer, module))}
+    several = len(trainer.optimizers) > 1
+    for i, wrapped in enumerate(trainer.optimizers):
+        optimizer = torch_optimizer(wrapped)
+        labels = group_labels(wrapped, f"optimizer{i}" if several else "")
+        of_groups = zip(labels, wrapped.param_groups, held_parameters(wrapped), strict=True)
+        for label, group, parameters in of_groups:
+            decay = None if group.get("weight_decay") is None else float(group["weight_decay"])
+            known = _group_advice(label, optimizer, group, decay or 0.0, not _is_coupled(optimizer, group))
+            for parameter in parameters:
+                if id(parameter) in infos:
+                    rule = "" if decay else "0 as configured"
+                    decays = None if decay is None else (decay, decay)
+                    yield _Row(label, infos[id(parameter)], decays, _rate(group), rule, known)
+
+
+def _of_schedule(trainer: pl.Trainer, callback: WeightDecay) -> Iterator[_Row]:
+    """What WeightDecay makes of the groups: each in parts of one factor."""
+    found = sorted(callback.by_parameter(), key=lambda each: (each[1].index, each[2], -each[4]))
+    labels = {w.index: group_labels(w.optimizer, callback.run.label(w)) for _, w, *_ in found}
+    is_one = sum(map(len, labels.values())) == 1
+    samples: dict[float, Sequence[float]] = {}
+    for info, watch, i, value, share, rule in found:
+        optimizer = torch_optimizer(watch.optimizer)
+        group = optimizer.param_groups[i]
+        peak, part = _peak(group), group_name(share)
+        if peak not in samples:
+            samples[peak] = _sampled(callback, total_steps(trainer), peak)
+        reach = samples[peak] or [value / share if share else 0.0]
+        label = part if is_one else f"{labels[watch.index][i]} {part}"
+        is_decoupled = not callback.decay_method.adds_to_gradients
+        if callback.decay_method.uses_optimizer:
+            is_decoupled = not _is_coupled(optimizer, group)
+        elif share:
+            label = f"WeightDecay, {label}"
+        known = _group_advice(label, optimizer, group, share * sum(reach) / len(reach), is_decoupled)
+        why = rule if rule or share else "0 as configured"
+        yield _Row(label, info, (share * min(reach), share * max(reach)), _rate(group), why, known)
+
+
+def _rate(group: dict[str, Any]) -> float | None:
+    return None if group.get("lr") is None else float(group["lr"])
+
+
 def _peak(group: dict[str, Any]) -> float:
     # LR schedulers that cycle write their peak into the group, others leave what they began with.
-    return max(float(group.get(key, 0.0)) for key in ("lr", "initial_lr", "max_lr"))
+    return max(float(group.get(key) or 0.0) for key in ("lr", "initial_lr", "max_lr"))
 
 
-def _grouping(trainer: pl.Trainer, module: pl.LightningModule) -> Grouping | None:
-    schedule = _schedule(trainer)
-    return grouping_of(module) if schedule is None else schedule.grouping
+def _group_advice(
+    label: str, optimizer: Any, group: dict[str, Any], weight_decay: float, is_decoupled: bool
+) -> DecayingGroup | None:
+    found = quantities.settings(optimizer, group)
+    if not (_peak(group) > 0 and weight_decay > 0):
+        return None
+    return DecayingGroup(
+        label=label,
+        rule=found["rule"],
+        lr=_peak(group),
+        weight_decay=weight_decay,
+        momentum=0.0 if is_decoupled or "SGD" not in found["rule"] else found["momentum"],
+        is_decoupled=is_decoupled,
+        is_fused=bool(group.get("fused")),
+        dtypes=frozenset(parameter.dtype for parameter in group["params"]),
+    )
 
 
-def _places(trainer: pl.Trainer, infos: list[ParameterInfo]) -> dict[str, tuple[int, int]]:
-    """Name -> indices of its optimizer and its group."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, WeightDecay):  # knows the names, also where a strategy has put flat tensors instead
-            layouts = callback.state_dict()["layouts"]
-            return {n: (i, j) for i, layout in enumerate(layouts) for j, names in enumerate(layout) for n in names}
-    place = {
-        id(p): (i, j)
-        for i, optimizer in enumerate(trainer.optimizers)
-        for j, parameters in enumerate(_stepping.held_parameters(optimizer))
-        for p in parameters
-    }
-    return {info.name: place[id(info.parameter)] for info in infos if id(info.parameter) in place}
+def _is_coupled(optimizer: Any, group: dict[str, Any]) -> bool:
+    rule = quantities.settings(optimizer, group)["rule"]
+    return rule not in ("AdamW", "Lion", "Muon", "Adafactor") and not group.get("decoupled_weight_decay")
 
 
 def _table(rows: list[_Row], max_rows: int) -> Table:
@@ -205,65 +235,20 @@ def _ranges(numbers: list[int]) -> str:
     return f"{numbers[0]}-{numbers[-1]}" if contiguous else ",".join(map(str, numbers))
 
 
-def _advice(trainer: pl.Trainer) -> list[str]:
+def _advice(trainer: pl.Trainer, rows: list[_Row]) -> list[str]:
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    total_steps = _stepping.total_steps(trainer)
-    schedule = _schedule(trainer)
-    groups = list(_decaying_groups(trainer, schedule, total_steps))
+    groups = list(dict.fromkeys(row.advice for row in rows if row.advice is not None))
     others = [c for c in callbacks if isinstance(c, (L2Penalty, ElasticNetPenalty, AnchorDecay, ConstrainedDecay))]
     names = [type(other).__name__ for other in others]
     steps_per_epoch = trainer.num_training_batches / trainer.accumulate_grad_batches
-    return advise(groups, total_steps=total_steps, steps_per_epoch=steps_per_epoch, other_decays=names)
+    return advise(groups, total_steps=total_steps(trainer), steps_per_epoch=steps_per_epoch, other_decays=names)
 
 
-def _decaying_groups(trainer: pl.Trainer, schedule: WeightDecay | None, total_steps: float) -> Iterator[DecayingGroup]:
-    for index, wrapped in enumerate(trainer.optimizers):
-        optimizer = _stepping.torch_optimizer(wrapped)
-        labels = _stepping.group_labels(trainer, index)
-        for label, group in zip(labels, optimizer.param_groups, strict=True):
-            found = quantities.settings(optimizer, group)
-            peak = _peak(group)
-            decay, is_decoupled = found["weight_decay"], not _is_coupled(found["rule"], group)
-            if schedule is not None:
-                decay *= _mean_over_first(schedule, total_steps, peak)
-            if schedule is not None and schedule.method != "optimizer":
-                decay, is_decoupled = _mean(schedule, total_steps, peak), schedule.method != "coupled"
-                label = f"WeightDecay, {label}"
-            if peak > 0 and decay > 0:
-                yield DecayingGroup(
-                    label=label,
-                    rule=found["rule"],
-                    lr=peak,
-                    weight_decay=decay,
-                    momentum=0.0 if is_decoupled or "SGD" not in found["rule"] else found["momentum"],
-                    is_decoupled=is_decoupled,
-                    is_fused=bool(group.get("fused")),
-                    dtypes=frozenset(parameter.dtype for parameter in group["params"]),
-                )
-
-
-def _is_coupled(rule: str, group: dict[str, Any]) -> bool:
-    return rule not in ("AdamW", "Lion", "Muon", "Adafactor") and not group.get("decoupled_weight_decay")
-
-
-def _mean(schedule: WeightDecay, total_steps: float, lr: float) -> float:
-    """Of the scheduled weight decay over the run, at a constant rate."""
-    return sum(_sampled(schedule, total_steps, lr)) / _SAMPLES
-
-
-def _mean_over_first(schedule: WeightDecay, total_steps: float, lr: float) -> float:
-    """What the value of the first step, which stands in the groups, is to be multiplied by."""
-    values = _sampled(schedule, total_steps, lr)
-    return sum(values) / _SAMPLES / values[0] if values[0] > 0 else 1.0
-
-
-def _reach(schedule: WeightDecay | None, total_steps: float, lr: float) -> tuple[float, float]:
-    values = [0.0] if schedule is None else _sampled(schedule, total_steps, lr)
-    return min(values), max(values)
-
-
-def _sampled(schedule: WeightDecay, total_steps: float, lr: float) -> Sequence[float]:
-    horizon = schedule.total_steps or total_steps
+def _sampled(callback: WeightDecay, steps_of_run: float, lr: float) -> Sequence[float]:
+    """Values of the schedule over the run, at a constant rate; none where the groups keep their own."""
+    if callback.schedule is None:
+        return []
+    horizon = callback.total_steps or steps_of_run
     last = horizon - 1 if math.isfinite(horizon) else 0
     steps = [round(i * last / (_SAMPLES - 1)) for i in range(_SAMPLES)]
-    return [value_at(schedule.schedule, Position(step, horizon, 0, lr, lr)) for step in steps]
+    return [value_at(callback.schedule, Position(step, horizon, 0, lr, lr)) for step in steps]

@@ -2,84 +2,77 @@
 
 from __future__ import annotations
 
-import re
-from functools import partial
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import LearningRateMonitor
-from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
 
-from lightning_regularize import _stepping
-from lightning_regularize._configuring import Configuring, check_numbers, model_root, number_states
-from lightning_regularize._sharding import Sharding, local_tensor, settle_gradient_
-from lightning_regularize.callbacks._choosing import check_real
-from lightning_regularize.decay import HALF, couple_
-from lightning_regularize.groups import (
-    Grouping,
-    Plan,
-    adapt_state_dict,
-    check_something_decays,
-    extend_plan_,
-    plan_groups,
-    repair_scheduler_,
-    rule_name,
-    saved_layout_of,
-)
-from lightning_regularize.manners import Cautious, Decoupled, Independent, Manner, Stable, Target
-from lightning_regularize.schedules import Constant, Schedule, as_schedule, value_at
-from lightning_regularize.selection import DEFAULT_EXCLUDE, ParameterInfo, parameter_infos
-from lightning_regularize.theory import decay_rounding_threshold
+from lightning_regularize._steps.group_decay import GroupDecay
+from lightning_regularize._steps.hooks import Step, hooks_of
+from lightning_regularize._steps.parts import Parts, refusal
+from lightning_regularize._steps.targets import Targets
+from lightning_regularize._steps.watch import Watch, stepping_optimizers
+from lightning_regularize._trainer.deepspeed import ZeroTwin
+from lightning_regularize._trainer.names import is_named
+from lightning_regularize._trainer.run import group_labels
+from lightning_regularize._trainer.strategies import check_gradients_are_the_modules, check_weights_are_the_optimizers
+from lightning_regularize.callbacks._base import Regularizer
+from lightning_regularize.decay import HALF
+from lightning_regularize.decay_methods import METHODS, DecayMethod, Decoupled, Independent, Stable, Target, will_move
+from lightning_regularize.groups import Grouping, check_something_decays
+from lightning_regularize.schedules import Constant, Schedule, as_schedule, check_total_steps
+from lightning_regularize.selection import DEFAULT_EXCLUDE, ParameterInfo, Rule
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     import lightning.pytorch as pl
     from torch.optim import Optimizer
 
-    from lightning_regularize.schedules import Position
-    from lightning_regularize.selection import Rule
+    from lightning_regularize._steps.run import Run
+    from lightning_regularize.schedules import Position, ScheduleLike
 
 
-_METHODS = ("optimizer", "decoupled", "coupled", "independent", "cautious", "stable")
-_CONSTRUCTED = ("schedule", "grouping", "total_steps", "method", "rounding", "seed")
+@dataclass(frozen=True, eq=False)
+class _Decision:
+    """What the rules say about one parameter."""
+
+    info: ParameterInfo
+    factor: float
+    rule: str
 
 
-# What the user gave each group, for a callback that finds groups which another one has written to: an optimizer that is
-# made in the module's `__init__` lives through several runs.
-_GIVEN: WeakKeyDictionary[Optimizer, list[float]] = WeakKeyDictionary()
-
-
-class WeightDecay(Callback):
+class WeightDecay(Regularizer):
     r"""Sets the optimizer's weight decay, on a schedule if you like, without decaying biases and norms.
 
     The optimizer's own ``weight_decay`` does the work, so that its kernels keep their speed and the result is bit for
-    bit that of hand-made groups. While ``configure_optimizers`` runs, groups are split into decay and no-decay parts;
-    LR schedulers of any kind find a rate for each. At step ``k`` a group decays by
+    bit that of hand-made groups. The groups stay as ``configure_optimizers`` made them: the optimizer sees them split
+    into parts only while it changes weights. At step ``k`` a parameter decays by
 
-    .. math:: \lambda_k = f_g \cdot \mathrm{schedule}(k)
+    .. math:: \lambda_k = r_g \cdot f_p \cdot \mathrm{schedule}(k)
 
-    where :math:`f_g` is the group's factor: 0 where excluded, what ``factors`` says, and the ratio that the user's own
-    groups have (a group given weight decay 0 beside others with some stays at 0; if no group of an optimizer has any,
-    each has factor 1). Logged as ``weight_decay/<group>`` whenever Lightning logs.
+    where :math:`f_p` is the parameter's factor (0 where excluded, what ``factors`` says, otherwise 1) and :math:`r_g`
+    the ratio that the user's own groups have: a group that was given weight decay 0 beside others with some stays at
+    0; if no group of an optimizer has any, each has ratio 1. The ``weight_decay`` of a group shows the value of what
+    decays in it, for the step to come. Logged as ``weight_decay``, with several groups as ``weight_decay/<group>``,
+    whenever Lightning logs.
 
     Args:
         weight_decay: A number of at least 0, a :class:`~lightning_regularize.schedules.Schedule`, or any callable from
             a :class:`~lightning_regularize.schedules.Position` to a number. The first step uses the schedule's first
-            value and the last step its last; steps are the optimizer's, whatever the accumulation.
+            value and the last step its last; steps are the optimizer's, whatever the accumulation. None keeps the
+            values that the groups have, and only excludes.
         exclude: Rules for what does not decay. What a model itself declares (``no_weight_decay()``) never does.
         factors: Rule -> factor on the weight decay, first match wins, e.g. ``{"encoder.*": 0.1}``.
         total_steps: Length of the schedule in steps of an optimizer; by default what the Trainer expects.
-        method: Who decays, and how. ``"optimizer"``: the optimizer's own weight decay. With all others this callback
+        method: What applies the decay. ``"optimizer"``: the optimizer's own weight decay. With all others this callback
             does, the optimizer's own is set to 0, and any optimizer will do, also one without ``weight_decay``:
             ``"decoupled"`` as AdamW, by ``lr * weight_decay``; ``"coupled"`` as the gradient of an L2 penalty;
             ``"independent"``, by ``weight_decay`` whatever the learning rate; ``"cautious"``, decoupled where update
             and weight agree; ``"stable"``, decoupled and scaled to the real step size (SGD and Adam only). See
-            :mod:`lightning_regularize.manners`. Callbacks that read weights before a step see them before it decays if
-            they stand before this one.
+            :mod:`lightning_regularize.decay_methods`.
         rounding: ``"nearest"``, as optimizers do; ``"stochastic"`` for half-precision weights and the methods
             ``"decoupled"`` and ``"independent"``: rounded to nearest, ``w * (1 - lr * weight_decay)`` is ``w`` again
             below :math:`2^{-9}` in bfloat16 and :math:`2^{-12}` in float16, and nothing decays.
@@ -100,9 +93,12 @@ class WeightDecay(Callback):
         Caron et al., "Emerging Properties in Self-Supervised Vision Transformers" (DINO), ICCV 2021: 0.04 to 0.4.
     """
 
+    of_module: Callable[[], Any] | None = None
+    """A weak reference to the module from whose ``configure_callbacks`` it comes, if it does."""
+
     def __init__(
         self,
-        weight_decay: float | Schedule | Callable[[Position], float],
+        weight_decay: float | Schedule | Callable[[Position], float] | None,
         *,
         exclude: Sequence[Rule] = DEFAULT_EXCLUDE,
         factors: Mapping[Any, float] | None = None,
@@ -111,12 +107,16 @@ class WeightDecay(Callback):
         rounding: Literal["nearest", "stochastic"] = "nearest",
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        self.schedule = as_schedule(weight_decay, name="weight_decay")
+        super().__init__(locals())
+        self.schedule = None if weight_decay is None else as_schedule(weight_decay, name="weight_decay")
         self.grouping = Grouping(exclude, {} if factors is None else factors)
-        self.total_steps = total_steps
-        if method not in _METHODS:
-            raise ValueError(f"`method` should be one of {_METHODS}, got {method!r}.")
+        self.total_steps = check_total_steps(total_steps)
+        if method not in METHODS:
+            raise ValueError(f"`method` should be one of {tuple(METHODS)}, got {method!r}.")
+        if weight_decay is None and method != "optimizer":
+            raise ValueError(
+                f"`weight_decay=None` keeps the optimizer's own decay, it needs method='optimizer', got {method!r}."
+            )
         if rounding not in ("nearest", "stochastic"):
             raise ValueError(f"`rounding` should be 'nearest' or 'stochastic', got {rounding!r}.")
         if rounding == "stochastic" and method not in ("decoupled", "independent"):
@@ -124,393 +124,288 @@ class WeightDecay(Callback):
         if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
             raise ValueError(f"`seed` should be an integer of at least 0, got {seed!r}.")
         self.method, self.rounding, self.seed = method, rounding, seed
-        self._clock = _stepping.Clock(self.schedule, total_steps)
-        self._plans: list[tuple[Optimizer, Plan]] = []
-        self._begin_run()
+        self._twin: ZeroTwin | None = None
 
-    def _begin_run(self) -> None:
-        self._configuring: Configuring | None = None
-        self._hooks: list[Any] = []
-        self._infos: dict[int, ParameterInfo] = {}
-        self._saved_layouts: list[list[list[str]]] = []
-        self._steps: _stepping.RealSteps | None = None
-        self._manner: Manner | None = None
-        self._told_rounding = self._told_uncounted = self._has_half = False
-        self._rearranged: dict[int, tuple[list[int], list[dict[str, Any]]]] = {}
-        self._ready = False
+    @property
+    def schedules(self) -> Sequence[ScheduleLike]:
+        """The schedule of the weight decay."""
+        return () if self.schedule is None else (self.schedule,)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy, as for spawned processes, is of the callback and not of a run."""
-        return {key: self.__dict__[key] for key in _CONSTRUCTED}
+    def identity(self) -> dict[str, Any]:
+        """There is one in a Trainer, whatever its rules."""
+        return {}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._clock, self._plans = _stepping.Clock(self.schedule, self.total_steps), []
-        self._begin_run()
-
-    # -- before training ---------------------------------------------------------------------------------------------
+    # -- before training -----------------------------------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if stage != "fit":
+        super().setup(trainer, pl_module, stage)
+        if self.of_module is not None and self.of_module() is not pl_module:  # the Trainer has another module now
+            trainer.callbacks = [c for c in trainer.callbacks if c is not self]  # type: ignore[attr-defined]
             return
-        self._undo()  # an exception may have ended the fit before
-        self._begin_run()
-        callbacks = list(trainer.callbacks)  # type: ignore[attr-defined]
-        others = [c for c in callbacks if isinstance(c, WeightDecay)]
-        if len(others) > 1:
+        others = [c for c in trainer.callbacks if isinstance(c, WeightDecay)]  # type: ignore[attr-defined]
+        if stage == "fit" and len(others) > 1:
             raise MisconfigurationException(
                 f"{len(others)} WeightDecay callbacks would write over each other. Use one, with `factors`."
             )
-        monitors = [c for c in callbacks[: callbacks.index(self)] if isinstance(c, LearningRateMonitor)]
-        if any(monitor.log_weight_decay for monitor in monitors) and not isinstance(self.schedule, Constant):
-            rank_zero_warn("LearningRateMonitor stands before WeightDecay and will log the values of the step before.")
-        self._trainer, self._module = trainer, pl_module
-        self._configuring = Configuring(pl_module, self._split)
+        self._twin = None
+        if stage == "fit" and METHODS[self.method].uses_optimizer and is_named(trainer.strategy, "DeepSpeedStrategy"):
+            self._twin = ZeroTwin(trainer, pl_module, self.grouping)
 
-    def _split(self, module: pl.LightningModule, optimizers: list[Optimizer], schedulers: list[Any]) -> None:
-        """As ``configure_optimizers`` returns, so that schedulers and strategies see the final groups."""
-        self._learn_parameters()
-        plans = []
-        for i, optimizer in enumerate(optimizers):
-            if self.method == "optimizer":
-                check_has_weight_decay(optimizer)
-            plan = next((plan for known, plan in self._plans if known is optimizer), None)
-            if plan is None or len(plan.layout) != len(optimizer.param_groups):
-                _put_back_given_(optimizer)
-                given = [float(group.get("weight_decay", 0.0)) for group in optimizer.param_groups]
-                before = [dict(group) for group in optimizer.param_groups]
-                prefix = f"optimizer{i}" if len(optimizers) > 1 else ""
-                by_optimizer = self.method == "optimizer"
-                plan = plan_groups(optimizer, self.grouping, self._infos, prefix, split=by_optimizer)
-                _GIVEN[optimizer] = [given[origin] for origin in plan.origins]
-                _repair(schedulers, optimizer, plan.origins, before)
-            plans.append((optimizer, plan))  # known ones were made in the module's __init__ and have trained before
-        if self.method == "optimizer":
-            self._check_groups_decay([factor for _, plan in plans for factor in plan.factors])
-        self._plans = plans
+    def check(self, run: Run) -> None:
+        if self._twin is not None and self._twin.optimizer is not None:
+            run.optimizers = [self._twin.optimizer]
+        if not run.optimizers:
+            self.warn("WeightDecay does nothing: `configure_optimizers` returned no optimizer.")
+        infos = run.infos()
+        self._check_rules(infos)
+        self.decay_method = self._make_method(run)
+        if self.decay_method.adds_to_gradients:
+            check_gradients_are_the_modules(run.trainer, f"WeightDecay(method={self.method!r})")
+        elif not self.decay_method.uses_optimizer:
+            check_weights_are_the_optimizers(run.trainer, f"WeightDecay(method={self.method!r})")
+        if self.decay_method.needs_real_weights:
+            decaying = [info for info in infos if self.grouping.decide(info)[0]]
+            self.check_real(decaying, f"WeightDecay(method={self.method!r})")
+        self._targets: Targets[_Decision] = Targets(run.infos, self._learn, self._learn_foreign)
+        self._parts: WeakKeyDictionary[Optimizer, Parts] = WeakKeyDictionary()
+        self._groups: WeakKeyDictionary[Any, GroupDecay] = WeakKeyDictionary()
+        self._decaying: dict[Any, list[Target]] = {}  # between the beginning and the end of a step
+        self._has_half = any(info.parameter.dtype in HALF for info in infos)
+        self._is_rounding_warned = False
+        self._checked: WeakSet[Any] = WeakSet()
+        for optimizer in run.optimizers:
+            for leaf in stepping_optimizers(optimizer):
+                self._check_optimizer(leaf, optimizer)
 
-    def _check_groups_decay(self, factors: list[float]) -> None:
-        decaying = [info for info in self._infos.values() if self.grouping.decide(info)[0]]
-        if factors and not any(factors) and any(info.parameter.requires_grad for info in decaying):
+    def _check_rules(self, infos: Sequence[ParameterInfo]) -> None:
+        try:
+            self.grouping.check(infos)
+            if self.schedule is not None and self.schedule != Constant(0.0):
+                check_something_decays(self.grouping, infos)
+        except ValueError as error:
+            raise ValueError(f"WeightDecay: {error}") from error
+
+    def _check_optimizer(self, leaf: Optimizer, optimizer: Any) -> None:
+        """Refuse an optimizer whose weights cannot be made to decay as asked.
+
+        Raises:
+            MisconfigurationException: It has no weight decay, or its groups cannot be split.
+        """
+        self._checked.add(leaf)
+        decisions = [decision for of_group in self._targets.of(leaf) for decision in of_group]
+        has_decay = any("weight_decay" in group for group in leaf.param_groups)
+        reason = ""
+        if self.decay_method.uses_optimizer and has_decay:
+            is_foreign = leaf is not optimizer and all(decision.info.name == _FOREIGN for decision in decisions)
+            reason = refusal(leaf, optimizer, is_foreign=is_foreign)
+        # What is excluded as a whole needs no weight decay, and where none is asked for there may be none.
+        needs_none = self.decay_method.uses_optimizer and not has_decay and self.schedule in (None, Constant(0.0))
+        if not needs_none and any(decision.factor for decision in decisions):
+            reason = reason or self.decay_method.refuse(leaf)
+        if reason:
+            raise MisconfigurationException(reason)
+
+    def _check_groups_decay(self, run: Run) -> None:
+        if not self.decay_method.uses_optimizer or self.schedule in (None, Constant(0.0)):
+            return
+        factors = [
+            self._groups_of(optimizer).ratio(group) * decision.factor
+            for optimizer in run.optimizers
+            for group, decisions in zip(optimizer.param_groups, self._targets.of(optimizer), strict=True)
+            for decision in decisions
+        ]
+        decaying = any(decision.factor and decision.info.parameter.requires_grad for decision in self._targets)
+        if factors and not any(factors) and decaying:
             raise MisconfigurationException(
                 "Weight decay is positive, but nothing decays: each parameter in the optimizer's groups is excluded, "
                 "or in a group that was given weight decay 0 beside others with some. Change the groups or `exclude`."
             )
 
-    def _learn_parameters(self) -> None:
-        infos = parameter_infos(model_root(self._trainer, self._module))
-        self.grouping.check(infos)
-        if self.schedule != Constant(0.0):
-            check_something_decays(self.grouping, infos)
-        self._infos = {id(info.parameter): info for info in infos}
-        self._has_half = any(info.parameter.dtype in HALF for info in infos)
+    def _make_method(self, run: Run) -> DecayMethod:
+        kind = METHODS[self.method]
+        if issubclass(kind, (Decoupled, Independent)):
+            return kind(stochastic=self.rounding == "stochastic", seed=self.seed)
+        return Stable(run.sharding()) if issubclass(kind, Stable) else kind()
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The optimizers exist, nothing is restored yet."""
-        if not _stepping.has_optimizer(trainer):
-            rank_zero_warn("WeightDecay does nothing: `configure_optimizers` returned no optimizer.")
+    def _learn(self, info: ParameterInfo) -> _Decision:
+        return _Decision(info, *self.grouping.decide(info))
+
+    def _learn_foreign(self, parameter: nn.Parameter) -> _Decision:
+        """Of a parameter from outside the module, only the shape is known."""
+        kind: Any = "vector" if parameter.dim() <= 1 else "weight"
+        return self._learn(ParameterInfo(_FOREIGN, parameter, nn.Module(), kind, parameter.shape))
+
+    def begin(self, run: Run) -> None:
+        given = self._saved.get("given", [])
+        for optimizer, saved in zip(run.optimizers, given, strict=False):
+            self._groups_of(optimizer).restore(saved)
+        saved = self._saved.get("parts", [])
+        self._misses_parts = not saved and any(watch.steps for watch in run.watches)
+        leaves = [leaf for watch in run.watches for leaf in watch.leaves]
+        self._check_groups_decay(run)
+        for i, leaf in enumerate(leaves):
+            self._install_parts(leaf, saved[i] if i < len(saved) else [])
+        self._show_all()
+
+    def _groups_of(self, optimizer: Any) -> GroupDecay:
+        """The weight decay of an optimizer's groups, which have the user's values when they are first seen."""
+        if optimizer not in self._groups:
+            value_of = None if self.schedule is None else self._value_of
+            shows_value = self.decay_method.uses_optimizer
+            self._groups[optimizer] = GroupDecay(optimizer, value_of, self._factors_of, shows_value=shows_value)
+        return self._groups[optimizer]
+
+    def _value_of(self, group: dict[str, Any], step: int, ratio: float) -> float:
+        value = ratio * self.run.value(self.schedule, group, step) if ratio else 0.0
+        if self._has_half and value and self.rounding == "nearest" and not self._is_rounding_warned:
+            lost = self.decay_method.lost_in_rounding(group, value, self.run.clock.position(group, step).peak_lr)
+            if lost:
+                self._is_rounding_warned = True
+                self.warn(lost)
+        return value
+
+    def _factors_of(self, optimizer: Any) -> list[list[float]]:
+        return [[decision.factor for decision in decisions] for decisions in self._targets.of(optimizer)]
+
+    def _install_parts(self, leaf: Optimizer, saved: list[list[dict[str, Any]]] | None = None) -> None:
+        has_decay = any("weight_decay" in group for group in leaf.param_groups)
+        if not self.decay_method.uses_optimizer or not has_decay or self._is_twin_of(leaf):
             return
-        optimizers = [_stepping.torch_optimizer(optimizer) for optimizer in trainer.optimizers]
-        if [id(o) for o in optimizers] != [id(o) for o, _ in self._plans]:  # set on the strategy by hand
-            self._split(pl_module, optimizers, [config.scheduler for config in trainer.lr_scheduler_configs])
-        self._clock.note_rates(trainer)
-        self._ready = True
-        for i, optimizer in enumerate(optimizers):
-            # First, so that whoever else checks the state finds it in the layout of the groups.
-            adapter = self._checkpoint_adapter(i)
-            self._hooks.append(optimizer.register_load_state_dict_pre_hook(adapter, prepend=True))
+        hooks = hooks_of(leaf)
+        if hooks.parts is not None:
+            raise MisconfigurationException(
+                f"Two WeightDecay act on one {type(leaf).__name__}: use one, with `factors`."
+            )
+        hooks.parts = self._parts[leaf] = Parts(self._factor_of)
+        if saved:
+            hooks.parts.load_state_dict(saved)
 
-    # -- resuming ----------------------------------------------------------------------------------------------------
+    def _is_twin_of(self, leaf: Any) -> bool:
+        """Does DeepSpeed step a twin of this optimizer?"""
+        return self._twin is not None and self._twin.optimizer is leaf
 
-    def _checkpoint_adapter(self, index: int) -> Callable[[Optimizer, dict[str, Any]], dict[str, Any] | None]:
-        def adapt(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
-            plan = self._plans[index][1]
-            self._extend(optimizer, plan)  # BackboneFinetuning adds its groups again before the state is loaded
-            saved = self._saved_layouts[index] if index < len(self._saved_layouts) else None
-            adapted, origins = adapt_state_dict(state_dict, optimizer, plan, saved)
-            if origins is not None:
-                self._rearranged[index] = origins, state_dict["param_groups"]
-            return adapted
+    def _factor_of(self, parameter: nn.Parameter) -> float:
+        decision = self._targets.find(parameter)
+        return 0.0 if decision is None else decision.factor
 
-        return adapt
+    # -- training ------------------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
-        arguments = {
-            "weight_decay": repr(self.schedule),
-            "exclude": repr([rule_name(rule) for rule in self.grouping.exclude]),
-            "factors": repr({rule_name(rule): factor for rule, factor in self.grouping.factors.items()}),
-        }
-        return {
-            # Without addresses: a function is another object in each process.
-            "arguments": {key: re.sub(r" at 0x[0-9a-f]+", "", text) for key, text in arguments.items()},
-            "layouts": [plan.layout for _, plan in self._plans],
-            **self._clock.state_dict(),
-        }
+    def on_gradients(self, step: Step) -> None:
+        if self.decay_method.adds_to_gradients:
+            self.decay_method.on_gradients(self._find_decaying(step), step.scale)
+        if self._twin is not None and self._is_twin_of(step.optimizer):  # no hook comes later
+            self._twin.update(self._values(step.watch, step.optimizer, step.number))
+        if self.run.logs_now():
+            self._log(step.watch)
 
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Splitting groups has changed the order of parameters, by which FSDP2 would tell them."""
-        number_states(trainer, pl_module, checkpoint)
+    def before_step(self, step: Step) -> None:
+        leaf, groups = step.optimizer, self._groups_of(step.watch.optimizer)
+        if leaf not in self._checked:  # made since the last step
+            self._check_optimizer(leaf, step.watch.optimizer)
+            self._install_parts(leaf)
+        groups.check_unchanged(leaf, self.warn)
+        values = groups.show(leaf, step.number, self.run.clock.epoch)
+        if leaf in self._parts:
+            self._parts[leaf].values = values
+        if not self.decay_method.uses_optimizer:
+            self._decaying[leaf] = self._find_decaying(step)
+            self.decay_method.before(leaf, self._decaying[leaf], step.number)
 
-    def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """FSDP2 has loaded the optimizers' states by now.
-
-        Raises:
-            MisconfigurationException: It took moments of one parameter for those of another.
-        """
-        layouts = checkpoint.get("callbacks", {}).get(self.state_key, {}).get("layouts", [])
-        for i, (state, (_, plan)) in enumerate(zip(checkpoint.get("optimizer_states", ()), self._plans, strict=False)):
-            layout = saved_layout_of(state, plan, layouts[i] if i < len(layouts) else None)
-            check_numbers(trainer, pl_module, state, layout or [])
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._clock.load_state_dict(state_dict)
-        self._saved_layouts = state_dict.get("layouts", [])
-        now, then = self.state_dict()["arguments"], state_dict.get("arguments", {})
-        changed = [f"{key}: {then[key]} then, {now[key]} now" for key in then if then[key] != now.get(key)]
-        if changed:
-            rank_zero_warn("WeightDecay differs from the checkpoint's and wins over it. " + "; ".join(changed) + ".")
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """All is restored, the old values of the groups included, and nothing is trained yet."""
-        if not self._ready:
-            return
-        for i, (origins, groups) in self._rearranged.items():
-            schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-            _repair(schedulers, self._plans[i][0], origins, groups)
-        self._rearranged.clear()
-        self._clock.start(trainer)
-        self._take_over(trainer)
-        self._write_all(trainer)
-
-    # -- training ----------------------------------------------------------------------------------------------------
+    def after_step(self, step: Step, *, is_real: bool) -> None:
+        decaying = self._decaying.pop(step.optimizer, [])
+        if is_real and not self.decay_method.uses_optimizer:
+            self.decay_method.after(step.optimizer, decaying, step.number)
+        if self._misses_parts and step.optimizer in self._parts:
+            self._misses_parts = False
+            if self._parts[step.optimizer].state_dict():
+                self.warn(
+                    f"{type(step.optimizer).__name__} keeps values for each group, and parts of a group differ in "
+                    "them. The checkpoint has them for whole groups only: each part went on with the group's."
+                )
+        if self.run.trainer is None or not self.run.lightning_module.automatic_optimization:
+            self._show_next(step.watch, step.optimizer)  # otherwise the batch ends with the step
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """So that monitors which log now, such as LearningRateMonitor, show the value that the next step uses."""
-        self._write_all(trainer)
+        """Groups may have been added, and LR schedulers that step once an epoch have set their rates."""
+        if self.run is not None:
+            self.run.refresh()
+            self._show_all()
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """As at the start of an epoch."""
-        self._write_all(trainer)
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        """Callbacks that stand behind this one may have added groups since."""
+        super().on_train_batch_start(trainer, pl_module, *args)
+        if self.run is not None and any(self._groups_of(watch.optimizer).look() for watch in self.run.watches):
+            self._show_all()
 
-    def on_before_optimizer_step(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
-    ) -> None:
-        """The step uses what stands in the groups after this."""
-        if not self._ready:
-            return
-        index = self._clock.begin(trainer, optimizer)
-        self._write(trainer, index)
-        if self._steps is not None:
-            self._steps.announce(trainer, optimizer)
-        if self.method == "coupled" and not _stepping.is_accumulating(trainer):
-            self._couple(trainer, index)
-        if _stepping.logs_now(trainer):
-            labels = _stepping.group_labels(trainer, index)
-            pl_module.log_dict(
-                {f"weight_decay/{label}": v for label, v in zip(labels, self._values(trainer, index), strict=True)}
-            )
+    def after_batch(self, trainer: pl.Trainer) -> None:
+        """LR schedulers have set the rates of the next step, which a schedule may follow."""
+        self._show_all()
 
-    def _write_all(self, trainer: pl.Trainer) -> None:
-        for index in range(len(self._plans) * self._ready):
-            self._write(trainer, index)
+    def _show_all(self) -> None:
+        for watch in self.run.watches:
+            for leaf in watch.leaves:
+                self._show_next(watch, leaf)
 
-    def _values(self, trainer: pl.Trainer, index: int) -> list[float]:
-        """The weight decay of each group at the optimizer's present or next step."""
-        optimizer, plan = self._plans[index]
-        values = []
-        for i, (group, factor) in enumerate(zip(optimizer.param_groups, plan.factors, strict=True)):
-            if not factor:
-                values.append(0.0)
-                continue
-            at = self._clock.position(trainer, index, i)
-            values.append(factor * value_at(self.schedule, at))
-            if self._has_half:
-                self._tell_rounding(group, values[-1] * (1.0 if self.method == "independent" else at.peak_lr))
-        return values
+    def _show_next(self, watch: Watch, leaf: Optimizer) -> None:
+        """Let the groups show the weight decay of the next step, if there is one."""
+        if watch.number(leaf) < self.run.clock.total_steps:
+            self._groups_of(watch.optimizer).show(leaf, watch.number(leaf), self.run.clock.epoch)
 
-    def by_parameter(self, trainer: pl.Trainer) -> dict[str, tuple[float, float]]:
-        """The weight decay of each parameter at its optimizer's present or next step, and its factor in it.
+    def _values(self, watch: Watch, leaf: Any, number: int) -> list[Any]:
+        """The weight decay of factor 1 in each group of an optimizer."""
+        return self._groups_of(watch.optimizer).values(leaf, number, self.run.clock.epoch)
 
-        Args:
-            trainer: Between ``on_train_start`` and the end of training.
+    def _find_decaying(self, step: Step) -> list[Target]:
+        """What decays in a step: parameters with a gradient, as for the optimizers themselves."""
+        leaf = step.optimizer
+        values = self._values(step.watch, leaf, step.number)
+        return [
+            Target(decision.info.name, decision.info.parameter, group, decision.factor * value)
+            for group, decisions, value in zip(leaf.param_groups, self._targets.of(leaf), values, strict=True)
+            for decision in decisions
+            if decision.factor * value and will_move(leaf, decision.info.parameter)
+        ]
 
-        Returns:
-            By canonical name, whoever applies it.
+    def _log(self, watch: Watch) -> None:
+        optimizer = watch.optimizer
+        values = self._groups_of(optimizer).shown(optimizer, self._values(watch, optimizer, watch.steps))
+        labels = group_labels(optimizer, self.run.label(watch))
+        if len(labels) == 1 and len(self.run.watches) == 1:
+            self.run.log({"weight_decay": values[0]})
+        else:
+            self.run.log({f"weight_decay/{label}": value for label, value in zip(labels, values, strict=True)})
+
+    def by_parameter(self) -> Iterator[tuple[ParameterInfo, Watch, int, float, float, str]]:
+        """For each parameter that an optimizer holds: its place, its weight decay, the factor in that, and the rule.
+
+        To be called between ``on_train_start`` and the end of training, with the groups as the user has them.
         """
-        rule = {info.name: self.grouping.decide(info)[0] for info in self._infos.values()}
-        found = {}
-        for index, (_, plan) in enumerate(self._plans):
-            for names, value, factor in zip(plan.layout, self._values(trainer, index), plan.factors, strict=True):
-                for name in names:
-                    own = 1.0 if self.method == "optimizer" else rule.get(name, 0.0)  # else the groups are not split
-                    found[name] = value * own, factor * own
-        return found
+        for watch in self.run.watches:
+            optimizer = watch.optimizer
+            groups, values = self._groups_of(optimizer), self._values(watch, optimizer, watch.steps)
+            of_groups = zip(optimizer.param_groups, self._targets.of(optimizer), values, strict=True)
+            for i, (group, decisions, value) in enumerate(of_groups):
+                for d in decisions:
+                    yield d.info, watch, i, float(value) * d.factor, groups.ratio(group) * d.factor, d.rule
 
-    def _write(self, trainer: pl.Trainer, index: int) -> None:
-        optimizer, plan = self._plans[index]
-        self._extend(optimizer, plan)
-        for group, scheduled in zip(optimizer.param_groups, self._values(trainer, index), strict=True):
-            _set_weight_decay_(group, scheduled if self.method == "optimizer" else 0.0)
+    # -- after training ------------------------------------------------------------------------------------------------
 
-    def _extend(self, optimizer: Optimizer, plan: Plan) -> None:
-        """Groups may have been added since, as BackboneFinetuning does, and with weight decay on everything.
+    def end(self, run: Run) -> None:
+        self._twin = None
+        for leaf, parts in getattr(self, "_parts", {}).items():
+            parts.hide(leaf)
+            hooks_of(leaf).parts = None
+        for groups in getattr(self, "_groups", {}).values():
+            groups.put_back()
 
-        Raises:
-            MisconfigurationException: Groups were removed.
-        """
-        if len(optimizer.param_groups) == len(plan.layout):
-            return
-        self._learn_parameters()  # modules may be new
-        if len(optimizer.param_groups) < len(plan.layout):
-            raise MisconfigurationException(
-                f"{type(optimizer).__name__} had {len(plan.layout)} parameter groups and now has "
-                f"{len(optimizer.param_groups)}: groups may be added during training, not removed."
-            )
-        before = [dict(group) for group in optimizer.param_groups]
-        split = self.method == "optimizer"
-        origins = extend_plan_(plan, optimizer, self.grouping, self._infos, split=split)
-        _repair([c.scheduler for c in self._trainer.lr_scheduler_configs], optimizer, origins, before)
-
-    # -- where the optimizer does not decay by itself ------------------------------------------------------------------
-
-    def _take_over(self, trainer: pl.Trainer) -> None:
-        if self.method == "optimizer":
-            if not self._module.automatic_optimization and not isinstance(self.schedule, Constant):
-                for i, (optimizer, _) in enumerate(self._plans):
-                    self._hooks.append(optimizer.register_step_post_hook(partial(self._tell_uncounted, i)))
-            return
-        if self.method == "coupled":
-            _stepping.check_gradients_are_the_modules(trainer, "WeightDecay(method='coupled')")
-            self._steps = _stepping.RealSteps(trainer, "WeightDecay", before=lambda _: None)
-            return
-        _stepping.check_weights_are_the_optimizers(trainer, f"WeightDecay(method={self.method!r})")
-        if self.method in ("cautious", "stable"):
-            decaying = [info for info in self._infos.values() if self.grouping.decide(info)[0]]
-            check_real(decaying, f"WeightDecay(method={self.method!r})")
-        self._manner = manner = self._make_manner(trainer)
-        for optimizer, _ in self._plans:
-            if reason := manner.refuse(optimizer):
-                raise MisconfigurationException(reason)
-
-        def act(when: Callable[[Optimizer, Sequence[Target], int], None], index: int) -> None:
-            when(self._plans[index][0], self._targets(trainer, index), self._clock.step(trainer, index))
-
-        self._steps = _stepping.RealSteps(
-            trainer, "WeightDecay", before=partial(act, manner.before), after=partial(act, manner.after)
-        )
-
-    def _tell_uncounted(self, index: int, optimizer: Optimizer, *_: Any) -> None:
-        if not self._told_uncounted and not self._clock.is_stepping(self._trainer, index):
-            self._told_uncounted = True
-            rank_zero_warn(
-                f"{type(optimizer).__name__} was stepped past Lightning, which does not count such steps, so that the "
-                "weight decay stands still meanwhile. In manual optimization step what `self.optimizers()` returns."
-            )
-
-    def _make_manner(self, trainer: pl.Trainer) -> Manner:
-        if self.method == "decoupled":
-            return Decoupled(stochastic=self.rounding == "stochastic", seed=self.seed)
-        if self.method == "independent":
-            return Independent(stochastic=self.rounding == "stochastic", seed=self.seed)
-        if self.method == "cautious":
-            return Cautious()
-        return Stable(Sharding(model_root(trainer, self._module)))
-
-    def _targets(self, trainer: pl.Trainer, index: int) -> list[Target]:
-        """What decays in a step of one optimizer: parameters with a gradient, as for the optimizers themselves."""
-        targets = []
-        optimizer, _ = self._plans[index]
-        for group, value in zip(optimizer.param_groups, self._values(trainer, index), strict=True):
-            for parameter in group["params"]:
-                info = self._infos.get(id(parameter))
-                factor = self.grouping.decide(info)[0] if info is not None else 0.0
-                if info is not None and factor * value and _stepping.will_move(optimizer, parameter):
-                    targets.append(Target(info.name, parameter, group, factor * value))
-        return targets
-
-    def _couple(self, trainer: pl.Trainer, index: int) -> None:
-        scaler = _stepping.loss_scaler(trainer, trainer.optimizers[index])
-        for target in self._targets(trainer, index):
-            weight, gradient = local_tensor(target.parameter), settle_gradient_(target.parameter)
-            if gradient is None:  # LBFGS may decay what has none
-                continue
-            value: Any = -target.weight_decay if target.group.get("maximize") else target.weight_decay
-            if scaler is not None:
-                value = scaler.scale(torch.tensor(value, dtype=torch.float32, device=weight.device))
-            couple_(local_tensor(gradient), weight, value)
-
-    def _tell_rounding(self, group: Mapping[str, Any], share: float) -> None:
-        """Once, if at the group's peak rate decay would round to nothing in half precision."""
-        if self._told_rounding or self.rounding == "stochastic" or not share or self.method in ("coupled", "stable"):
-            return  # of stable decay nobody knows the share before the step
-        if self.method == "optimizer" and group.get("fused"):
-            return  # a fused kernel rounds once, with the gradient's noise in it
-        for dtype in {parameter.dtype for parameter in group["params"]} & set(HALF):
-            if share < decay_rounding_threshold(dtype):
-                self._told_rounding = True
-                what = "weight_decay" if self.method == "independent" else "lr * weight_decay"
-                rank_zero_warn(
-                    f"Weight decay does nothing here: {what} is {share:.2g} at its peak, and {dtype} weights stay as "
-                    f"they are below {decay_rounding_threshold(dtype):.2g}. Use WeightDecay(..., method='decoupled', "
-                    "rounding='stochastic'), a fused optimizer, or float32 weights with precision='bf16-mixed'."
-                )
-                return
-
-    # -- after training ----------------------------------------------------------------------------------------------
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if stage == "fit":
-            self._undo()
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Lightning calls no teardown after an exception."""
-        self._undo()
-
-    def _undo(self) -> None:
-        if self._configuring is not None:
-            self._configuring.undo()
-        for handle in self._hooks:
-            handle.remove()
-        self._hooks.clear()
-        if self._steps is not None:
-            self._steps.remove()
-            self._steps = None
+    def save(self) -> dict[str, Any]:
+        """The weight decay that the user gave each group, and values in which parts of a group differ."""
+        if not self.run.watches:
+            return {}
+        given = [self._groups_of(watch.optimizer).state() for watch in self.run.watches]
+        leaves = [leaf for watch in self.run.watches for leaf in watch.leaves]
+        parts = [self._parts[leaf].state_dict() if leaf in self._parts else [] for leaf in leaves]
+        return {"given": given, **({"parts": parts} if any(parts) else {})}
 
 
-def _put_back_given_(optimizer: Optimizer) -> None:
-    given = _GIVEN.get(optimizer, ())
-    if len(given) == len(optimizer.param_groups):
-        for group, value in zip(optimizer.param_groups, given, strict=True):
-            _set_weight_decay_(group, value)
-
-
-def _set_weight_decay_(group: dict[str, Any], value: float) -> None:
-    if isinstance(group.get("weight_decay"), torch.Tensor):
-        group["weight_decay"].fill_(value)  # captured graphs and compiled steps hold this tensor
-    elif "weight_decay" in group:
-        group["weight_decay"] = value
-
-
-def check_has_weight_decay(optimizer: Optimizer) -> None:
-    """Refuse LBFGS, Rprop and other optimizers that know no weight decay.
-
-    Raises:
-        MisconfigurationException: A group has no ``weight_decay``.
-    """
-    if any("weight_decay" not in group for group in optimizer.param_groups):
-        raise MisconfigurationException(
-            f"{type(optimizer).__name__} has no `weight_decay` of its own that could be set. "
-            "Use WeightDecay(..., method='decoupled'), which decays by itself."
-        )
-
-
-def _repair(
-    schedulers: Sequence[Any], optimizer: Optimizer, origins: Sequence[int], before: Sequence[Mapping[str, Any]]
-) -> None:
-    for scheduler in schedulers:
-        if scheduler.optimizer is optimizer:
-            repair_scheduler_(scheduler, origins, before)
+_FOREIGN = "<not in the module>"

@@ -55,9 +55,10 @@ def test_all_is_built_as_the_yaml_says(tmp_path):
     (constraint,) = found(fitted, WeightConstraint)
     assert constraint.projection == MaxNorm(0.5)
     assert fitted.trainer.global_step == 3
-    # the module says what decays in which proportion, the callback how much: in the last step 1.0
-    decays = {group["name"]: group["weight_decay"] for group in fitted.trainer.optimizers[0].param_groups}
-    assert decays == {"decay": 1.0, "decay x0.5": 0.5, "no_decay": 0.0}
+    assert (decay.grouping.exclude, decay.grouping.factors) == (("bias",), {"net.4.*": 0.5})
+    assert fitted.trainer.callback_metrics["weight_decay"] == 1.0  # in the last step
+    (group,) = fitted.trainer.optimizers[0].param_groups
+    assert group["weight_decay"] == 0.01  # the module's, put back
 
 
 def test_what_is_printed_is_fed_back_and_gives_the_same(tmp_path, capsys):
@@ -79,7 +80,7 @@ def test_what_is_printed_is_fed_back_and_gives_the_same(tmp_path, capsys):
 def test_the_command_line_reaches_into_the_last_callback_and_adds_others(tmp_path):
     fitted = fit(tmp_path, "--trainer.callbacks.weight_decay.schedule.end=3")
     assert found(fitted, WeightDecay)[0].schedule == Warmup(Cosine(0.1, 3.0), fraction=0.1, start=0.01)
-    assert fitted.trainer.optimizers[0].param_groups[0]["weight_decay"] == 3.0
+    assert fitted.trainer.callback_metrics["weight_decay"] == 3.0
     fitted = fit(tmp_path, "--trainer.callbacks.weight_decay=0.2", "--trainer.callbacks+=LearningRateMonitor")
     assert found(fitted, WeightDecay)[0].schedule == Constant(0.2)
     assert found(fitted, LearningRateMonitor)

@@ -112,8 +112,7 @@ def settings_of(run):
     """What a run's optimizer has, by name, before training."""
     model = example.pretrained(run, total_steps=10, seed=0)
     optimizer = model.configure_optimizers()["optimizer"]
-    trainer = SimpleNamespace(optimizers=[optimizer])
-    return {name: (lr, decay) for name, lr, decay in example.settings_of(model, trainer)}
+    return {name: (lr, decay) for name, lr, decay in example.settings_of(model, optimizer, run)}
 
 
 def depth(name):
@@ -150,6 +149,22 @@ def test_the_table_counts_kinds(classifier):
         ("bias", "50", f"{6 * (4 * 384 + 1536 + 384) + 13 * 384 + 2:,}", "no"),
         ("weight", "37", f"{matrices:,}", "yes"),
     ]
+
+
+@pytest.mark.parametrize("run", example.RUNS)
+def test_what_decays_in_a_step_is_what_the_settings_say(run):
+    """All gradients are zero, so that AdamW moves a weight by its decay alone."""
+    model = example.pretrained(example.RUNS[run], total_steps=10, seed=0)
+    optimizer = model.configure_optimizers()["optimizer"]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.1  # the warmup begins with 0
+    for parameter in model.parameters():
+        parameter.data.fill_(1.0)
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    moved = {name for name, parameter in model.named_parameters() if bool((parameter != 1.0).any())}
+    settings = example.settings_of(model, optimizer, example.RUNS[run])
+    assert moved == {setting.name for setting in settings if setting.weight_decay}
 
 
 # -- distances ---------------------------------------------------------------------------------------------------------

@@ -70,7 +70,13 @@ def test_the_other_quantities_are_there_on_the_steps_of_the_loss(history):
     for quantity in ("gradient_norm", "sparsity", "effective_decay"):
         for part in ("total", *MODULES):
             assert list(series(history, f"{quantity}/{part}")) == STEPS
-    for key in ("timescale/total", "timescale_epochs/total", "gradient_nonfinite/total", "weight_decay/decay"):
+    for key in (
+        "timescale/total",
+        "timescale_epochs/total",
+        "gradient_nonfinite/total",
+        "weight_decay",
+        "lr-AdamW-weight_decay",
+    ):
         assert list(series(history, key)) == STEPS
     assert list(series(history, "generalization_gap/acc")) == [*range(49, 2000, 50)]
 

@@ -80,33 +80,73 @@ class Regression(L.LightningModule):
 
 
 class Witness(L.Callback):
-    """What the groups of an optimizer held in the very moment in which it had changed the weights, at each step."""
+    """At each step: the weight decay and learning rate that each parameter really had, and the weights afterwards.
+
+    ``torch.optim`` hands each group that it steps to ``_init_group``, where they are read; of an optimizer that does
+    not, when its step begins. ``shown`` is the weight decay that everybody else sees in the groups when a step begins.
+    """
 
     def __init__(self):
-        self.steps, self.weights, self._handles = [], [], []
+        self.steps, self.weights, self.shown, self._seen = [], [], [], []
+        self._handles, self._spied = [], []
 
     def on_train_start(self, trainer, pl_module):
         for i, optimizer in enumerate(trainer.optimizers):
-            hook = functools.partial(self._record, i, pl_module)
-            self._handles.append(optimizer.register_step_post_hook(hook))
+            self._handles.append(optimizer.register_step_pre_hook(self._look))
+            self._handles.append(optimizer.register_step_post_hook(functools.partial(self._record, i, pl_module)))
+            if hasattr(optimizer, "_init_group"):
+                optimizer._init_group = self._spy(optimizer._init_group)
+                self._spied.append(optimizer)
+
+    def _look(self, optimizer, args, kwargs):
+        self._seen = [dict(group) for group in optimizer.param_groups]
+        self.shown.append([float(group.get("weight_decay", 0.0)) for group in optimizer.param_groups])
+        self._is_new = True
+
+    def _spy(self, init_group):
+        def spy(group, *args, **kwargs):
+            self._seen = [dict(group)] if self._is_new else [*self._seen, dict(group)]
+            self._is_new = False
+            return init_group(group, *args, **kwargs)
+
+        return spy
 
     def _record(self, index, module, optimizer, args, kwargs):
-        groups = optimizer.param_groups
-        self.steps.append((index, [float(g["weight_decay"]) for g in groups], [float(g["lr"]) for g in groups]))
+        names = {id(p): name for name, p in module.named_parameters()}
+        held = [(names.get(id(p)), group) for group in self._seen for p in group["params"]]
+        decays = {name: float(group.get("weight_decay", 0.0)) for name, group in held}
+        self.steps.append((index, decays, {name: float(group["lr"]) for name, group in held}))
         self.weights.append(weights(module))
 
-    def decays(self, group=0, optimizer=0):
-        return [decays[group] for index, decays, _ in self.steps if index == optimizer]
+    def decays(self, name="hidden.weight", optimizer=0):
+        """The weight decay of one parameter at each step of an optimizer."""
+        return self._of(1, name, optimizer)
 
-    def lrs(self, group=0, optimizer=0):
-        return [lrs[group] for index, _, lrs in self.steps if index == optimizer]
+    def lrs(self, name="hidden.weight", optimizer=0):
+        """The learning rate of one parameter at each step of an optimizer."""
+        return self._of(2, name, optimizer)
+
+    def _of(self, which, name, optimizer):
+        return [step[which][name] for step in self.steps if step[0] == optimizer]
 
     def teardown(self, trainer, pl_module, stage):
-        for handle in self._handles:
-            handle.remove()
+        while self._handles:
+            self._handles.pop().remove()
+        while self._spied:
+            del self._spied.pop()._init_group
 
     def on_exception(self, trainer, pl_module, exception):
         self.teardown(trainer, pl_module, "fit")
+
+
+class State(L.Callback):
+    """What a checkpoint after the last step would hold of another callback, which should stand before this one."""
+
+    def __init__(self, callback):
+        self.callback, self.last = callback, {}
+
+    def on_train_batch_end(self, trainer, *_):
+        self.last = self.callback.state_dict()
 
 
 class SaveAfter(L.Callback):

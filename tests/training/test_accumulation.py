@@ -12,6 +12,7 @@ from tests.training.support import (
     QUIET,
     Batches,
     Regression,
+    Witness,
     adamw,
     assert_identical_weights,
     assert_same_weights,
@@ -37,6 +38,10 @@ class SkippingRegression(Regression):
         return None if batch_idx % 3 == 1 else super().training_step(batch, batch_idx)
 
 
+def approx(values):
+    return pytest.approx(values, rel=1e-12, abs=0)
+
+
 def line(steps):
     return [k / (steps - 1) for k in range(steps)]
 
@@ -60,7 +65,7 @@ def line(steps):
     ids=str,
 )
 def test_schedule_spans_the_steps_of_the_run(options, steps):
-    assert train(Regression(), WeightDecay(Linear(0.0, 1.0)), **options).decays() == pytest.approx(line(steps))
+    assert train(Regression(), WeightDecay(Linear(0.0, 1.0)), **options).decays() == approx(line(steps))
 
 
 @pytest.mark.parametrize(
@@ -68,7 +73,7 @@ def test_schedule_spans_the_steps_of_the_run(options, steps):
 )
 def test_schedule_spans_the_steps_of_a_run_whose_accumulation_changes(factors, steps):
     accumulation = GradientAccumulationScheduler(factors)
-    assert train(Regression(), accumulation, WeightDecay(Linear(0.0, 1.0))).decays() == pytest.approx(line(steps))
+    assert train(Regression(), accumulation, WeightDecay(Linear(0.0, 1.0))).decays() == approx(line(steps))
 
 
 def test_value_changes_with_the_step_and_not_with_the_batches_between():
@@ -101,7 +106,7 @@ def test_accumulated_weights_equal_a_plain_loop():
 def test_batches_without_a_loss_count_as_they_do_for_lr_schedulers():
     module, twin = SkippingRegression(), Regression()
     decays = train(module, WeightDecay(Linear(0.0, 1.0))).decays()
-    assert decays == pytest.approx(line(21))
+    assert decays == approx(line(21))
     optimizer = adamw(split(twin))
     for k, (i, batch) in enumerate(itertools.chain.from_iterable(3 * [list(enumerate(Batches()))])):
         if i % 3 != 1:
@@ -116,7 +121,7 @@ def test_batches_without_a_loss_count_as_they_do_for_lr_schedulers():
 @pytest.mark.parametrize("accumulate", [2, 3])
 def test_schedule_ends_at_its_end_with_accumulation_and_missing_losses(accumulate):
     decays = train(SkippingRegression(), WeightDecay(Linear(0.0, 1.0)), accumulate_grad_batches=accumulate).decays()
-    assert decays == pytest.approx(line(len(decays)))
+    assert decays == approx(line(len(decays)))
 
 
 @pytest.mark.parametrize(
@@ -150,6 +155,7 @@ class StopAfter(EarlyStopping):
         pass
 
 
+@pytest.mark.filterwarnings("ignore:WeightDecay. Linear.* was over after")  # `total_steps` is less on purpose
 @pytest.mark.parametrize(
     ("weight_decay", "expected"),
     [
@@ -164,14 +170,15 @@ class StopAfter(EarlyStopping):
 @pytest.mark.parametrize("data", [Batches(), UncountedBatches()], ids=["counted", "uncounted"])
 def test_a_run_without_an_end(weight_decay, expected, data):
     decays = train(Regression(), weight_decay, StopAfter(9), data=data, max_epochs=-1).decays()
-    assert decays == pytest.approx(expected)
+    assert decays == approx(expected)
 
 
 def test_max_steps_ends_a_schedule_over_uncounted_data():
     decays = train(Regression(), WeightDecay(Linear(0.0, 1.0)), data=UncountedBatches(), max_steps=10).decays()
-    assert decays == pytest.approx(line(10))
+    assert decays == approx(line(10))
 
 
+@pytest.mark.filterwarnings("ignore:WeightDecay. Linear.* was over after")  # `total_steps` is less on purpose
 def test_total_steps_wins_over_what_the_trainer_expects_and_the_end_value_holds():
     decays = train(Regression(), WeightDecay(Linear(1.0, 0.0), total_steps=3)).decays()
     assert decays == [1.0, 0.5] + [0.0] * 19
@@ -179,10 +186,34 @@ def test_total_steps_wins_over_what_the_trainer_expects_and_the_end_value_holds(
 
 def test_a_run_that_stops_early_keeps_to_the_planned_length():
     decays = train(Regression(), WeightDecay(Linear(0.0, 1.0)), StopAfter(9)).decays()
-    assert decays == pytest.approx(line(21)[:9])
+    assert decays == approx(line(21)[:9])
 
 
 def test_fast_dev_run_is_a_run_of_one_step():
-    trainer = make_trainer(WeightDecay(Linear(0.1, 0.4)), fast_dev_run=True)
-    trainer.fit(Regression(), Batches())
-    assert trainer.optimizers[0].param_groups[0]["weight_decay"] == 0.1
+    assert train(Regression(), WeightDecay(Linear(0.1, 0.4)), fast_dev_run=True).decays() == [0.1]
+
+
+@pytest.mark.parametrize(
+    ("total_steps", "message"),
+    [
+        (31, "training has ended after 21 steps of 31, before Linear(.*) has reached its end"),
+        (20, "Linear(.*) was over after 20 steps, and the optimizer made 21"),
+    ],
+)
+def test_a_schedule_that_ends_elsewhere_than_training_is_warned_of(total_steps, message):
+    with pytest.warns(UserWarning, match=message):
+        train(Regression(), WeightDecay(Linear(0.0, 1.0), total_steps=total_steps))
+
+
+def test_data_that_grow_from_epoch_to_epoch_are_warned_of():
+    """The schedule is over before training ends, since nobody knew how long that would be."""
+
+    class Growing(Regression):
+        def train_dataloader(self):
+            return Batches(2 + 2 * self.trainer.current_epoch)
+
+    module, witness = Growing(), Witness()
+    trainer = make_trainer(WeightDecay(Linear(0.0, 1.0)), witness, max_epochs=3, reload_dataloaders_every_n_epochs=1)
+    with pytest.warns(UserWarning, match="was over after 6 steps, and the optimizer made 12"):
+        trainer.fit(module)
+    assert witness.decays() == approx([*line(6), *[1.0] * 6])

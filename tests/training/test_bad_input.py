@@ -24,7 +24,12 @@ CONSTRUCTOR = {
     "inf": ({"weight_decay": math.inf}, ValueError, NOT_FINITE + "inf"),
     "string": ({"weight_decay": "0.1"}, TypeError, NO_SCHEDULE + "'0.1'"),
     "bool": ({"weight_decay": True}, TypeError, NO_SCHEDULE + "True"),
-    "None": ({"weight_decay": None}, TypeError, NO_SCHEDULE + "None"),
+    "list": ({"weight_decay": [0.1]}, TypeError, NO_SCHEDULE + r"\[0\.1\]"),
+    "None and a method": (
+        {"weight_decay": None, "method": "decoupled"},
+        ValueError,
+        r"`weight_decay=None` keeps the optimizer's own decay, it needs method='optimizer', got 'decoupled'",
+    ),
     "class": ({"weight_decay": Linear}, TypeError, NO_SCHEDULE + "<class"),
     "no steps": ({"total_steps": 0}, ValueError, NO_STEPS + "0"),
     "negative steps": ({"total_steps": -1}, ValueError, NO_STEPS + "-1"),
@@ -69,12 +74,11 @@ class OnlyNorms(Regression):
         del self.hidden, self.output
 
 
-def fails_before_training(module, weight_decay, error, message):
+def fails_before_training(module, callbacks, error, message):
     before = weights(module)
     with pytest.raises(error, match=message):
-        train(module, weight_decay)
+        train(module, *callbacks)
     assert_identical_weights(weights(module), before)
-    assert "configure_optimizers" not in vars(module)
 
 
 IDLE_RULES = {
@@ -94,11 +98,11 @@ IDLE_RULES = {
 
 @pytest.mark.parametrize(("arguments", "message"), IDLE_RULES.values(), ids=IDLE_RULES)
 def test_rules_that_do_nothing(arguments, message):
-    fails_before_training(Regression(), WeightDecay(0.1, **arguments), ValueError, message)
+    fails_before_training(Regression(), [WeightDecay(0.1, **arguments)], ValueError, message)
 
 
 def test_a_module_in_which_nothing_decays():
-    fails_before_training(OnlyNorms(), WeightDecay(0.1), ValueError, "every parameter is excluded")
+    fails_before_training(OnlyNorms(), [WeightDecay(0.1)], ValueError, "every parameter is excluded")
 
 
 def test_zero_weight_decay_may_exclude_everything():
@@ -113,9 +117,13 @@ def test_weights_that_are_frozen_cannot_decay_and_it_is_said():
         train(module, WeightDecay(0.1), max_epochs=1)
 
 
-def test_two_callbacks():
-    with pytest.raises(RuntimeError, match="more than one stateful callback of type `WeightDecay`"):  # Lightning's
-        train(Regression(), WeightDecay(0.1), WeightDecay(0.2))
+TOO_MANY = "2 WeightDecay callbacks would write over each other"
+
+
+@pytest.mark.parametrize("second", [{}, {"weight_decay": 0.2}, {"exclude": ("norm",)}], ids=["equal", "value", "rules"])
+def test_two_callbacks(second):
+    both = [WeightDecay(0.1), WeightDecay(**{"weight_decay": 0.1, **second})]
+    fails_before_training(Regression(), both, MisconfigurationException, TOO_MANY)
 
 
 def test_two_callbacks_that_the_module_brings():
@@ -123,7 +131,7 @@ def test_two_callbacks_that_the_module_brings():
         def configure_callbacks(self):
             return [WeightDecay(0.1), WeightDecay(0.2)]
 
-    fails_before_training(Opinionated(), WeightDecay(0.3), MisconfigurationException, "2 WeightDecay callbacks would")
+    fails_before_training(Opinionated(), [WeightDecay(0.3)], MisconfigurationException, TOO_MANY)
 
 
 BAD_VALUES = [math.nan, math.inf, -0.1, None, "0.1", True, 1j]
@@ -132,7 +140,7 @@ BAD_VALUES = [math.nan, math.inf, -0.1, None, "0.1", True, 1j]
 @pytest.mark.parametrize("value", BAD_VALUES, ids=repr)
 def test_a_bad_value_at_the_first_step(value):
     message = r"should give a finite number that is not negative, got .* at Position\(step=0"
-    fails_before_training(Regression(), WeightDecay(lambda at: value), ValueError, message)
+    fails_before_training(Regression(), [WeightDecay(lambda at: value)], ValueError, message)
 
 
 @pytest.mark.parametrize("value", BAD_VALUES, ids=repr)
@@ -145,4 +153,4 @@ def test_a_bad_value_at_a_later_step(value):
 
 
 def test_a_bad_value_for_a_group_that_does_not_decay_is_one_all_the_same():
-    fails_before_training(Regression(), WeightDecay(lambda at: math.nan), ValueError, "got nan")
+    fails_before_training(Regression(), [WeightDecay(lambda at: math.nan)], ValueError, "got nan")

@@ -1,9 +1,12 @@
 """Is everything put back after a run, however it ends, so that the next one starts afresh?"""
 
+import contextlib
 import copy
 import functools
+import gc
 import io
 import pickle
+import weakref
 
 import lightning.pytorch as L
 import pytest
@@ -11,6 +14,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.optim.lr_scheduler import StepLR
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from lightning_regularize import (
     AnchorDecay,
@@ -36,6 +40,7 @@ from tests.training.support import (
     adamw,
     assert_identical_weights,
     make_trainer,
+    plain_loop,
     train,
     weights,
 )
@@ -48,28 +53,59 @@ LINE = [k / 20 for k in range(21)]
 class Early(Regression):
     """Makes its optimizer once for all fits, with groups of the user's."""
 
-    def __init__(self, hidden=0.1, output=0.1):
+    def __init__(self, hidden=0.1, output=0.1, make_scheduler=None):
         super().__init__()
         groups = [
             {"params": [*self.hidden.parameters(), *self.norm.parameters()], "weight_decay": hidden},
-            {"params": [*self.output.parameters()], "weight_decay": output},
+            {"params": [*self.output.parameters()], "weight_decay": output, "name": "output"},
         ]
         self.optimizer = adamw(groups)
+        self.scheduler = make_scheduler and make_scheduler(self.optimizer)
 
     def configure_optimizers(self):
-        return self.optimizer
+        return self.optimizer if self.scheduler is None else ([self.optimizer], [self.scheduler])
 
 
-def hooks(optimizer):
-    """All hooks of an optimizer."""
-    names = [name for name in vars(optimizer) if name.endswith("_hooks")]
-    return {name: len(getattr(optimizer, name)) for name in names if getattr(optimizer, name)}
+class Before:
+    """An optimizer as it was before a run, to be compared with what the run leaves."""
+
+    def __init__(self, optimizer):
+        self.optimizer, self.own_step = optimizer, vars(optimizer).get("step")
+        self.groups, self.dictionaries = optimizer.param_groups, list(optimizer.param_groups)
+        self.values = [{**group, "params": list(group["params"])} for group in optimizer.param_groups]
+        self.hooks_of_all = dict(_global_optimizer_pre_hooks), dict(_global_optimizer_post_hooks)
+
+    def assert_left_as_it_was(self):
+        optimizer = self.optimizer
+        assert not any(hooks for name, hooks in vars(optimizer).items() if name.endswith("_hooks"))
+        assert (_global_optimizer_pre_hooks, _global_optimizer_post_hooks) == self.hooks_of_all
+        assert not any(name for name in vars(optimizer) if "regulariz" in name)
+        assert vars(optimizer).get("step") is self.own_step
+        assert self.own_step is not None or optimizer.step.__func__ is type(optimizer).step
+        assert optimizer.param_groups is self.groups
+        assert len(self.groups) == len(self.dictionaries)
+        for group, dictionary, values in zip(self.groups, self.dictionaries, self.values, strict=True):
+            assert group is dictionary
+            assert list(group) == list(values)
+            assert all(p is q for p, q in zip(group["params"], values["params"], strict=True))
+            assert {**group, "params": None, "lr": None} == {**values, "params": None, "lr": None}
 
 
-def assert_left_clean(module, trainer):
-    assert "configure_optimizers" not in vars(module)
-    for optimizer in trainer.optimizers:
-        assert hooks(optimizer) == {}
+def attributes(thing):
+    """The names of what stands on it, but for hyperparameters, which Lightning makes when they are first asked for."""
+    return {name for name in vars(thing) if not name.startswith("_hparams")}
+
+
+def failing(function, error, when):
+    """``function``, but for a call for which ``when`` says True."""
+
+    @functools.wraps(function)
+    def fails(*args, **kwargs):
+        if when():
+            raise error
+        return function(*args, **kwargs)
+
+    return fails
 
 
 class Raise(L.Callback):
@@ -82,26 +118,131 @@ class Raise(L.Callback):
             raise self.error
 
 
-def test_after_a_fit():
-    module, trainer = Regression(), make_trainer(WeightDecay(Linear(0.0, 1.0)), max_epochs=1)
-    trainer.fit(module, Batches())
-    assert_left_clean(module, trainer)
+class TwoLosses(Early):
+    """With a dropout layer and two losses, so that any callback has something to do."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.drop = nn.Dropout(0.1)
+
+    def training_step(self, batch, batch_idx):
+        self.log("train_acc", 1.0, on_epoch=True, on_step=False, batch_size=1)
+        return self.loss(batch)
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_acc", 1.0, batch_size=1)
 
 
-@pytest.mark.parametrize(
-    ("hook", "step"),
-    [("setup", 0), ("on_fit_start", 0), ("on_train_start", 0), ("on_train_batch_start", 0), ("on_after_backward", 4)],
-)
+class Unpicklable(TwoLosses):
+    """With something that cannot be copied to another process."""
+
+    def __init__(self):
+        super().__init__()
+        self.function = lambda: None
+
+
+CALLBACKS = {
+    "WeightDecay": lambda: WeightDecay(0.3),
+    "WeightDecay decoupled": lambda: WeightDecay(0.3, method="decoupled"),
+    "WeightDecay of the groups": lambda: WeightDecay(None),
+    "AnchorDecay": lambda: AnchorDecay(0.1),
+    "ConstrainedDecay": lambda: ConstrainedDecay("start"),
+    "L1Penalty": lambda: L1Penalty(0.1),
+    "L2Penalty": lambda: L2Penalty(0.1),
+    "ElasticNetPenalty": lambda: ElasticNetPenalty(0.1, 0.1),
+    "GroupLassoPenalty": lambda: GroupLassoPenalty(0.1),
+    "WeightConstraint": lambda: WeightConstraint(MaxNorm(0.1)),
+    "DropoutSchedule": lambda: DropoutSchedule(0.2),
+    "WeightNormMonitor": WeightNormMonitor,
+    "GeneralizationGapMonitor": lambda: GeneralizationGapMonitor("acc"),
+    "RegularizationSummary": RegularizationSummary,
+}
+DECAYS_AS_WELL = pytest.mark.filterwarnings("ignore:AdamW decays weights by .* that ConstrainedDecay decays as well")
+
+
+@DECAYS_AS_WELL
+@pytest.mark.parametrize("make_scheduler", [None, functools.partial(StepLR, step_size=6)], ids=["", "StepLR"])
+@pytest.mark.parametrize("name", CALLBACKS)
+def test_after_a_fit(name, make_scheduler, tmp_path):
+    module, twin = TwoLosses(make_scheduler=make_scheduler), TwoLosses(make_scheduler=make_scheduler)
+    before = Before(module.optimizer)
+    for each, callbacks in ((module, [CALLBACKS[name]()]), (twin, [])):
+        trainer = make_trainer(*callbacks, max_epochs=1, logger=CSVLogger(tmp_path), num_sanity_val_steps=0)
+        trainer.fit(each, Batches(), Batches(2))
+    before.assert_left_as_it_was()
+    assert attributes(module.optimizer) == attributes(twin.optimizer)
+    assert attributes(module) == attributes(twin)
+
+
+WHERE = {
+    "setup": 0,
+    "on_fit_start": 0,
+    "on_train_start": 0,
+    "on_train_batch_start": 4,
+    "training_step": 4,
+    "on_after_backward": 4,
+    "on_before_optimizer_step": 4,
+    "step": 4,
+    "on_train_batch_end": 4,
+}
+
+
+@pytest.mark.parametrize("method", ["optimizer", "decoupled"])
+@pytest.mark.parametrize("place", ["before", "after"])
+@pytest.mark.parametrize("where", WHERE)
 @pytest.mark.parametrize("error", [RuntimeError("on purpose"), KeyboardInterrupt()], ids=["exception", "Ctrl-C"])
-def test_after_an_exception(hook, step, error):
-    module, weight_decay = Regression(), WeightDecay(Linear(0.0, 1.0))
-    trainer = make_trainer(weight_decay, Raise(hook, error, step), max_epochs=3)
-    with pytest.raises(SystemExit if isinstance(error, KeyboardInterrupt) else RuntimeError):
-        trainer.fit(module, Batches())
-    assert_left_clean(module, trainer)
+def test_after_an_exception(error, where, place, method):
+    module, weight_decay = Early(0.2, 0.1), WeightDecay(Linear(0.0, 1.0), method=method)
+    before, callbacks = Before(module.optimizer), [weight_decay]
+    if where == "training_step":
+        module.training_step = failing(module.training_step, error, lambda: module.trainer.global_step == 4)
+    elif where == "step":  # when it has taken up the first of its groups, or of their parts
+        calls = iter([False] * (4 * (4 if method == "optimizer" else 2) + 1) + [True])
+        module.optimizer._init_group = failing(module.optimizer._init_group, error, lambda: next(calls))
+    else:
+        callbacks.insert(place == "after", Raise(where, error, WHERE[where]))
+    with pytest.raises(SystemExit if isinstance(error, KeyboardInterrupt) else RuntimeError, match=r"on purpose|^1$"):
+        make_trainer(*callbacks, max_epochs=3).fit(module, Batches())
+    before.assert_left_as_it_was()
     fresh, twin = Regression(), Regression()  # and the callback serves again
-    assert train(fresh, weight_decay).steps == train(twin, WeightDecay(Linear(0.0, 1.0))).steps
+    assert train(fresh, weight_decay).steps == train(twin, WeightDecay(Linear(0.0, 1.0), method=method)).steps
     assert_identical_weights(weights(fresh), weights(twin))
+
+
+@DECAYS_AS_WELL
+@pytest.mark.parametrize("name", CALLBACKS)
+def test_after_an_exception_inside_a_step_of_the_optimizer(name, tmp_path):
+    module = TwoLosses()
+    before, calls = Before(module.optimizer), iter([False] * 9 + [True])
+    module.optimizer._init_group = failing(
+        module.optimizer._init_group, RuntimeError("on purpose"), lambda: next(calls)
+    )
+    trainer = make_trainer(CALLBACKS[name](), max_epochs=3, logger=CSVLogger(tmp_path), num_sanity_val_steps=0)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        trainer.fit(module, Batches(), Batches(2))
+    before.assert_left_as_it_was()
+
+
+@pytest.mark.parametrize("method", ["optimizer", "decoupled"])
+def test_after_an_exception_inside_a_step_that_the_module_catches(method):
+    """Training goes on with the user's groups; the step counts, as it does for LR schedulers."""
+
+    class Catching(Early):
+        groups_after = []
+
+        def optimizer_step(self, *args, **kwargs):
+            with contextlib.suppress(ArithmeticError):
+                super().optimizer_step(*args, **kwargs)
+            self.groups_after.append(self.optimizer.param_groups)
+
+    module = Catching()
+    groups, calls = module.optimizer.param_groups, iter([*[False] * 9, True, *[False] * 99])
+    module.optimizer._init_group = failing(module.optimizer._init_group, ArithmeticError(), lambda: next(calls))
+    witness = train(module, WeightDecay(Linear(0.0, 1.0), method=method))
+    assert len(module.groups_after) == 21
+    assert all(after is groups for after in module.groups_after)
+    expected = LINE if method == "optimizer" else [0.0] * 21
+    assert witness.shown == [pytest.approx([x, x], rel=1e-12, abs=0) for x in expected]
 
 
 def test_what_others_have_put_on_the_module_stays_there():
@@ -113,11 +254,31 @@ def test_what_others_have_put_on_the_module_stays_there():
     assert module.configure_optimizers is configure
 
 
+def test_a_wrapper_of_step_that_somebody_has_put_there_in_mid_run_stays_and_works():
+    """An LR scheduler that is made in mid-run does so."""
+
+    class MakeScheduler(L.Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 1:
+                StepLR(pl_module.optimizer, step_size=100)
+                self.wrapper = pl_module.optimizer.step
+
+    module, twin = Early(), Early()
+    train(module, WeightDecay(Linear(0.0, 1.0)), make_scheduler := MakeScheduler())
+    assert module.optimizer.step is make_scheduler.wrapper
+    assert [group["weight_decay"] for group in module.optimizer.param_groups] == [0.1, 0.1]
+    twin.load_state_dict(module.state_dict())
+    twin.optimizer.load_state_dict(copy.deepcopy(module.optimizer.state_dict()))
+    for each in (module, twin):  # the optimizer now decays all that it holds
+        plain_loop(each, each.optimizer, Batches().batches, [0.1] * 7)
+    assert_identical_weights(weights(module), weights(twin))
+
+
 def test_after_an_exception_in_the_modules_own_configure_optimizers():
-    module = Regression(lambda parameters: 1 / 0)
+    module, weight_decay = Regression(lambda parameters: 1 / 0), WeightDecay(0.1)
     with pytest.raises(ZeroDivisionError):
-        train(module, WeightDecay(0.1))
-    assert "configure_optimizers" not in vars(module)
+        train(module, weight_decay)
+    assert set(train(Regression(), weight_decay).decays()) == {0.1}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -128,7 +289,7 @@ def test_after_an_exception_in_the_modules_own_configure_optimizers():
 @pytest.mark.parametrize("end", [0.0, 1.0])
 @pytest.mark.parametrize("same_callback", [True, False], ids=["same callback", "new callback"])
 def test_a_second_trainer_begins_anew(make_module, end, same_callback):
-    """Although an optimizer made early keeps the groups and the values that the first run left."""
+    """Also with an optimizer that was made early, and which the first run has stepped."""
 
     def weight_decay():
         return WeightDecay(Linear(0.5, end), factors={"output.*": 0.1})
@@ -137,8 +298,8 @@ def test_a_second_trainer_begins_anew(make_module, end, same_callback):
     once = train(module, first)
     again = train(module, first if same_callback else weight_decay())
     assert [decays for _, decays, _ in again.steps] == [decays for _, decays, _ in once.steps]
+    assert again.shown == once.shown
     assert len(again.steps) == 21
-    assert_left_clean(module, module.trainer)
 
 
 @pytest.mark.parametrize("module_class", [Regression, Early])
@@ -146,10 +307,10 @@ def test_the_same_trainer_with_more_epochs_goes_on(module_class):
     module, witness = module_class(), Witness()
     trainer = make_trainer(WeightDecay(Linear(0.0, 1.0)), witness, max_epochs=2)
     trainer.fit(module, Batches())
-    assert witness.decays() == pytest.approx([k / 13 for k in range(14)])
+    assert witness.decays() == pytest.approx([k / 13 for k in range(14)], rel=1e-12, abs=0)
     trainer.fit_loop.max_epochs = 3
     trainer.fit(module, Batches())
-    assert witness.decays()[14:] == pytest.approx(LINE[14:])
+    assert witness.decays()[14:] == pytest.approx(LINE[14:], rel=1e-12, abs=0)
     assert len(witness.steps) == 21
 
 
@@ -164,7 +325,7 @@ def test_fit_validate_fit():
     left = weights(module)
     trainer.validate(module, Batches(), verbose=False)
     assert_identical_weights(weights(module), left)
-    assert witness.decays() == pytest.approx(LINE)
+    assert witness.decays() == pytest.approx(LINE, rel=1e-12, abs=0)
 
 
 def test_nothing_is_written_before_training_starts():
@@ -181,7 +342,7 @@ def test_nothing_is_written_before_training_starts():
     )
     with pytest.raises(InterruptedError):
         trainer.fit(module, Batches(), Batches())
-    assert seen == [0.7, 0.0]
+    assert seen == [0.7]
     assert_identical_weights(weights(module), before)
 
 
@@ -214,9 +375,12 @@ def test_a_module_copied_while_it_trains_is_a_plain_module(copy):
     assert_identical_weights(weights(twin), witness.weights[3])
     (group,) = twin.configure_optimizers().param_groups
     assert group["params"][0] is twin.hidden.weight
-    assert train(twin, WeightDecay(Linear(0.0, 1.0))).decays() == pytest.approx(LINE)  # and can be trained in turn
+    assert train(twin, WeightDecay(Linear(0.0, 1.0))).decays() == pytest.approx(
+        LINE, rel=1e-12, abs=0
+    )  # and can be trained in turn
 
 
+@pytest.mark.filterwarnings("ignore:WeightDecay. Cosine.* was over after 12 steps")  # `total_steps` is copied, too
 @pytest.mark.parametrize("copy", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
 def test_a_callback_copied_while_it_trains_is_as_new(copy):
     weight_decay = WeightDecay(Cosine(0.1, 0.9), exclude=("bias",), factors={"output.*": 0.5}, total_steps=12)
@@ -236,37 +400,7 @@ def test_what_ddp_spawn_sends_can_be_pickled():
     assert len(train(module, *[c for c in callbacks if isinstance(c, WeightDecay)]).steps) == 21
 
 
-class Unpicklable(Regression):
-    """With metrics for a monitor of their gap, and something that cannot be copied to another process."""
-
-    def __init__(self):
-        super().__init__(functools.partial(torch.optim.AdamW, lr=0.1, weight_decay=0.0))
-        self.drop, self.function = nn.Dropout(0.1), lambda: None
-
-    def training_step(self, batch, batch_idx):
-        self.log("train_acc", 1.0, on_epoch=True, on_step=False, batch_size=1)
-        return self.loss(batch)
-
-    def validation_step(self, batch, batch_idx):
-        self.log("val_acc", 1.0, batch_size=1)
-
-
-CALLBACKS = {
-    "WeightDecay": lambda: WeightDecay(0.1),
-    "AnchorDecay": lambda: AnchorDecay(0.1),
-    "ConstrainedDecay": lambda: ConstrainedDecay("start"),
-    "L1Penalty": lambda: L1Penalty(0.1),
-    "L2Penalty": lambda: L2Penalty(0.1),
-    "ElasticNetPenalty": lambda: ElasticNetPenalty(0.1, 0.1),
-    "GroupLassoPenalty": lambda: GroupLassoPenalty(0.1),
-    "WeightConstraint": lambda: WeightConstraint(MaxNorm(0.1)),
-    "DropoutSchedule": lambda: DropoutSchedule(0.2),
-    "WeightNormMonitor": WeightNormMonitor,
-    "GeneralizationGapMonitor": lambda: GeneralizationGapMonitor("acc"),
-    "RegularizationSummary": RegularizationSummary,
-}
-
-
+@DECAYS_AS_WELL
 @pytest.mark.parametrize("name", CALLBACKS)
 def test_a_copy_of_a_callback_that_ran_does_not_hold_the_module(name, tmp_path):
     callback = CALLBACKS[name]()
@@ -276,3 +410,19 @@ def test_a_copy_of_a_callback_that_ran_does_not_hold_the_module(name, tmp_path):
     assert not any(hasattr(twin, "log") or hasattr(twin, "log_dict") for twin in copies)
     for twin in copies:
         make_trainer(twin, max_epochs=1, logger=CSVLogger(tmp_path)).fit(Unpicklable(), Batches(), Batches(2))
+
+
+@DECAYS_AS_WELL
+@pytest.mark.parametrize("name", CALLBACKS)
+def test_a_callback_that_is_kept_lets_go_of_the_module_the_optimizer_and_the_trainer(name, tmp_path):
+    callback = CALLBACKS[name]()
+
+    def run():
+        module = TwoLosses()
+        trainer = make_trainer(callback, max_epochs=1, logger=CSVLogger(tmp_path), num_sanity_val_steps=0)
+        trainer.fit(module, Batches(), Batches(2))
+        return [weakref.ref(each) for each in (module, module.optimizer, module.hidden.weight, trainer)]
+
+    references = run()
+    gc.collect()
+    assert [reference() is None for reference in references] == [True] * 4

@@ -1,6 +1,5 @@
 """Does a penalty act once per step, on the right weights, by the right amount, whatever the Trainer does around it?"""
 
-import csv
 import functools
 import itertools
 import pickle
@@ -33,11 +32,13 @@ from lightning_regularize import (
 from lightning_regularize.projections import Box, MaxNorm
 from lightning_regularize.schedules import Linear, Steps
 from tests.models import ConvNet
+from tests.reading import read_csv
 from tests.training import spread
 from tests.training.support import (
     QUIET,
     Batches,
     Regression,
+    SaveAfter,
     assert_identical_weights,
     assert_same_weights,
     make_trainer,
@@ -186,6 +187,29 @@ def test_every_evaluation_of_lbfgs_has_the_gradient_once(line_search):
 
         optimizer.step(closure)
     assert_same_weights(weights(module), weights(twin))
+
+
+class PastLightning(Regression):
+    """Steps torch's optimizer by hand, of which Lightning sees nothing."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers().optimizer
+        optimizer.zero_grad()
+        self.manual_backward(self.loss(batch))
+        optimizer.step()
+
+
+@pytest.mark.parametrize("method", ["gradient", "proximal"])
+def test_steps_of_torchs_own_optimizer_count(method):
+    module = PastLightning(sgd)
+    train(module, L1Penalty(Linear(0.0, 0.2), method=method, total_steps=21))
+    hooks = {
+        "gradient": {"gradient": lambda w, k: l1_gradient(w, 0.01 * k)},
+        "proximal": {"after": lambda w, k: soft_threshold(w, 0.1 * 0.01 * k)},
+    }
+    assert_same_weights(weights(module), by_hand(sgd, **hooks[method]))
 
 
 # --- zeros --------------------------------------------------------------------------------------------------------
@@ -362,7 +386,7 @@ class Adversaries(L.LightningModule):
 @pytest.mark.parametrize("part", ["generator", "discriminator"])
 def test_only_the_parameters_of_the_stepping_optimizer_are_touched_at_its_own_pace(part, method):
     module = Adversaries()
-    train(module, L1Penalty(Linear(0.0, 0.3), include=(f"{part}.*",), method=method, total_steps=31))
+    train(module, L1Penalty(Linear(0.0, 0.2), include=(f"{part}.*",), method=method, total_steps=21))
     expected = {}
     for name, every in (("generator", 1), ("discriminator", 2)):
         twin = Regression()
@@ -449,11 +473,6 @@ def test_the_scale_grows_and_backs_off_as_without_a_penalty(module_class, fused)
 # --- what is logged -----------------------------------------------------------------------------------------------
 
 
-def rows(logger):
-    with open(f"{logger.log_dir}/metrics.csv") as file:
-        return list(csv.DictReader(file))
-
-
 @pytest.mark.parametrize(
     ("penalty", "key", "value"),
     [
@@ -478,71 +497,97 @@ def test_the_value_is_logged_of_the_weights_that_the_step_finds(penalty, key, va
     found = [weights(module)]
     train(module, penalty, watch, logger=logger)
     found += watch.seen[:-1]
-    logged = [float(row[key]) for row in rows(logger)]
-    assert logged == pytest.approx([sum(value(seen[name]) for name in PENALIZED).item() for seen in found], rel=1e-6)
+    expected = {k: sum(value(seen[name]) for name in PENALIZED).item() for k, seen in enumerate(found)}
+    assert read_csv(logger)[key] == pytest.approx(expected, rel=1e-6, abs=0)
 
 
 def test_the_value_is_logged_when_lightning_logs(tmp_path):
     logger = CSVLogger(tmp_path)
     train(Regression(sgd), L1Penalty(Steps([0.1, 0.2], [5])), logger=logger, log_every_n_steps=5)
-    assert [int(row["step"]) for row in rows(logger) if row["penalty/l1"]] == [4, 9, 14, 19]
+    assert list(read_csv(logger)["penalty/l1"]) == [4, 9, 14, 19]
 
 
 def test_lbfgs_logs_the_weights_of_its_first_evaluation(tmp_path):
     logger, module = CSVLogger(tmp_path), Regression(functools.partial(LBFGS, lr=0.1, max_iter=3))
     first = sum(weights(module)[name].abs().sum() for name in PENALIZED).item()
     make_trainer(L1Penalty(1.0), logger=logger, max_steps=1).fit(module, Batches())
-    assert float(rows(logger)[0]["penalty/l1"]) == pytest.approx(first, rel=1e-6)
+    assert read_csv(logger)["penalty/l1"] == pytest.approx({0: first}, rel=1e-6, abs=0)
 
 
 def test_two_of_a_kind_and_two_optimizers_have_keys_of_their_own(tmp_path):
     logger = CSVLogger(tmp_path)
     penalties = [L1Penalty(0.1, include=("generator.*",)), L1Penalty(0.2, include=("discriminator.*",))]
     train(Adversaries(), *penalties, logger=logger, max_epochs=1)
-    keys = {key for row in rows(logger) for key, value in row.items() if key.startswith("penalty") and value}
-    assert keys == {"penalty/l1 1 optimizer0", "penalty/l1 2 optimizer1"}
+    logged = {key: list(values) for key, values in read_csv(logger).items() if key.startswith("penalty")}
+    assert logged == {"penalty/l1 1 optimizer0": list(range(7)), "penalty/l1 2 optimizer1": [1, 3, 5]}
 
 
 # --- state --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("first", "second"),
-    [
-        (L1Penalty(0.1), L1Penalty(0.2)),
-        (L1Penalty(0.1), L1Penalty(0.1, include=("output.*",))),
-        (L1Penalty(0.1), L1Penalty(0.1, exclude=("bias",))),
-        (L1Penalty(0.1), L1Penalty(0.1, method="proximal")),
-        (L1Penalty(0.1), L1Penalty(Linear(0.1, 0.0))),
-        (L1Penalty(0.1), L2Penalty(0.1)),
-        (ElasticNetPenalty(0.1, 0.2), ElasticNetPenalty(0.1, 0.3)),
-    ],
-    ids=["strength", "include", "exclude", "method", "schedule", "class", "elastic net"],
-)
-def test_state_keys_tell_instances_apart(first, second):
-    assert first.state_key != second.state_key
-    assert first.state_key == pickle.loads(pickle.dumps(first)).state_key
+def hidden(info):
+    return "hidden" in info.name
 
 
-@pytest.mark.parametrize(
-    ("first", "second"),
-    [
-        (L1Penalty(0.1, include=(lambda i: "hidden" in i.name,)), L1Penalty(0.1, include=(lambda i: "put" in i.name,))),
-        (L1Penalty(lambda at: 0.1), L1Penalty(lambda at: 0.2)),
-        (L1Penalty(lambda at: at.lr), L1Penalty(lambda at: at.peak_lr)),
-    ],
-    ids=["rules", "constants", "attributes"],
-)
-def test_lambdas_are_told_apart_by_what_they_compute(first, second):
-    assert first.state_key != second.state_key
-    train(Regression(sgd), first, second, max_epochs=1)
+PAIRS = {
+    "equal": lambda: (L1Penalty(0.1), L1Penalty(0.1)),
+    "strength": lambda: (L1Penalty(0.1), L1Penalty(0.2)),
+    "include": lambda: (L1Penalty(0.1), L1Penalty(0.1, include=("output.*",))),
+    "exclude": lambda: (L1Penalty(0.1), L1Penalty(0.1, exclude=("bias",))),
+    "method": lambda: (L1Penalty(0.1), L1Penalty(0.1, method="proximal")),
+    "schedule": lambda: (L1Penalty(0.1), L1Penalty(Linear(0.1, 0.0))),
+    "class": lambda: (L1Penalty(0.1), L2Penalty(0.1)),
+    "elastic net": lambda: (ElasticNetPenalty(0.1, 0.2), ElasticNetPenalty(0.1, 0.3)),
+    "function as a rule": lambda: (L1Penalty(0.1, include=(hidden,)), L1Penalty(0.1)),
+    "lambdas as rules": lambda: (
+        L1Penalty(0.1, include=(lambda i: "hidden" in i.name,)),
+        L1Penalty(0.1, include=(lambda i: "put" in i.name,)),
+    ),
+    "lambdas as schedules": lambda: (L1Penalty(lambda at: 0.1), L1Penalty(lambda at: 0.2)),
+}
+
+
+@pytest.mark.parametrize("make", PAIRS.values(), ids=PAIRS)
+def test_state_keys_tell_two_in_one_trainer_apart(make):
+    pair = make()
+    assert pair[0].state_key != pair[1].state_key
+    train(Regression(sgd), *pair, max_epochs=1)
+    assert pair[0].state_key != pair[1].state_key
+
+
+@pytest.mark.parametrize("make", PAIRS.values(), ids=PAIRS)
+def test_state_keys_are_the_same_in_the_next_run_also_of_copies(make):
+    pair, again = make(), make()
+    keys = []
+    for callbacks in (pair, again, *([pickle.loads(pickle.dumps(pair))] if "lambda" not in repr(pair) else [])):
+        train(Regression(sgd), *callbacks, max_epochs=1)
+        keys.append([callback.state_key for callback in callbacks])
+    assert all(each == keys[0] for each in keys)
 
 
 def test_the_key_of_a_lambda_is_that_of_another_process():
-    code = "from lightning_regularize import L1Penalty; print(L1Penalty(lambda at: 0.1 * at.lr).state_key)"
+    code = "from lightning_regularize import L1Penalty; print(L1Penalty(1.0, include=(lambda i: i.shape,)).state_key)"
     found = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout for _ in range(2)}
     assert len(found) == 1
-    assert "0x" not in found.pop()
+    assert "0x" not in (key := found.pop())
+    assert key.startswith("L1Penalty")
+
+
+def test_another_strength_wins_over_the_checkpoints_and_it_is_said(tmp_path):
+    """The rules tell the two apart, so that each is compared with what it was."""
+
+    def penalties(strength):
+        return L1Penalty(strength, include=("hidden.*",)), L1Penalty(0.5, include=("output.*",))
+
+    path = tmp_path / "5.ckpt"
+    train(Regression(sgd), *penalties(0.1), SaveAfter(tmp_path, 5))
+    with pytest.warns(
+        UserWarning, match=r"L1Penalty differs from .* wins over it\. strength: 0\.1 then, 0\.2 now\."
+    ) as w:
+        train(found := Regression(sgd), *penalties(0.2), ckpt_path=path)
+    assert sum("differs from" in str(warning.message) for warning in w) == 1
+    train(twin := Regression(sgd), *penalties(Steps([0.1, 0.2], [5])))
+    assert_identical_weights(weights(found), weights(twin))
 
 
 @pytest.mark.parametrize("method", ["gradient", "proximal"])
@@ -556,7 +601,7 @@ def test_resumed_equals_uninterrupted(module_class, step, method, tmp_path):
                 trainer.save_checkpoint(path)
 
     def penalties():
-        scheduled = L1Penalty(Linear(0.0, 0.5), include=("*hidden.*",), method=method, total_steps=31)
+        scheduled = L1Penalty(Linear(0.0, 0.5), include=("*hidden.*",), method=method, total_steps=21)
         return scheduled, L1Penalty(0.1, include=("*output.*",), method=method)
 
     whole, resumed = module_class(), module_class()
@@ -594,31 +639,6 @@ def test_after_an_exception_the_optimizer_steps_alone(method):
 # --- what cannot work ---------------------------------------------------------------------------------------------
 
 
-class PastLightning(Regression):
-    automatic_optimization = False
-
-    def training_step(self, batch, batch_idx):
-        optimizer = self.optimizers().optimizer
-        optimizer.zero_grad()
-        self.manual_backward(self.loss(batch))
-        optimizer.step()
-
-
-@pytest.mark.parametrize(
-    "callback", [L1Penalty(STRENGTH), WeightDecay(0.1, method="cautious")], ids=["gradient", "cautious"]
-)
-def test_an_optimizer_that_is_stepped_past_lightning_is_told_of_once(callback):
-    with pytest.warns(UserWarning, match="SGD was stepped past Lightning, so that .* could not act") as told:
-        train(PastLightning(sgd), callback, max_epochs=1)
-    assert sum("stepped past" in str(warning.message) for warning in told) == 1
-
-
-def test_proximal_steps_come_after_an_optimizer_that_is_stepped_past_lightning():
-    module = PastLightning(sgd)
-    train(module, L1Penalty(STRENGTH, method="proximal"))
-    assert_same_weights(weights(module), by_hand(sgd, after=lambda w, k: soft_threshold(w, 0.1 * STRENGTH)))
-
-
 class Matrices(Regression):
     def __init__(self, make_optimizer):
         super().__init__(make_optimizer)
@@ -650,7 +670,7 @@ def test_the_metric_of_an_optimizer_that_holds_nothing_penalized_does_not_matter
     ],
     ids=["climbing", "nothing penalized"],
 )
-def test_what_cannot_work_is_told_before_training(penalty, make_optimizer, message):
+def test_what_cannot_work_is_an_error_before_training(penalty, make_optimizer, message):
     with pytest.raises(MisconfigurationException, match=message):
         train(Regression(make_optimizer), penalty)
 
@@ -798,7 +818,7 @@ ROUNDED = {
 
 @pytest.mark.parametrize("make", ROUNDED.values(), ids=ROUNDED)
 @pytest.mark.parametrize("make_scheduler", [None, warm_up], ids=["constant", "warm-up"])
-def test_shrinking_that_rounds_to_nothing_is_told_once(make, make_scheduler):
+def test_shrinking_that_rounds_to_nothing_is_warned_of_once(make, make_scheduler):
     module = Half()
     module.make_scheduler = make_scheduler
     before = weights(module)
@@ -810,7 +830,7 @@ def test_shrinking_that_rounds_to_nothing_is_told_once(make, make_scheduler):
 
 @pytest.mark.parametrize("make", ROUNDED.values(), ids=ROUNDED)
 @pytest.mark.parametrize("method", ["gradient", "proximal"])
-def test_shrinking_that_acts_is_not_told_of(make, method, recwarn):
+def test_shrinking_that_acts_is_not_warned_of(make, method, recwarn):
     module = Half()
     module.make_scheduler = warm_up
     train(module, make(2.0, method=method))

@@ -1,4 +1,4 @@
-"""Does each manner of decay, in a loop written by hand, do what its formula or another optimizer does?"""
+"""Does each method of weight decay, in a loop written by hand, do what its formula or another optimizer does?"""
 
 import functools
 import math
@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, NAdam, RMSprop
 
 from lightning_regularize._sharding import Sharding
-from lightning_regularize.manners import Cautious, Decoupled, Independent, Stable, Target
+from lightning_regularize.decay_methods import Cautious, Coupled, Decoupled, Independent, Stable, Target
 from tests.models import randn
 from tests.naming import printed
 from tests.properties import assert_same_bits
@@ -36,21 +36,21 @@ def targets(optimizer, weight_decay=WEIGHT_DECAY):
     ]
 
 
-def run(make_optimizer, manner=None, dtype=torch.float64, steps=STEPS, weight_decay=WEIGHT_DECAY):
-    """Two groups, and a learning rate that anneals; without a manner the optimizer's own weight decay acts."""
+def run(make_optimizer, method=None, dtype=torch.float64, steps=STEPS, weight_decay=WEIGHT_DECAY):
+    """Two groups, and a learning rate that anneals; without a method the optimizer's own weight decay acts."""
     weights = parameters(dtype)
-    own = 0.0 if manner is not None else weight_decay
+    own = 0.0 if method is not None else weight_decay
     groups = [{"params": [w], "weight_decay": own / (i + 1)} for i, w in enumerate(weights)]
     optimizer = make_optimizer(groups)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(steps):
         for weight, gradient in zip(weights, gradients(weights, step), strict=True):
             weight.grad = gradient
-        if manner is not None:
-            manner.before(optimizer, targets(optimizer, weight_decay), step)
+        if method is not None:
+            method.before(optimizer, targets(optimizer, weight_decay), step)
         optimizer.step()
-        if manner is not None:
-            manner.after(optimizer, targets(optimizer, weight_decay), step)
+        if method is not None:
+            method.after(optimizer, targets(optimizer, weight_decay), step)
         scheduler.step()
     return [weight.detach() for weight in weights]
 
@@ -91,12 +91,12 @@ def by_hand(share):
 
 
 @pytest.mark.parametrize(
-    ("manner", "share"),
+    ("method", "share"),
     [(Decoupled(), lambda lr: lr * WEIGHT_DECAY), (Independent(), lambda lr: WEIGHT_DECAY)],
     ids=["decoupled", "independent"],
 )
-def test_sgd_equals_the_formula(manner, share):
-    torch.testing.assert_close(run(functools.partial(SGD, lr=0.1), manner), by_hand(share), rtol=0, atol=1e-14)
+def test_sgd_equals_the_formula(method, share):
+    torch.testing.assert_close(run(functools.partial(SGD, lr=0.1), method), by_hand(share), rtol=0, atol=1e-14)
 
 
 def test_a_tensor_as_lr():
@@ -106,11 +106,11 @@ def test_a_tensor_as_lr():
     )
 
 
-@pytest.mark.parametrize("manner", [Decoupled, Independent])
-def test_stochastic_rounding_is_the_same_in_each_replica_and_another_for_each_seed(manner):
+@pytest.mark.parametrize("method", [Decoupled, Independent])
+def test_stochastic_rounding_is_the_same_in_each_replica_and_another_for_each_seed(method):
     make_optimizer = functools.partial(SGD, lr=0.1)
     first, again, other = (
-        run(make_optimizer, manner(stochastic=True, seed=seed), torch.bfloat16, steps=5, weight_decay=0.01)
+        run(make_optimizer, method(stochastic=True, seed=seed), torch.bfloat16, steps=5, weight_decay=0.01)
         for seed in (0, 0, 1)
     )
     for a, b in zip(first, again, strict=True):
@@ -131,6 +131,41 @@ def test_the_noise_is_another_for_each_parameter_and_each_step(other):
     assert_same_bits(noise_of("a", 0), noise_of("a", 0))
 
 
+# --- coupled ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("maximize", "scale", "expected"),
+    [
+        (False, None, [1.0 + 0.3 * 1.0, 1.0 + 0.3 * -2.0]),
+        (True, None, [1.0 - 0.3 * 1.0, 1.0 - 0.3 * -2.0]),
+        (False, torch.tensor(8.0), [1.0 + 8 * 0.3 * 1.0, 1.0 + 8 * 0.3 * -2.0]),
+    ],
+    ids=["plain", "maximize", "scaled"],
+)
+def test_coupled_decay_adds_the_gradient_of_a_penalty(maximize, scale, expected):
+    weight = nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.float64))
+    weight.grad = torch.ones_like(weight)
+    Coupled().on_gradients(targets(SGD([weight], lr=0.1, maximize=maximize)), scale)
+    torch.testing.assert_close(weight.grad, torch.tensor(expected, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("make_optimizer", [SGD, Adam, RMSprop], ids=lambda optimizer: optimizer.__name__)
+def test_coupled_decay_is_the_weight_decay_of_torchs_optimizers_to_the_last_bit(make_optimizer):
+    found, expected = (parameters() for _ in range(2))
+    groups = [{"params": [w], "weight_decay": WEIGHT_DECAY / (i + 1)} for i, w in enumerate(expected)]
+    ours, torchs = make_optimizer([{"params": [w]} for w in found], lr=0.1), make_optimizer(groups, lr=0.1)
+    for step in range(STEPS):
+        for weights in (found, expected):
+            for weight, gradient in zip(weights, gradients(weights, step), strict=True):
+                weight.grad = gradient
+        Coupled().on_gradients(targets(ours), None)
+        ours.step()
+        torchs.step()
+    for weight, other in zip(found, expected, strict=True):
+        assert_same_bits(weight.detach(), other.detach())
+
+
 # --- cautious -----------------------------------------------------------------------------------------------------
 
 
@@ -149,12 +184,28 @@ def test_cautious_sgd_with_momentum_equals_the_formula():
 
 def test_cautious_decay_makes_its_copies_once():
     weight = nn.Parameter(torch.ones(3))
-    optimizer, manner = SGD([weight], lr=0.1), Cautious()
+    optimizer, method = SGD([weight], lr=0.1), Cautious()
     weight.grad = torch.ones(3)
-    manner.before(optimizer, targets(optimizer), 0)
-    (copy,) = manner._copies.values()
-    manner.before(optimizer, targets(optimizer), 1)
-    assert manner._copies[id(weight)] is copy
+    method.before(optimizer, targets(optimizer), 0)
+    (copy,) = method._copies[optimizer]
+    method.before(optimizer, targets(optimizer), 1)
+    (again,) = method._copies[optimizer]
+    assert again is copy
+
+
+def test_cautious_decay_follows_weights_that_are_replaced():
+    first, second = nn.Parameter(torch.full((3,), 2.0)), nn.Parameter(torch.full((5,), 4.0))
+    method = Cautious()
+    optimizer = SGD([first], lr=0.1)
+    for weight in (first, second):
+        optimizer.param_groups[0]["params"] = [weight]
+        weight.grad = torch.ones_like(weight)
+        method.before(optimizer, targets(optimizer), 0)
+        optimizer.step()
+        method.after(optimizer, targets(optimizer), 0)
+    for weight, start in ((first, 2.0), (second, 4.0)):  # the update and the weight agree
+        expected = torch.full_like(weight, start - 0.1 * (1.0 + WEIGHT_DECAY * start))
+        torch.testing.assert_close(weight.detach(), expected.detach())
 
 
 # --- stable -------------------------------------------------------------------------------------------------------
@@ -202,9 +253,9 @@ def stable_step(optimizer, step):
         for i, weight in enumerate(group["params"]):
             if weight.requires_grad:
                 weight.grad = randn(*weight.shape, seed=10 * step + i).double()
-    manner = Stable(Sharding())
+    method = Stable(Sharding())
     before = [p.detach().clone() for group in optimizer.param_groups for p in group["params"]]
-    manner.before(optimizer, targets(optimizer), step)
+    method.before(optimizer, targets(optimizer), step)
     after = [p.detach().clone() for group in optimizer.param_groups for p in group["params"]]
     optimizer.step()
     v_hat = [
@@ -265,6 +316,6 @@ def test_stable_decay_refuses_what_it_is_not_defined_for(make_optimizer, reason)
     assert reason in Stable(Sharding()).refuse(make_optimizer(parameters()))
 
 
-@pytest.mark.parametrize("manner", [Decoupled(), Independent(), Cautious(), Stable(Sharding())], ids=printed)
-def test_sgd_will_do_for_every_manner(manner):
-    assert manner.refuse(SGD(parameters(), lr=0.1)) == ""
+@pytest.mark.parametrize("method", [Decoupled(), Independent(), Cautious(), Stable(Sharding())], ids=printed)
+def test_sgd_will_do_for_every_method(method):
+    assert method.refuse(SGD(parameters(), lr=0.1)) == ""

@@ -1,0 +1,1 @@
+"""What happens around a step of an optimizer? Plain torch, for any training loop."""

@@ -1,0 +1,93 @@
+"""Where does training stand, as an optimizer and one of its groups see it?"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+from weakref import ref
+
+from lightning_regularize._steps.hooks import UnsupportedOptimizerError
+from lightning_regularize.schedules import Position, value_at
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from torch import Tensor
+
+    from lightning_regularize.schedules import ScheduleLike
+
+
+class Clock:
+    """Positions in a run, and what schedules say at them.
+
+    Args:
+        total_steps: Steps of each optimizer in the whole run; infinite if unknown.
+    """
+
+    def __init__(self, total_steps: float = math.inf) -> None:
+        self.total_steps = total_steps
+        self.epoch = 0
+        """The number of epochs that are complete; the training loop keeps it."""
+        # By the identity of a group's first parameter. (A WeakTensorKeyDictionary takes ten times as long.)
+        self._peaks: dict[int, tuple[ref[Tensor], float]] = {}
+
+    def note_rates(self, optimizers: Iterable[Any]) -> None:
+        """Remember the learning rates as possible peaks, before a checkpoint replaces them."""
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                self._peak(group)
+
+    def position(self, group: dict[str, Any], step: int) -> Position:
+        """Where training stands for ``group`` in a step; rates are NaN where the optimizer finds its own."""
+        lr = group.get("lr", 1.0)
+        if lr is None:
+            return Position(step, self.total_steps, self.epoch, math.nan, math.nan)
+        return Position(step, self.total_steps, self.epoch, float(lr), self._peak(group))
+
+    def value(self, schedule: ScheduleLike, group: dict[str, Any], step: int) -> float:
+        """The value of ``schedule`` for ``group`` in step number ``step``.
+
+        Raises:
+            UnsupportedOptimizerError: The schedule follows the learning rate, and the optimizer chooses that by itself.
+            ValueError: The schedule gives no number that one can train with.
+        """
+        at = self.position(group, step)
+        try:
+            return value_at(schedule, at)
+        except ValueError as error:
+            if not math.isnan(at.lr):
+                raise
+            raise UnsupportedOptimizerError(
+                f"{schedule!r} needs a learning rate, and a parameter group has lr=None: the optimizer chooses its "
+                "rate by itself. Use a schedule that does not follow the rate."
+            ) from error
+
+    def _peak(self, group: dict[str, Any]) -> float:
+        """The largest rate that the group is known to have had, or, with a cycling scheduler, is going to have."""
+        lr = group.get("lr", 1.0)
+        # Cycling schedulers write their peak into the group, others the rate that they began with.
+        peak = float(group.get("max_lr", group.get("initial_lr", 0.0)) or 0.0)
+        if not group["params"] or lr is None:
+            return max(peak, float(lr or 0.0))
+        first: Tensor = group["params"][0]
+        known = self._peaks.get(id(first))
+        before = known[1] if known is not None and known[0]() is first else 0.0
+        peak = max(peak, float(lr), before)
+        if peak != before:
+            self._peaks[id(first)] = ref(first), peak
+        return peak
+
+
+def rate_of(optimizer: Any, group: dict[str, Any]) -> float | Tensor:
+    """The learning rate of a group; a tensor is not read.
+
+    Raises:
+        UnsupportedOptimizerError: The optimizer chooses its rate by itself.
+    """
+    lr = group.get("lr")
+    if lr is None:
+        raise UnsupportedOptimizerError(
+            f"{type(optimizer).__name__} has lr=None and chooses its learning rate by itself, which is needed here: "
+            "give it a rate, or use a method that needs none."
+        )
+    return lr  # type: ignore[no-any-return]

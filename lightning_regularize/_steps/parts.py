@@ -1,0 +1,310 @@
+"""What does an optimizer see while it steps? Its groups in parts, of which each shares one factor on the weight decay.
+
+Everybody else sees the user's groups: they are back before a closure is evaluated, before any other hook is called, and
+before ``step`` returns. A part owns its values. A key goes from the group to its parts when somebody has changed it in
+the group, and from the first part to the group when the optimizer has changed it, as Prodigy does with its ``d``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightning_regularize._steps.hooks import ATTRIBUTE
+from lightning_regularize._steps.targets import held_by
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import nn
+    from torch.optim import Optimizer
+
+# Lists with one entry for each group that an optimizer reads while it steps. They are known by name: a list of the same
+# length may be something else. AdaBound's are read there; schedule-free optimizers have lists of this name that they do
+# not read.
+_PER_GROUP = ("base_lrs",)
+_OURS = ("params", "param_names", "weight_decay")
+
+
+_NOT_PLAIN = object()
+
+
+class _Seen:
+    """A value as it was: to tell whether somebody has written another one, or into a tensor, a list or a dictionary."""
+
+    __slots__ = ("copy", "plain", "value", "version")
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+        self.plain = _NOT_PLAIN if isinstance(value, Tensor) or type(value) in (list, dict) else value
+        self.version = value._version if isinstance(value, Tensor) else None
+        self.copy = value.copy() if type(value) in (list, dict) else None
+
+    def is_still(self, value: Any) -> bool:
+        """Is ``value`` this one, unchanged? An equal one that was written anew need not be."""
+        if value is not self.value:
+            return False
+        if self.version is not None:
+            return bool(value._version == self.version)
+        return self.copy is None or bool(value == self.copy)
+
+
+@dataclass
+class _Division:
+    """One group of the user's and its parts."""
+
+    factors: list[float]
+    parts: list[dict[str, Any]]
+    in_group: dict[str, _Seen] = field(default_factory=dict)  # the group's values when they were last copied
+    in_part: dict[str, _Seen] = field(default_factory=dict)  # the first part's values when they were last shown
+
+
+class Parts:
+    """The parts of the groups of one optimizer.
+
+    Args:
+        factor_of: The factor of a parameter on the weight decay; asked once for each that the groups hold.
+    """
+
+    def __init__(self, factor_of: Callable[[nn.Parameter], float]) -> None:
+        self.values: Sequence[float | Tensor] = []
+        """The weight decay of each group of the user's in the step to come."""
+        self._factor_of = factor_of
+        self._divisions: list[_Division] = []
+        self._version = -1
+        self._saved: list[list[dict[str, Any]]] = []
+        self.users: tuple[list[dict[str, Any]], dict[str, list[Any]]] | None = None
+        """While the parts are shown: the user's groups, and lists with one entry for each of them."""
+        self._must_check = True
+        self._watched: list[_WatchedList] = []  # of the step that is under way
+
+    def update(self, optimizer: Optimizer) -> list[dict[str, Any]]:
+        """The parts of what the groups of ``optimizer`` hold now, with the values that they have now."""
+        self._divide(optimizer)
+        for group, division, value in zip(optimizer.param_groups, self._divisions, self.values, strict=True):
+            _copy_to_parts(group, division)
+            if "weight_decay" in group:
+                for factor, part in zip(division.factors, division.parts, strict=True):
+                    if isinstance(group["weight_decay"], Tensor):
+                        part.setdefault("weight_decay", torch.empty_like(group["weight_decay"]))
+                    _set_value(part, "weight_decay", value * factor)
+        return [part for division in self._divisions for part in division.parts]
+
+    def show(self, optimizer: Optimizer, *, check_read: bool = False) -> None:
+        """Replace the groups by their parts."""
+        if self.users is not None:
+            return
+        groups, parts = optimizer.param_groups, self.update(optimizer)
+        for division in self._divisions:
+            _note(division)
+        per_group = {name: vars(optimizer)[name] for name in _PER_GROUP if _has_one_each(optimizer, name)}
+        for name, values in per_group.items():
+            divided = zip(values, self._divisions, strict=True)
+            setattr(optimizer, name, [value for value, division in divided for _ in division.parts])
+        self.users = groups, per_group
+        checks = check_read and self._must_check and not _is_known_to_read_late(optimizer) and not _is_compiled()
+        if checks:
+            self._watched.append(parts := _WatchedList(parts))
+        optimizer.param_groups = parts
+
+    def hide(self, optimizer: Optimizer) -> None:
+        """Put the user's groups back, with what the optimizer has written to the first part of each."""
+        if self.users is None:
+            return
+        (groups, per_group), self.users = self.users, None
+        for group, division in zip(groups, self._divisions, strict=False):  # nothing may stop this
+            _copy_from_parts(group, division)
+        for name, values in per_group.items():
+            setattr(optimizer, name, values)
+        optimizer.param_groups = groups
+
+    def were_ignored(self) -> bool:
+        """Has the optimizer read none of the parts in the step that has ended? Asked of one step with a closure."""
+        watched, self._watched = self._watched, []
+        if not watched:
+            return False
+        self._must_check = False
+        return not any(parts.was_read for parts in watched)
+
+    def state_dict(self) -> list[list[dict[str, Any]]]:
+        """For each group the values of its parts, of keys in which they differ; empty if none does."""
+        differing = [_differing(division) for division in self._divisions]
+        return differing if any(map(any, differing)) else []
+
+    def load_state_dict(self, state: list[list[dict[str, Any]]]) -> None:
+        """Values of :meth:`state_dict`, to be used when the groups are next divided."""
+        self._saved, self._version = state, -1
+
+    def _divide(self, optimizer: Optimizer) -> None:
+        version = held_by(optimizer).look(optimizer.param_groups)
+        if version == self._version:
+            return
+        before, self._divisions, self._version = self._divisions, [], version
+        for i, group in enumerate(optimizer.param_groups):
+            places: dict[float, list[int]] = {}
+            for j, parameter in enumerate(group["params"]):
+                places.setdefault(self._factor_of(parameter), []).append(j)
+            factors = sorted(places, reverse=True) or [1.0]
+            parts = [_part(group, places.get(factor, [])) for factor in factors]
+            division = _Division(factors, parts)
+            if i < len(before):  # parameters were appended or replaced: a part goes on with its own values
+                _inherit(division, before[i], group)
+            self._divisions.append(division)
+        self._restore(optimizer)
+
+    def _restore(self, optimizer: Optimizer) -> None:
+        saved, self._saved = self._saved, []
+        for i, (group, division) in enumerate(zip(optimizer.param_groups, self._divisions, strict=True)):
+            if i < len(saved) and len(saved[i]) == len(division.parts):
+                _copy_to_parts(group, division)
+                for part, values in zip(division.parts, saved[i], strict=True):
+                    for key, value in values.items():
+                        _set_value(part, key, value)
+
+
+class _WatchedList(list[Any]):
+    """A list that knows whether somebody has read it."""
+
+    was_read = False
+
+    def __iter__(self) -> Any:
+        self.was_read = True
+        return super().__iter__()
+
+    def __getitem__(self, index: Any) -> Any:
+        self.was_read = True
+        return super().__getitem__(index)
+
+    def __len__(self) -> int:
+        self.was_read = True
+        return super().__len__()
+
+
+def _part(group: dict[str, Any], places: list[int]) -> dict[str, Any]:
+    part: dict[str, Any] = {"params": [group["params"][j] for j in places]}
+    if "param_names" in group:
+        part["param_names"] = [group["param_names"][j] for j in places]
+    return part
+
+
+def _copy_to_parts(group: dict[str, Any], division: _Division) -> None:
+    for key, value in group.items():
+        seen = division.in_group.get(key)
+        if key in _OURS or (seen is not None and (seen.plain is value or seen.is_still(value))):
+            continue
+        for part in division.parts:
+            _set_value(part, key, value, own=len(division.parts) > 1)
+        division.in_group[key] = _Seen(value)
+    if len(division.in_group) + len([key for key in _OURS if key in group]) > len(group):
+        for key in [key for key in division.in_group if key not in group]:
+            del division.in_group[key]
+            for part in division.parts:
+                part.pop(key, None)
+
+
+def _copy_from_parts(group: dict[str, Any], division: _Division) -> None:
+    for key, value in division.parts[0].items():
+        seen = division.in_part.get(key)
+        if key in _OURS or (seen is not None and (seen.plain is value or seen.is_still(value))):
+            continue
+        if key not in group or value is not group[key]:
+            _set_value(group, key, value, own=len(division.parts) > 1)
+        division.in_group[key] = _Seen(group[key])
+
+
+def _set_value(target: dict[str, Any], key: str, value: Any, *, own: bool = False) -> None:
+    """Write a value. A tensor that is there keeps its identity, which compiled steps and captured graphs hold."""
+    known = target.get(key)
+    if isinstance(known, Tensor) and known is not value and (not isinstance(value, Tensor) or _is_alike(known, value)):
+        known.fill_(value) if not isinstance(value, Tensor) else known.copy_(value)
+    elif own and isinstance(value, Tensor):
+        target[key] = value.clone()
+    else:
+        target[key] = type(value)(value) if own and type(value) in (dict, list) else value
+
+
+def _is_alike(a: Tensor, b: Tensor) -> bool:
+    return (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
+
+
+def _note(division: _Division) -> None:
+    """Remember the values of the first part, to tell what the optimizer changes."""
+    noted = division.in_part
+    for key, value in division.parts[0].items():
+        seen = noted.get(key)
+        if key not in _OURS and (seen is None or not (seen.plain is value or seen.is_still(value))):
+            noted[key] = _Seen(value)
+
+
+def _differing(division: _Division) -> list[dict[str, Any]]:
+    first, *others = division.parts
+    keys = [k for k in first if k not in _OURS and any(k in o and not _is_equal(first[k], o[k]) for o in others)]
+    return [{key: part[key] for key in keys} for part in division.parts] if keys else []
+
+
+def _is_equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b)
+    return bool(a == b)
+
+
+def _inherit(division: _Division, before: _Division, group: dict[str, Any]) -> None:
+    known = dict(zip(before.factors, before.parts, strict=True))
+    if all(factor in known for factor in division.factors) and len(division.parts) == len(before.parts):
+        for factor, part in zip(division.factors, division.parts, strict=True):
+            part.update({key: value for key, value in known[factor].items() if key not in _OURS and key in group})
+        division.in_group = dict(before.in_group)
+
+
+def _has_one_each(optimizer: Optimizer, name: str) -> bool:
+    values = vars(optimizer).get(name)
+    return isinstance(values, list) and len(values) == len(optimizer.param_groups)
+
+
+def _is_known_to_read_late(optimizer: Optimizer) -> bool:
+    return type(optimizer).__module__.startswith("torch.optim.")
+
+
+def _is_compiled() -> bool:
+    """Is this step being traced, or run, by ``torch.compile``? It reads lists without calling their methods."""
+    return torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None  # type: ignore[attr-defined, unused-ignore]
+
+
+def user_groups(optimizer: Any) -> list[dict[str, Any]]:
+    """The groups of an optimizer as the user has them, also while it sees parts."""
+    hooks = vars(optimizer).get(ATTRIBUTE)
+    users = hooks.parts.users if hooks is not None and hooks.parts is not None else None
+    return optimizer.param_groups if users is None else users[0]  # type: ignore[no-any-return]
+
+
+def refusal(leaf: Optimizer, optimizer: Any, *, is_foreign: bool) -> str:
+    """Why the groups of ``leaf`` cannot be shown in parts; empty if they can.
+
+    Args:
+        leaf: An optimizer that steps.
+        optimizer: What the training loop steps, the same or one that holds ``leaf``.
+        is_foreign: Does ``leaf`` hold none of the module's parameters?
+    """
+    name, instead = type(leaf).__name__, "Use WeightDecay(..., method='decoupled'), which decays by itself."
+    if is_foreign:
+        return f"{type(optimizer).__name__} steps copies of the weights by {name}: rules do not know them. {instead}"
+    if getattr(getattr(leaf, "mng", None), "index2config", None):
+        return f"{name} has settings for single parameters by group and place (GlobalOptimManager). {instead}"
+    return "" if _can_set_groups(leaf) else f"{name} does not let its `param_groups` be set. {instead}"
+
+
+def _can_set_groups(optimizer: Optimizer) -> bool:
+    groups = optimizer.param_groups
+    other = list(groups)
+    try:
+        optimizer.param_groups = other
+        return optimizer.param_groups is other
+    except AttributeError:  # a property
+        return False
+    finally:
+        with contextlib.suppress(AttributeError):
+            optimizer.param_groups = groups

@@ -1,0 +1,161 @@
+"""What does a regularizer know of the run that it takes part in? Optimizers, the module, and where training stands."""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from lightning_regularize._sharding import Sharding, reshard
+from lightning_regularize._steps.watch import Watch, add_follower, remove_follower
+from lightning_regularize.selection import ParameterInfo, parameter_infos
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from torch import nn
+
+    from lightning_regularize._steps.clock import Clock
+    from lightning_regularize._steps.hooks import Work
+    from lightning_regularize.schedules import ScheduleLike
+
+
+class Run(ABC):
+    """A run of training with one regularizer.
+
+    Args:
+        module: The module that is trained.
+        clock: Where training stands.
+    """
+
+    trainer: Any = None
+    """The Trainer, if there is one."""
+
+    def __init__(self, module: nn.Module, clock: Clock) -> None:
+        self.module, self.clock = module, clock
+        self.watches: list[Watch] = []
+        self.has_begun = self.is_over = False
+        self._instead: list[Any] | None = None
+
+    @property
+    def optimizers(self) -> list[Any]:
+        """The optimizers as they are now, each as the training loop, or what replaces it here, knows it."""
+        return self._now() if self._instead is None else self._instead
+
+    @optimizers.setter
+    def optimizers(self, instead: list[Any]) -> None:
+        self._instead = instead
+
+    @abstractmethod
+    def _now(self) -> list[Any]:
+        """The optimizers that the training loop has now."""
+
+    @property
+    def root(self) -> nn.Module:
+        """The module as it is wrapped for training."""
+        return self.module
+
+    def infos(self) -> list[ParameterInfo]:
+        """All parameters of the module as they are now, each as an optimizer holds it."""
+        # After a forward pass without a backward pass FSDP2 shows other tensors.
+        reshard(self.root)
+        return parameter_infos(self.root)
+
+    def sharding(self) -> Sharding:
+        """How the parameters are spread over ranks."""
+        return Sharding(self.root)
+
+    def value(self, schedule: ScheduleLike, group: dict[str, Any], step: int) -> float:
+        """The value of a schedule for a parameter group."""
+        return self.clock.value(schedule, group, step)
+
+    def label(self, watch: Watch) -> str:
+        """What tells the keys of one optimizer from those of others."""
+        return f"optimizer{watch.index}" if len(self.watches) > 1 else ""
+
+    def logs_now(self) -> bool:
+        """Are values of this step logged?"""
+        return False
+
+    def log(self, values: Mapping[str, Any]) -> None:  # noqa: B027
+        """Log values of this step, numbers or 0-d tensors by key; by default they go nowhere."""
+
+    def largest(self, value: float) -> float:
+        """The largest of what all ranks give."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return value
+        device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
+        found = torch.tensor(value, dtype=torch.float64, device=device)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return found.item()
+
+    def warn(self, message: str) -> None:
+        """Warn on one rank."""
+        if not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0:
+            warnings.warn(message, stacklevel=4)
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps that each optimizer has attempted."""
+        return [watch.steps for watch in self.watches]
+
+    def stop(self) -> None:
+        """Watch no more. What was counted stays."""
+        self.is_over = True
+        for watch in self.watches:
+            watch.remove()
+
+
+class LoopRun(Run):
+    """A run in somebody's own loop, of one optimizer.
+
+    Args:
+        optimizer: The optimizer that the loop knows.
+        module: The module that is trained.
+        clock: Where training stands.
+        position: Returns the number of the present step; None to count real steps.
+    """
+
+    def __init__(
+        self, optimizer: Any, module: nn.Module, clock: Clock, position: Callable[[], int] | None = None
+    ) -> None:
+        super().__init__(module, clock)
+        self._optimizer, self._position = optimizer, position
+
+    def _now(self) -> list[Any]:
+        return [self._optimizer]
+
+    def start(self, work: Work, steps: int) -> None:
+        """Watch from the next step on, which is number ``steps``."""
+        self.watches = [Watch(self._optimizer, work, steps=steps, position=self._position)]
+        add_follower(self.watches[0])
+
+    def stop(self) -> None:
+        """Watch no more."""
+        for watch in self.watches:
+            remove_follower(watch)
+        super().stop()
+
+
+class Attachment:
+    """A regularizer that acts on the steps of an optimizer, until :meth:`remove`.
+
+    Args:
+        end: What to do then.
+    """
+
+    def __init__(self, end: Callable[[], None]) -> None:
+        self._end = end
+
+    def remove(self) -> None:
+        """Act no more, and put back what was changed of the optimizer's settings. A second call does nothing."""
+        self._end()
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()

@@ -1,0 +1,124 @@
+"""What is there to act on now? Parameters that an optimizer holds, and what was learned about each at first sight.
+
+Users replace optimizers, replace parameters, append some and freeze others while a run goes on. So the identities of
+what the groups hold are compared at each step (14 microseconds for 300 parameters); the module tree, which takes twenty
+times as long, is walked only where they differ.
+"""
+
+from __future__ import annotations
+
+from operator import is_
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from weakref import WeakKeyDictionary
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from torch import Tensor, nn
+
+    from lightning_regularize.selection import ParameterInfo
+
+T = TypeVar("T")
+
+
+class Held:
+    """What the groups of one optimizer hold. References are kept, so that no identity is used twice."""
+
+    def __init__(self) -> None:
+        self.version = 0
+        self._lists: list[list[Tensor]] = []
+        self._is_frozen = False
+
+    def look(self, groups: Sequence[dict[str, Any]]) -> int:
+        """The number of times that the groups were seen to hold something else."""
+        if not (self._is_frozen and self.version) and not self._is_same(groups):
+            self._lists = [list(group["params"]) for group in groups]
+            self.version += 1
+        return self.version
+
+    def _is_same(self, groups: Sequence[dict[str, Any]]) -> bool:
+        return len(groups) == len(self._lists) and all(
+            len(group["params"]) == len(known) and all(map(is_, group["params"], known))
+            for group, known in zip(groups, self._lists, strict=True)
+        )
+
+    def freeze(self) -> None:
+        """Do not look until :meth:`thaw`: within a step nothing changes."""
+        self._is_frozen = True
+
+    def thaw(self) -> None:
+        """Look again."""
+        self._is_frozen = False
+
+
+_HELD: WeakKeyDictionary[Any, Held] = WeakKeyDictionary()
+
+
+def held_by(optimizer: Any) -> Held:
+    """The record for ``optimizer``, made when it is first asked for."""
+    if optimizer not in _HELD:
+        _HELD[optimizer] = Held()
+    return _HELD[optimizer]
+
+
+class Targets(Generic[T]):
+    """What a callback acts on, by optimizer and group, as it is now.
+
+    Args:
+        look: What the module holds now; asked again only when an optimizer holds something else than before.
+        learn: What there is to know about a parameter, or None if the callback leaves it alone; asked once for each.
+        move: Likewise for a known one that is in another place of the module now; by default it is learned anew.
+        learn_foreign: Likewise for a parameter of an optimizer that the module does not hold.
+    """
+
+    def __init__(
+        self,
+        look: Callable[[], Sequence[ParameterInfo]],
+        learn: Callable[[ParameterInfo], T | None],
+        learn_foreign: Callable[[nn.Parameter], T | None] | None = None,
+        *,
+        move: Callable[[ParameterInfo, T], T | None] | None = None,
+    ) -> None:
+        self._look, self._learn, self._learn_foreign, self._move = look, learn, learn_foreign, move
+        self._known: dict[int, tuple[ParameterInfo, T | None]] = {}
+        self._of: WeakKeyDictionary[Any, tuple[int, list[list[T]]]] = WeakKeyDictionary()
+        self.refresh()
+
+    def of(self, optimizer: Any) -> list[list[T]]:
+        """For each group of ``optimizer``, whose groups should be the user's, the targets among what it holds."""
+        version = held_by(optimizer).look(optimizer.param_groups)
+        known = self._of.get(optimizer)
+        if known is None or known[0] != version:
+            held = [group["params"] for group in optimizer.param_groups]
+            if any(id(p) not in self._known for params in held for p in params):
+                self.refresh()
+            known = version, [[t for t in map(self.find, params) if t is not None] for params in held]
+            self._of[optimizer] = known
+        return known[1]
+
+    def __iter__(self) -> Iterator[T]:
+        """All targets in the module, in registration order."""
+        return (target for _, target in self._known.values() if target is not None)
+
+    def refresh(self) -> None:
+        """Walk the module: learn what is new, and forget what is gone."""
+        self._known = {id(info.parameter): (info, self._learned(info)) for info in self._look()}
+
+    def _learned(self, info: ParameterInfo) -> T | None:
+        before, target = self._known.get(id(info.parameter), (None, None))
+        if before is not None and (before.name, before.owner) == (info.name, info.owner):
+            return target
+        if target is not None and self._move is not None:
+            return self._move(info, target)
+        return self._learn(info)
+
+    def forget(self, parameter: Tensor) -> None:
+        """Learn ``parameter`` anew when it is next seen."""
+        self._known.pop(id(parameter), None)
+        self._of.clear()
+
+    def find(self, parameter: nn.Parameter) -> T | None:
+        """The target for one parameter."""
+        if id(parameter) in self._known:
+            return self._known[id(parameter)][1]
+        return None if self._learn_foreign is None else self._learn_foreign(parameter)

@@ -1,0 +1,241 @@
+"""Where does training stand in a Trainer, and which optimizers does it step?
+
+* ``on_before_optimizer_step`` comes with complete gradients, before they are clipped, under every precision. It may
+  come several times a step: LBFGS evaluates its closure again, and DeepSpeed accumulates.
+* ``trainer.global_step`` counts the steps that were attempted, including those that a GradScaler skips, as LR
+  schedulers do. Under manual optimization it counts the steps of all optimizers together, and not those that the user
+  makes with the torch optimizer itself; so steps are counted here.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_regularize._steps.clock import Clock
+from lightning_regularize._steps.run import Run
+from lightning_regularize._steps.watch import Watch, add_follower, remove_follower
+from lightning_regularize._trainer import loggers
+from lightning_regularize._trainer.names import is_named
+from lightning_regularize._trainer.strategies import deepspeed_keeper, has_optimizer, is_accumulating, model_root
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import lightning.pytorch as pl
+    from torch import nn
+
+    from lightning_regularize._steps.hooks import Work
+
+
+class TrainerRun(Run):
+    """A run of a Trainer's ``fit``.
+
+    Args:
+        trainer: The Trainer.
+        module: Its LightningModule.
+        work: What to call around steps.
+    """
+
+    def __init__(self, trainer: pl.Trainer, module: pl.LightningModule, work: Work) -> None:
+        super().__init__(module, Clock())
+        self.trainer, self.lightning_module, self._work = trainer, module, work
+        self._steps: list[int] = []
+
+    def _now(self) -> list[Any]:
+        return list(self.trainer.optimizers) if has_optimizer(self.trainer) else []  # or a mock
+
+    @property
+    def root(self) -> nn.Module:
+        """The module as the strategy has wrapped it."""
+        return model_root(self.trainer, self.lightning_module)
+
+    @property
+    def use_hooks(self) -> bool:
+        """False under DeepSpeed's ZeRO, which steps groups one by one and holds flat copies of the weights."""
+        return not deepspeed_keeper(self.trainer)
+
+    def start(self, saved: Sequence[int] | None) -> None:
+        """Watch all optimizers; everything is restored.
+
+        Args:
+            saved: Steps that each optimizer had attempted, from a checkpoint or the end of the run before this one.
+        """
+        count, step = len(self.optimizers), self.trainer.global_step
+        if count == 1 and self.lightning_module.automatic_optimization:
+            self._steps = [step]
+        elif saved is not None and len(saved) == count:
+            self._steps = list(saved)
+        else:
+            self._steps = [step // max(count, 1)] * count
+            if count > 1 and step > 0:
+                rank_zero_warn(
+                    f"The checkpoint does not say how many steps each of {count} optimizers made; "
+                    f"schedules continue as if each had made {step // count} of the {step}."
+                )
+        self.refresh()
+        add_follower(self)
+
+    def follow(self, optimizer: Any) -> None:
+        """An optimizer is about to step: the Trainer may have got it after the batch began."""
+        for watch in self.watches:
+            if watch.optimizer is optimizer:
+                watch.refresh()
+                return
+        if any(each is optimizer for each in self.optimizers):
+            self.refresh()
+
+    def refresh(self) -> None:
+        """Watch the optimizers that the Trainer has now; one that replaces another goes on with its count."""
+        self.clock.epoch = self.trainer.current_epoch
+        optimizers = self.optimizers
+        if len(optimizers) == len(self.watches) and all(map(_is_followed, self.watches, optimizers)):
+            return
+        known = {watch.index: watch for watch in self.watches}
+        for i, optimizer in enumerate(optimizers):
+            if i in known and known[i].optimizer is optimizer:
+                known[i].refresh()
+                continue
+            if i in known:
+                self._steps[i] = known[i].steps
+                known[i].remove()
+            steps = self._steps[i] if i < len(self._steps) else 0
+            order = next((j for j, c in enumerate(self.trainer.callbacks) if c is self._work), math.inf)
+            use_hooks = self.use_hooks
+            known[i] = Watch(optimizer, self._work, index=i, steps=steps, use_hooks=use_hooks, order=order)
+        for i in range(len(optimizers), len(known)):
+            known.pop(i).remove()
+        self.watches = [known[i] for i in sorted(known)]
+        self._steps = [watch.steps for watch in self.watches]
+
+    def announce(self, optimizer: Any) -> None:
+        """In ``on_before_optimizer_step``.
+
+        Raises:
+            MisconfigurationException: The optimizer is not the Trainer's.
+        """
+        if is_accumulating(self.trainer):
+            return
+        if all(watch.optimizer is not optimizer for watch in self.watches):
+            self.refresh()
+        watch = next((w for w in self.watches if w.optimizer is optimizer), None)
+        if watch is None and len(self.watches) == 1:  # DeepSpeed wraps it
+            watch = self.watches[0]
+        if watch is None:
+            raise MisconfigurationException(
+                f"{type(optimizer).__name__} stepped, but is none of the Trainer's optimizers."
+            )
+        watch.announce(self._loss_scale(optimizer))
+
+    def settle(self) -> None:
+        """A batch has ended."""
+        for watch in self.watches:
+            watch.settle()
+
+    def stop(self) -> None:
+        """Watch no more."""
+        remove_follower(self)
+        super().stop()
+
+    def _loss_scale(self, optimizer: Any) -> torch.Tensor | None:
+        """What gradients are multiplied by in ``on_before_optimizer_step``: a fused optimizer unscales by itself."""
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is None or not scaler.is_enabled() or not getattr(optimizer, "_step_supports_amp_scaling", False):
+            return None
+        device = next((p.device for group in optimizer.param_groups for p in group["params"]), torch.device("cpu"))
+        return scaler.scale(torch.ones((), device=device))  # type: ignore[no-any-return]  # without waiting for the device
+
+    # -- logging -------------------------------------------------------------------------------------------------------
+
+    def logs_now(self) -> bool:
+        """Is this a step on which Lightning logs?"""
+        return logs_now(self.trainer)
+
+    def log(self, values: Mapping[str, Any]) -> None:
+        """Log values of this batch, all callbacks' in one row."""
+        loggers.gather(self.trainer, values)
+
+    def warn(self, message: str) -> None:
+        """Warn on rank 0."""
+        rank_zero_warn(message)
+
+
+def _is_followed(watch: Watch, optimizer: Any) -> bool:
+    return watch.optimizer is optimizer and watch.leaves == [optimizer]
+
+
+def logs_now(trainer: pl.Trainer, every_n_steps: int | None = None) -> bool:
+    """Is this a step on which Lightning logs, or with ``every_n_steps`` every such one?"""
+    if every_n_steps is None:
+        return trainer._logger_connector.should_update_logs
+    return (logged_step(trainer) + 1) % every_n_steps == 0
+
+
+def logged_step(trainer: pl.Trainer) -> int:
+    """The x axis of all that Lightning logs: 0-based, batches that stepped; ``train_loss`` has the same."""
+    step: int = trainer.fit_loop.epoch_loop._batches_that_stepped
+    return step
+
+
+def group_labels(optimizer: Any, prefix: str = "") -> list[str]:
+    """What logged keys call the groups of an optimizer: their names, or pg1, pg2, ... as Lightning does."""
+    names = [group.get("name") or f"pg{i}" for i, group in enumerate(optimizer.param_groups, start=1)]
+    if prefix:  # two optimizers may have groups of one name
+        return [name if name.startswith(f"{prefix} ") else f"{prefix} {name}" for name in names]
+    return names
+
+
+def total_steps(trainer: pl.Trainer) -> float:
+    """Steps that each optimizer makes in the whole run, as far as Lightning knows; infinite where it does not.
+
+    ``trainer.estimated_stepping_batches`` does not serve: it is -1 for data of unknown length, takes the accumulation
+    of the first epoch for all, and counts the epoch that StochasticWeightAveraging adds to update batch norms.
+    """
+    if trainer.max_epochs != -1:
+        _ = trainer.estimated_stepping_batches  # sets the data up
+    epochs, batches, steps = _training_epochs(trainer), trainer.num_training_batches, math.inf
+    if epochs is not None and batches != math.inf:
+        steps = sum(math.ceil(batches / _accumulated_batches(trainer, epoch)) for epoch in range(epochs))
+    if trainer.max_steps != -1:
+        # Under manual optimization it counts the steps of all optimizers together.
+        steps = min(steps, math.ceil(trainer.max_steps / max(len(trainer.optimizers), 1)))
+    return steps
+
+
+def _training_epochs(trainer: pl.Trainer) -> int | None:
+    epochs = trainer.max_epochs
+    return None if epochs is None or epochs == -1 else max(epochs - is_extended(trainer), 1)
+
+
+def is_extended(trainer: pl.Trainer) -> bool:
+    """Has StochasticWeightAveraging added an epoch, to update batch norms? One step at its end does not train."""
+    # Known by its own attribute: others may raise `max_epochs` as well.
+    return any(
+        is_named(callback, "StochasticWeightAveraging")
+        and getattr(callback, "_max_epochs", None) == (trainer.max_epochs or 0) - 1
+        for callback in trainer.callbacks  # type: ignore[attr-defined]
+    )
+
+
+def _accumulated_batches(trainer: pl.Trainer, epoch: int) -> int:
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if is_named(callback, "GradientAccumulationScheduler"):
+            return int(callback.get_accumulate_grad_batches(epoch))
+    return trainer.accumulate_grad_batches
+
+
+def check_horizon(schedule: Any, horizon: float) -> None:
+    """Refuse a schedule that needs to know when the run ends, in a run that does not.
+
+    Raises:
+        MisconfigurationException: The horizon is infinite.
+    """
+    if math.isinf(horizon) and getattr(schedule, "needs_total_steps", False):
+        raise MisconfigurationException(
+            f"{schedule} needs to know how many steps the run has, and this Trainer does not: "
+            "give `total_steps`, or set `max_steps` or `max_epochs` with data of known length."
+        )

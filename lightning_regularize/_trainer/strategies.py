@@ -1,0 +1,139 @@
+"""What do strategies do to a module and to optimizers? DeepSpeed, FSDP1 and others that need special care."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch.optim import Optimizer
+
+from lightning_regularize._sharding import Sharding, has_flat_parameters
+from lightning_regularize._trainer.names import is_named
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+    from torch import Tensor, nn
+
+
+def model_root(trainer: pl.Trainer | None, module: nn.Module) -> nn.Module:
+    """The module as the strategy has wrapped it: under FSDP1 only the wrapper knows the shapes of parameters.
+
+    Raises:
+        MisconfigurationException: FSDP1 shows no parameter of the module's own.
+    """
+    root = getattr(trainer.strategy, "model", None) or module if trainer is not None else module
+    if has_flat_parameters(root):
+        raise MisconfigurationException(
+            "FSDP with `use_orig_params=False` shows one flat parameter a unit, of which no part can be told from "
+            "another: use FSDPStrategy(use_orig_params=True), which is Lightning's default."
+        )
+    return root
+
+
+def has_optimizer(trainer: pl.Trainer) -> bool:
+    """Is there an optimizer? Lightning puts a mock where ``configure_optimizers`` returns None."""
+    return any(type(optimizer).__name__ != "_MockOptimizer" for optimizer in trainer.optimizers)
+
+
+def torch_optimizer(optimizer: Any) -> Optimizer:
+    """The optimizer that the user made; Lightning and DeepSpeed wrap it, with the same groups."""
+    while not isinstance(optimizer, Optimizer):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def held_parameters(optimizer: Any) -> list[list[nn.Parameter]]:
+    """The module's parameters in each group of an optimizer, in place of which ZeRO holds flat pieces."""
+    if hasattr(optimizer, "sub_group_to_group_id"):  # stage 3
+        held: list[list[nn.Parameter]] = [[] for _ in optimizer.param_groups]
+        for i, parameters in enumerate(optimizer.fp16_groups):
+            held[optimizer.sub_group_to_group_id[i]].extend(parameters)
+        return held
+    if hasattr(optimizer, "bit16_groups"):  # stages 1 and 2
+        return [list(parameters) for parameters in optimizer.bit16_groups]
+    return [group["params"] for group in optimizer.param_groups]
+
+
+# DeepSpeed
+
+
+def is_accumulating(trainer: pl.Trainer) -> bool:
+    """In ``on_before_optimizer_step``: are there more batches to come? DeepSpeed calls it for each of them."""
+    engine = getattr(trainer.strategy, "deepspeed_engine", None)
+    return engine is not None and not engine.is_gradient_accumulation_boundary()
+
+
+def deepspeed_keeper(trainer: pl.Trainer) -> str:
+    """What of DeepSpeed keeps its own weights and gradients, and copies them to the module; empty if nothing does."""
+    config = _deepspeed_config(trainer)
+    if stage := int(config.get("zero_optimization", {}).get("stage", 0)):
+        return f"ZeRO stage {stage}"
+    return "half precision" if any(config.get(key, {}).get("enabled") for key in ("fp16", "bf16")) else ""
+
+
+def hides_gradients(trainer: pl.Trainer) -> bool:
+    """Are gradients scaled by a factor that only DeepSpeed knows?"""
+    return bool(_deepspeed_config(trainer).get("fp16", {}).get("enabled"))
+
+
+def _deepspeed_config(trainer: pl.Trainer) -> dict[str, Any]:
+    if not is_named(trainer.strategy, "DeepSpeedStrategy"):
+        return {}
+    return getattr(trainer.strategy, "config", None) or {}
+
+
+def check_weights_are_the_optimizers(trainer: pl.Trainer | None, owner: str) -> None:
+    """Refuse DeepSpeed's ZeRO, whose optimizer holds its own weights and overwrites the module's.
+
+    Raises:
+        MisconfigurationException: The strategy is DeepSpeed with a stage above 0, or in half precision.
+    """
+    if trainer is not None and (keeper := deepspeed_keeper(trainer)):
+        raise MisconfigurationException(
+            f"{owner} changes the module's weights, and DeepSpeed's {keeper} overwrites them with its own at the next "
+            "step: use DDP, FSDP2 (ModelParallelStrategy), or ZeRO stage 0 in float32."
+        )
+
+
+def check_gradients_are_the_modules(trainer: pl.Trainer | None, owner: str) -> None:
+    """Refuse DeepSpeed's ZeRO, whose gradients are not in ``parameter.grad``.
+
+    Raises:
+        MisconfigurationException: The strategy is DeepSpeed with a stage above 0, or in half precision.
+    """
+    if trainer is not None and (keeper := deepspeed_keeper(trainer)):
+        raise MisconfigurationException(
+            f"{owner} adds to gradients, which DeepSpeed's {keeper} keeps to itself: use DDP, FSDP2 "
+            "(ModelParallelStrategy), or ZeRO stage 0 in float32."
+        )
+
+
+# FSDP1
+
+
+def check_not_flat(sharding: Sharding, parameters: list[nn.Parameter], owner: str) -> None:
+    """Refuse FSDP1, which shows 1-D pieces that are cut anywhere.
+
+    Raises:
+        MisconfigurationException: Some parameter is such a piece.
+    """
+    if any(sharding.is_flat(parameter) for parameter in parameters):
+        raise MisconfigurationException(
+            f"{owner} needs whole weights, and FSDP1 cuts them anywhere: use ModelParallelStrategy with fully_shard "
+            "(FSDP2)."
+        )
+
+
+def check_view(name: str, parameter: Tensor, view: tuple[int, ...]) -> None:
+    """Refuse a grouped ConvTranspose that has no view by groups: cut by a rank boundary, or not contiguous.
+
+    Raises:
+        MisconfigurationException: ``parameter`` cannot be viewed so.
+    """
+    try:
+        parameter.detach().view(view)
+    except RuntimeError as error:
+        raise MisconfigurationException(
+            f"{name!r} of shape {tuple(parameter.shape)} cannot be viewed by groups, as {view}: ranks cut through "
+            "them, or it is not contiguous. Leave it out by `exclude`, or do not shard it."
+        ) from error

@@ -1,0 +1,349 @@
+"""The life of a run, which all callbacks share: how it begins and ends, what it remembers, and what it says."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, ClassVar
+from weakref import ref
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from lightning_regularize._steps.clock import Clock
+from lightning_regularize._steps.hooks import Step, UnsupportedOptimizerError, Work
+from lightning_regularize._steps.run import Attachment, LoopRun, Run
+from lightning_regularize._steps.watch import stepping_optimizers
+from lightning_regularize._trainer import loggers
+from lightning_regularize._trainer.run import TrainerRun, check_horizon, is_extended, logged_step, total_steps
+from lightning_regularize.callbacks._selective import Selective
+from lightning_regularize.schedules import Constant, check_total_steps
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    import lightning.pytorch as pl
+    from torch import nn
+    from torch.optim import Optimizer
+
+    from lightning_regularize.schedules import ScheduleLike
+
+
+class Regularizer(Selective, Work):
+    """The base of all callbacks. A subclass says what it does, and when; this class sees to it that it is called.
+
+    Args:
+        arguments: The ``locals()`` of the subclass' constructor.
+    """
+
+    error = MisconfigurationException
+
+    acts_on_steps: ClassVar[bool] = True
+    """Does it do anything around optimizer steps?"""
+
+    def __init__(self, arguments: Mapping[str, Any]) -> None:
+        super().__init__(arguments)
+        self.run: Any = None
+        self._saved: dict[str, Any] = {}
+        self._kept: dict[str, Any] = {}  # the state at the end of the run before
+        self._kept_of: ref[Any] | None = None  # its module
+        self._logged: dict[int, int] = {}
+        self._of_run: set[str] = set()  # names of the attributes that `check` and `begin` have made
+
+    # -- what a subclass states ----------------------------------------------------------------------------------------
+
+    @property
+    def schedules(self) -> Sequence[ScheduleLike]:
+        """The schedules that are followed."""
+        return ()
+
+    def check(self, run: Run) -> None:
+        """Refuse what cannot work, before a checkpoint is restored and before any weight changes."""
+
+    def begin(self, run: Run) -> None:
+        """Everything is restored, and training is about to begin."""
+
+    # `on_gradients`, `before_step` and `after_step` say what is done around steps, see `Work`.
+
+    def end(self, run: Run) -> None:
+        """Put back what was changed; called once, however the run ends."""
+
+    def save(self) -> dict[str, Any]:
+        """What a resumed run has to know, as plain numbers, strings, lists, dictionaries and tensors."""
+        return {}
+
+    # -- a run of a Trainer --------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """A second ``fit`` begins anew, also after an exception."""
+        self.take_place(trainer.callbacks)  # type: ignore[attr-defined]
+        if stage != "fit":
+            return
+        self._end()
+        self._let_go()
+        # Another `fit` of the same Trainer and module, with more epochs, continues the one before.
+        continues = trainer.global_step > 0 and self._kept_of is not None and self._kept_of() is pl_module
+        self._saved = self._kept if continues else {}
+        self._warned, self._logged = set(), {}
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The optimizers exist; nothing is restored."""
+        self.run = TrainerRun(trainer, pl_module, self)
+        with _misconfiguration:
+            self.run.clock.note_rates(self.run.optimizers)
+            self._check_horizon_is_known(pl_module)
+            self._prepare(self.check)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Everything is restored. The length of the data is not asked for earlier: a loader may be restored too."""
+        with _misconfiguration:
+            if not all(isinstance(schedule, Constant) for schedule in self.schedules):
+                self.run.clock.total_steps = horizon = self.arguments.get("total_steps") or total_steps(trainer)
+                self._most_steps = horizon + is_extended(trainer)
+                for schedule in self.schedules:
+                    check_horizon(schedule, horizon)
+            if self.acts_on_steps:
+                self.run.start(self._saved.get("steps"))
+            self._prepare(self.begin)
+            self.run.has_begun = True
+            self._warn_of_changed_arguments()
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        if self.acts_on_steps and self.run is not None:
+            with _misconfiguration:
+                self.run.refresh()
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Gradients are complete, and not yet clipped."""
+        if self.acts_on_steps and self.run is not None and self.run.watches:
+            with _misconfiguration:
+                self.run.announce(optimizer)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """All optimizers have stepped, and LR schedulers have set the rates of the next step."""
+        if self.run is None:  # added to the Trainer in mid-run
+            return
+        if self.acts_on_steps:
+            self.run.settle()
+        self.after_batch(trainer)
+        if next(c for c in reversed(trainer.callbacks) if isinstance(c, Regularizer)) is self:  # type: ignore[attr-defined]
+            loggers.flush(trainer, logged_step(trainer))
+
+    def after_batch(self, trainer: pl.Trainer) -> None:
+        """A batch has ended, and with it the steps made in it."""
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.run is not None:
+            self._warn_of_the_horizon(trainer)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """The state of the run stays, for a checkpoint that is saved after it or another ``fit`` that continues it."""
+        if stage == "fit":
+            self._kept, self._kept_of = self.state_dict(), ref(pl_module)
+            self._end()
+            self._let_go()
+            self._unbind()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Lightning calls no teardown after an exception; other callbacks may still save a checkpoint."""
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            self._end()  # the state may need the other ranks, which need not be here
+        else:
+            self._kept = self.state_dict()
+            self._end()
+            self._let_go()
+            self._unbind()
+
+    def _unbind(self) -> None:
+        """Lightning has bound these two to the module."""
+        self.__dict__.pop("log", None)
+        self.__dict__.pop("log_dict", None)
+
+    def _end(self) -> None:
+        if self.run is not None and not self.run.is_over:
+            self.end(self.run)
+            self.run.stop()
+
+    def _prepare(self, make: Callable[[Run], None]) -> None:
+        """Call ``check`` or ``begin``. What they make belongs to the run."""
+        before = set(vars(self))
+        try:
+            make(self.run)
+        finally:
+            self._of_run |= vars(self).keys() - before
+
+    def _let_go(self) -> None:
+        """Let go of the run, and of all that holds something of it."""
+        self.run = None
+        for name in self._of_run & vars(self).keys():
+            delattr(self, name)
+        self._of_run.clear()
+
+    # -- a run without a Trainer ---------------------------------------------------------------------------------------
+
+    def attach(
+        self, optimizer: Optimizer, module: nn.Module, *, total_steps: int | None = None, position: Any = None
+    ) -> Attachment:
+        """Act on the steps of ``optimizer``, in any training loop.
+
+        Gradients are changed when they are complete, right before weights change: after a clipping of the loop's own.
+        The schedule counts real steps. Call :meth:`load_state_dict` before, to go on where ``state_dict()`` was taken.
+
+        Args:
+            optimizer: The optimizer, as it is or as Fabric or accelerate wraps it.
+            module: The module whose parameters it holds.
+            total_steps: Length of the schedule in steps; by default what the constructor was given.
+            position: A function without arguments that returns the number of the present step, from 0; for loops in
+                which a step that a GradScaler skips counts as well.
+
+        Returns:
+            What has a method ``remove()``.
+
+        Raises:
+            TypeError: ``optimizer`` or ``module`` is something else, or this callback does nothing around steps.
+            ValueError: ``total_steps`` is out of range or missing, ``module`` does not hold what the optimizer steps,
+                or rules do not fit.
+            RuntimeError: The callback is in use already.
+            MisconfigurationException: It cannot work with the optimizer.
+
+        Example:
+            >>> import torch
+            >>> from lightning_regularize import WeightDecay
+            >>> layer = torch.nn.Linear(2, 1)
+            >>> optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1)
+            >>> attachment = WeightDecay(0.05).attach(optimizer, layer)
+            >>> optimizer.step()
+            >>> attachment.remove()
+        """
+        if not self.acts_on_steps:
+            raise TypeError(f"{type(self).__name__} needs a Trainer: it does nothing around optimizer steps.")
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"`optimizer` should be a torch.optim.Optimizer, got {type(optimizer).__name__}.")
+        if not isinstance(module, torch.nn.Module):
+            raise TypeError(f"`module` should be a torch.nn.Module, got {type(module).__name__}.")
+        if self.run is not None and not self.run.is_over:
+            raise RuntimeError(f"{type(self).__name__} is in use already: remove() it first, or make another one.")
+        horizon = check_total_steps(total_steps) or self.arguments.get("total_steps") or math.inf
+        for schedule in self.schedules:
+            if math.isinf(horizon) and getattr(schedule, "needs_total_steps", False):
+                raise ValueError(f"{schedule!r} needs to know how many steps the run has: give `total_steps`.")
+        self._let_go()
+        self.run = run = LoopRun(optimizer, module, Clock(horizon), position)
+        try:
+            with _misconfiguration:
+                _check_holds(module, run)
+                run.clock.note_rates(run.optimizers)
+                self._prepare(self.check)
+                run.start(self, next(iter(self._saved.get("steps", ())), 0))
+                self._prepare(self.begin)
+                run.has_begun = True
+        except BaseException:
+            self._end()
+            self._let_go()
+            raise
+        return Attachment(self._detach)
+
+    def _detach(self) -> None:
+        if self.run is not None and self.run.trainer is None:
+            self._kept = self.state_dict()
+            self._end()
+            self._let_go()
+
+    # -- state ---------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Arguments as texts, the steps of each optimizer, and what :meth:`save` adds; after a run, as at its end."""
+        if self.run is None or not self.run.has_begun:
+            return {**(self._kept if self.run is None else self._saved), "arguments": self.argument_texts()}
+        steps = {"steps": self.run.steps} if self.run.watches else {}
+        return {"arguments": self.argument_texts(), **steps, **self.save()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """What :meth:`state_dict` gave."""
+        self._saved = dict(state_dict)
+
+    def _warn_of_changed_arguments(self) -> None:
+        then, now = self._saved.get("arguments", {}), self.argument_texts()
+        changed = [f"{name}: {then[name]} then, {now[name]} now" for name in then if then[name] != now.get(name)]
+        if changed:
+            self.warn(
+                f"{type(self).__name__} differs from the checkpoint's and wins over it. " + "; ".join(changed) + "."
+            )
+
+    # -- helpers of subclasses -----------------------------------------------------------------------------------------
+
+    def logs(self, step: Step) -> bool:
+        """Are values of this step to be logged now? Once, although a closure may be evaluated again."""
+        if not self.run.logs_now() or self._logged.get(step.watch.index) == step.watch.steps:
+            return False
+        self._logged[step.watch.index] = step.watch.steps
+        return True
+
+    def number_among(self, kind: type[Regularizer]) -> str:
+        """What tells the key of one of several callbacks of a class from those of the others; otherwise nothing."""
+        alike = [c for c in self.run.trainer.callbacks if isinstance(c, kind)]
+        return f" {next(i for i, c in enumerate(alike, start=1) if c is self)}" if len(alike) > 1 else ""
+
+    def _check_horizon_is_known(self, module: pl.LightningModule) -> None:
+        """In manual optimization a batch may step an optimizer twice, or every fourth time.
+
+        Raises:
+            MisconfigurationException: A schedule needs to know when the run ends, and nobody says.
+        """
+        if module.automatic_optimization or self.arguments.get("total_steps"):
+            return
+        for schedule in self.schedules:
+            if getattr(schedule, "needs_total_steps", False):
+                raise MisconfigurationException(
+                    f"{type(self).__name__} follows {schedule!r}, which needs to know how many steps an optimizer "
+                    "makes in the run. In manual optimization Lightning does not know: give `total_steps`."
+                )
+
+    def _warn_of_the_horizon(self, trainer: pl.Trainer) -> None:
+        """At the end of training: has a schedule ended too early, or not at all?"""
+        horizon, steps = self.run.clock.total_steps, self.run.steps
+        needing = [s for s in self.schedules if getattr(s, "needs_total_steps", False)]
+        if not needing or not steps or math.isinf(horizon) or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        most = max(steps)
+        if most > self._most_steps:
+            self.warn(
+                f"{type(self).__name__}: {needing[0]!r} was over after {horizon:,.0f} steps, and the optimizer made "
+                f"{most:,}. Its last value held from there on. Give `total_steps`."
+            )
+        elif 0 < most < horizon and not trainer.should_stop:
+            self.warn(
+                f"{type(self).__name__}: training has ended after {most:,} steps of {horizon:,.0f}, before "
+                f"{needing[0]!r} has reached its end. Give `total_steps`, if this is not on purpose."
+            )
+
+
+def _check_holds(module: nn.Module, run: Run) -> None:
+    """Refuse a module that does not belong to the optimizer: rules could not find what they name.
+
+    Raises:
+        ValueError: It holds none of the parameters.
+    """
+    held = {id(info.parameter) for info in run.infos()}
+    leaves = [leaf for optimizer in run.optimizers for leaf in (optimizer, *stepping_optimizers(optimizer))]
+    if not any(id(p) in held for leaf in leaves for group in leaf.param_groups for p in group["params"]):
+        raise ValueError(
+            f"`module` holds none of the parameters that {type(run.optimizers[0]).__name__} steps, got "
+            f"{type(module).__name__}: give the module whose parameters the optimizer was made with."
+        )
+
+
+class _Misconfiguration:
+    """What the engine cannot work with, a Trainer calls a misconfiguration."""
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, UnsupportedOptimizerError):
+            raise MisconfigurationException(str(error)) from error
+
+
+_misconfiguration = _Misconfiguration()  # entered at each step

@@ -1,0 +1,107 @@
+"""Which parameters is a callback for, and can it act on them?"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch.nn.parameter import is_lazy
+
+from lightning_regularize._steps.watch import stepping_optimizers
+from lightning_regularize._trainer.strategies import held_parameters
+from lightning_regularize.callbacks._arguments import Described
+from lightning_regularize.groups import rule_name
+from lightning_regularize.selection import check_rules, matches, matching
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from lightning_regularize._steps.run import Run
+    from lightning_regularize.selection import ParameterInfo
+
+
+class Selective(Described):
+    """A callback with rules for what it is for.
+
+    Args:
+        arguments: The ``locals()`` of the subclass' constructor.
+    """
+
+    include: tuple[Any, ...]
+    """Rules for what the callback is for, one of which has to match."""
+
+    exclude: tuple[Any, ...]
+    """Rules for what it leaves alone, none of which may match."""
+
+    run: Any
+    """The run that the callback takes part in, or None."""
+
+    def __init__(self, arguments: Mapping[str, Any]) -> None:
+        super().__init__(arguments)
+        if {"include", "exclude"} <= self.arguments.keys():
+            self.include = check_rules(self.arguments["include"], argument="include")
+            self.exclude = check_rules(self.arguments["exclude"], argument="exclude")
+        self._warned: set[str] = set()
+
+    def warn(self, message: str) -> None:
+        """Warn once a run."""
+        if message not in self._warned:
+            self._warned.add(message)
+            self.run.warn(message)
+
+    def selects(self, info: ParameterInfo) -> bool:
+        """Do ``include`` and ``exclude`` select a parameter?"""
+        is_excluded = any(matches(rule, info) for rule in self.exclude)
+        return not is_excluded and any(matches(rule, info) for rule in self.include)
+
+    def select(self, run: Run, what: str, *, initialized: bool = True) -> list[ParameterInfo]:
+        """The parameters that ``include`` and ``exclude`` select, at least one.
+
+        Args:
+            run: The run.
+            what: What there is none of: "nothing to pull".
+            initialized: Whether lazy parameters, whose shape is not known yet, are refused.
+
+        Raises:
+            MisconfigurationException: There is none, or a lazy one.
+            ValueError: A rule matches nothing.
+        """
+        name = type(self).__name__
+        try:
+            infos = matching(run.infos(), include=self.include, exclude=self.exclude)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        if not infos:
+            raise MisconfigurationException(
+                f"{name} has {what}: no parameter matches include={tuple(map(rule_name, self.include))} and not "
+                f"exclude={tuple(map(rule_name, self.exclude))}."
+            )
+        lazy = [info.name for info in infos if is_lazy(info.parameter)]
+        if lazy and initialized:
+            raise MisconfigurationException(
+                f"{name} needs weights before the first batch, and {lazy} have no shape yet: run a batch "
+                "through the model before `trainer.fit`, or leave them out by `exclude`."
+            )
+        return infos
+
+    def warn_if_no_effect(self, run: Run, infos: Sequence[ParameterInfo]) -> None:
+        """Warn if no optimizer trains any of ``infos``, as far as can be seen before training."""
+        leaves = [leaf for optimizer in run.optimizers for leaf in stepping_optimizers(optimizer)]
+        held = {id(p) for o in [*run.optimizers, *leaves] for group in held_parameters(o) for p in group}
+        if any(info.parameter.requires_grad and id(info.parameter) in held for info in infos):
+            return
+        frozen = all(not info.parameter.requires_grad for info in infos)
+        why = "all parameters that it is for are frozen" if frozen else "no optimizer trains a parameter that it is for"
+        self.warn(f"{type(self).__name__} has no effect as long as {why}: {[info.name for info in infos[:5]]}.")
+
+    def check_real(self, infos: Sequence[ParameterInfo], owner: str = "") -> None:
+        """Refuse complex weights, which have neither a sign nor an order.
+
+        Raises:
+            MisconfigurationException: There is one.
+        """
+        if found := [info.name for info in infos if info.parameter.is_complex()]:
+            raise MisconfigurationException(
+                f"{owner or type(self).__name__} is made for real weights, and {found} are complex: leave them out by "
+                "`exclude`, or let the parameter be real and take `torch.view_as_complex` of it."
+            )
