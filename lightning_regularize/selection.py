@@ -123,6 +123,27 @@ def parameter_infos(module: nn.Module) -> list[ParameterInfo]:
     return [_info(tied, shapes.get(key), declared=key in declared) for key, tied in uses.items()]
 
 
+FOREIGN = "<not in the module>"
+"""The name of a parameter that an optimizer holds and the module does not."""
+
+
+def foreign_info(parameter: nn.Parameter) -> ParameterInfo:
+    """What is known about a parameter that the module does not hold: its shape.
+
+    Args:
+        parameter: Any tensor.
+
+    Returns:
+        Its information; a vector or a weight, by the number of dims.
+
+    Example:
+        >>> foreign_info(nn.Parameter(torch.ones(2, 2))).kind
+        'weight'
+    """
+    kind: Kind = "vector" if parameter.dim() <= 1 else "weight"
+    return ParameterInfo(FOREIGN, parameter, nn.Module(), kind, parameter.shape)
+
+
 def select(module: nn.Module, *, include: Sequence[Rule] = ("*",), exclude: Sequence[Rule] = ()) -> list[ParameterInfo]:
     """The trainable parameters of ``module`` that match a rule of ``include`` and none of ``exclude``.
 

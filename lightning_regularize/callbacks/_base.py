@@ -261,7 +261,16 @@ class Regularizer(Selective, Work):
         return {"arguments": self.argument_texts(), **steps, **self.save()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """What :meth:`state_dict` gave."""
+        """What :meth:`state_dict` gave.
+
+        Raises:
+            ValueError: The state is damaged.
+        """
+        steps = state_dict.get("steps", [])
+        if not isinstance(steps, list) or not all(type(step) is int and step >= 0 for step in steps):
+            raise ValueError(
+                f"{type(self).__name__}: `steps` in the checkpoint should be a list of integers, got {steps!r}."
+            )
         self._saved = dict(state_dict)
 
     def _warn_of_changed_arguments(self) -> None:

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary, WeakSet
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch import nn
 
-from lightning_regularize._steps.group_decay import GroupDecay
+from lightning_regularize._steps.group_decay import GroupDecay, check_given
 from lightning_regularize._steps.hooks import Step, hooks_of
 from lightning_regularize._steps.parts import Parts, refusal
 from lightning_regularize._steps.targets import Targets
@@ -23,7 +22,7 @@ from lightning_regularize.decay import HALF
 from lightning_regularize.decay_methods import METHODS, DecayMethod, Decoupled, Independent, Stable, Target, will_move
 from lightning_regularize.groups import Grouping, check_something_decays
 from lightning_regularize.schedules import Constant, Schedule, as_schedule, check_total_steps
-from lightning_regularize.selection import DEFAULT_EXCLUDE, ParameterInfo, Rule
+from lightning_regularize.selection import DEFAULT_EXCLUDE, FOREIGN, ParameterInfo, Rule, foreign_info
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -166,7 +165,9 @@ class WeightDecay(Regularizer):
         if self.decay_method.needs_real_weights:
             decaying = [info for info in infos if self.grouping.decide(info)[0]]
             self.check_real(decaying, f"WeightDecay(method={self.method!r})")
-        self._targets: Targets[_Decision] = Targets(run.infos, self._learn, self._learn_foreign)
+        self._targets: Targets[_Decision] = Targets(
+            run.infos, self._learn, lambda parameter: self._learn(foreign_info(parameter))
+        )
         self._parts: WeakKeyDictionary[Optimizer, Parts] = WeakKeyDictionary()
         self._groups: WeakKeyDictionary[Any, GroupDecay] = WeakKeyDictionary()
         self._decaying: dict[Any, list[Target]] = {}  # between the beginning and the end of a step
@@ -196,7 +197,7 @@ class WeightDecay(Regularizer):
         has_decay = any("weight_decay" in group for group in leaf.param_groups)
         reason = ""
         if self.decay_method.uses_optimizer and has_decay:
-            is_foreign = leaf is not optimizer and all(decision.info.name == _FOREIGN for decision in decisions)
+            is_foreign = leaf is not optimizer and all(decision.info.name == FOREIGN for decision in decisions)
             reason = refusal(leaf, optimizer, is_foreign=is_foreign)
         # What is excluded as a whole needs no weight decay, and where none is asked for there may be none.
         needs_none = self.decay_method.uses_optimizer and not has_decay and self.schedule in (None, Constant(0.0))
@@ -229,11 +230,6 @@ class WeightDecay(Regularizer):
 
     def _learn(self, info: ParameterInfo) -> _Decision:
         return _Decision(info, *self.grouping.decide(info))
-
-    def _learn_foreign(self, parameter: nn.Parameter) -> _Decision:
-        """Of a parameter from outside the module, only the shape is known."""
-        kind: Any = "vector" if parameter.dim() <= 1 else "weight"
-        return self._learn(ParameterInfo(_FOREIGN, parameter, nn.Module(), kind, parameter.shape))
 
     def begin(self, run: Run) -> None:
         given = self._saved.get("given", [])
@@ -276,17 +272,16 @@ class WeightDecay(Regularizer):
             raise MisconfigurationException(
                 f"Two WeightDecay act on one {type(leaf).__name__}: use one, with `factors`."
             )
-        hooks.parts = self._parts[leaf] = Parts(self._factor_of)
+        find = self._targets.find
+        hooks.parts = self._parts[leaf] = Parts(
+            lambda parameter: decision.factor if (decision := find(parameter)) else 0.0
+        )
         if saved:
             hooks.parts.load_state_dict(saved)
 
     def _is_twin_of(self, leaf: Any) -> bool:
         """Does DeepSpeed step a twin of this optimizer?"""
         return self._twin is not None and self._twin.optimizer is leaf
-
-    def _factor_of(self, parameter: nn.Parameter) -> float:
-        decision = self._targets.find(parameter)
-        return 0.0 if decision is None else decision.factor
 
     # -- training ------------------------------------------------------------------------------------------------------
 
@@ -388,6 +383,10 @@ class WeightDecay(Regularizer):
                 for d in decisions:
                     yield d.info, watch, i, float(value) * d.factor, groups.ratio(group) * d.factor, d.rule
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        check_given(state_dict.get("given", []))
+        super().load_state_dict(state_dict)
+
     # -- after training ------------------------------------------------------------------------------------------------
 
     def end(self, run: Run) -> None:
@@ -406,6 +405,3 @@ class WeightDecay(Regularizer):
         leaves = [leaf for watch in self.run.watches for leaf in watch.leaves]
         parts = [self._parts[leaf].state_dict() if leaf in self._parts else [] for leaf in leaves]
         return {"given": given, **({"parts": parts} if any(parts) else {})}
-
-
-_FOREIGN = "<not in the module>"

@@ -286,3 +286,29 @@ def test_groups_of_the_users_that_do_not_fit_are_torchs_own_error(make_module, m
     fit(Regression(), *callbacks, SaveAfter(tmp_path, 5))
     with pytest.raises(ValueError, match=message):
         fit(make_module(), *callbacks, ckpt_path=tmp_path / "5.ckpt")
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"steps": [-1]},
+        {"steps": [1.5]},
+        {"steps": 3},
+        {"given": [[float("nan")]]},
+        {"given": [[-0.1]]},
+        {"given": [["0.1"]]},
+        {"given": 0.1},
+    ],
+    ids=str,
+)
+def test_a_damaged_state_is_refused_before_training(state, tmp_path):
+    train(Regression(), WeightDecay(0.1), SaveAfter(tmp_path, 3), max_epochs=1)
+    checkpoint = torch.load(tmp_path / "3.ckpt", weights_only=False)
+    checkpoint["callbacks"]["WeightDecay"].update(state)
+    torch.save(checkpoint, tmp_path / "damaged.ckpt")
+    before = weights(module := Regression())
+    (key,) = state
+    with pytest.raises(ValueError, match=rf"WeightDecay: `{key}` in the checkpoint should"):
+        train(module, WeightDecay(0.1), ckpt_path=tmp_path / "damaged.ckpt")
+    loaded = torch.load(tmp_path / "3.ckpt", weights_only=False)["state_dict"]
+    assert all(torch.equal(w, before[n]) or torch.equal(w, loaded[n]) for n, w in weights(module).items())
