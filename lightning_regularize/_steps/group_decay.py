@@ -210,7 +210,7 @@ class GroupDecay:
         """Write again, and warn once, where somebody else has written; a new dictionary is no such case."""
         for i, group in enumerate(leaf.param_groups, start=1):
             known = self._written.get(id(group))
-            if known is not None and known[1] == _stamp(group["weight_decay"]):
+            if known is not None and (known[1] is group["weight_decay"] or known[1] == _stamp(group["weight_decay"])):
                 continue
             if leaf in self._leaves:
                 self._leaves[leaf].written = None

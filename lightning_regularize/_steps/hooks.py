@@ -119,6 +119,7 @@ class StepHooks:
                 f"{type(optimizer).__name__} does not call `Optimizer.__init__` and holds no optimizer that does, so "
                 "that its steps cannot be seen: let its constructor call `super().__init__`."
             )
+        self._held = held_by(optimizer)
         pre = optimizer.register_step_pre_hook(torch.compiler.disable(self._enter))  # type: ignore[no-untyped-call]
         post = optimizer.register_step_post_hook(torch.compiler.disable(self._leave))  # type: ignore[no-untyped-call]
         # Hooks of others see the user's groups: ours is the last before the step and the first after it. Both are
@@ -182,9 +183,8 @@ class StepHooks:
             self._has_begun = True
             self._is_loading = _is_loading_step(optimizer)
             self._is_skipped = is_skipped(optimizer)
-            held = held_by(optimizer)
-            held.look(optimizer.param_groups)
-            held.freeze()
+            self._held.look(optimizer.param_groups)
+            self._held.freeze()
         if self._is_loading or self._is_skipped:
             return
         watches = list(self._watches)
@@ -219,9 +219,10 @@ class StepHooks:
             self.parts.hide(optimizer)
 
     def _clean_up(self, optimizer: Optimizer) -> None:
-        self._hide_parts(optimizer)
-        held_by(optimizer).thaw()
-        self._reset()
+        if self.is_stepping or self._depth:
+            self._hide_parts(optimizer)
+            self._held.thaw()
+            self._reset()
 
 
 def _step_frame() -> FrameType | None:

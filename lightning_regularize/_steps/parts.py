@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass, field
+from operator import is_
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -61,6 +62,9 @@ class _Division:
     parts: list[dict[str, Any]]
     in_group: dict[str, _Seen] = field(default_factory=dict)  # the group's values when they were last copied
     in_part: dict[str, _Seen] = field(default_factory=dict)  # the first part's values when they were last shown
+    # The same as lists of keys and values, if all are plain: to see at once that nothing has changed.
+    plain_group: tuple[list[str], list[Any]] | None = None
+    plain_part: tuple[list[str], list[Any]] | None = None
 
 
 class Parts:
@@ -191,7 +195,22 @@ def _part(group: dict[str, Any], places: list[int]) -> dict[str, Any]:
     return part
 
 
+def _is_as(target: dict[str, Any], known: tuple[list[str], list[Any]] | None) -> bool:
+    """Are the values of a group or a part, without ours, the very ones that are known?"""
+    if known is None or list(target) != known[0]:
+        return False
+    return all(map(is_, [value for key, value in target.items() if key not in _OURS], known[1]))
+
+
+def _as_plain(target: dict[str, Any], seen: dict[str, _Seen]) -> tuple[list[str], list[Any]] | None:
+    values = {key: value for key, value in target.items() if key not in _OURS}
+    is_plain = all(key in seen and seen[key].plain is value for key, value in values.items())
+    return (list(target), list(values.values())) if is_plain else None
+
+
 def _copy_to_parts(group: dict[str, Any], division: _Division) -> None:
+    if _is_as(group, division.plain_group):
+        return
     for key, value in group.items():
         seen = division.in_group.get(key)
         if key in _OURS or (seen is not None and (seen.plain is value or seen.is_still(value))):
@@ -204,9 +223,12 @@ def _copy_to_parts(group: dict[str, Any], division: _Division) -> None:
             del division.in_group[key]
             for part in division.parts:
                 part.pop(key, None)
+    division.plain_group = _as_plain(group, division.in_group)
 
 
 def _copy_from_parts(group: dict[str, Any], division: _Division) -> None:
+    if _is_as(division.parts[0], division.plain_part):
+        return
     for key, value in division.parts[0].items():
         seen = division.in_part.get(key)
         if key in _OURS or (seen is not None and (seen.plain is value or seen.is_still(value))):
@@ -214,6 +236,7 @@ def _copy_from_parts(group: dict[str, Any], division: _Division) -> None:
         if key not in group or value is not group[key]:
             _set_value(group, key, value, own=len(division.parts) > 1)
         division.in_group[key] = _Seen(group[key])
+        division.plain_group = None
 
 
 def _set_value(target: dict[str, Any], key: str, value: Any, *, own: bool = False) -> None:
@@ -233,11 +256,14 @@ def _is_alike(a: Tensor, b: Tensor) -> bool:
 
 def _note(division: _Division) -> None:
     """Remember the values of the first part, to tell what the optimizer changes."""
+    if _is_as(division.parts[0], division.plain_part):
+        return
     noted = division.in_part
     for key, value in division.parts[0].items():
         seen = noted.get(key)
         if key not in _OURS and (seen is None or not (seen.plain is value or seen.is_still(value))):
             noted[key] = _Seen(value)
+    division.plain_part = _as_plain(division.parts[0], noted)
 
 
 def _differing(division: _Division) -> list[dict[str, Any]]:
