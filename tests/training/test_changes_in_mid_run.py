@@ -15,7 +15,6 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelPruning
-from lightning.pytorch.loggers.logger import Logger
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.optim import LBFGS, SGD, Adam, RMSprop
@@ -34,6 +33,7 @@ from lightning_regularize import (
 )
 from lightning_regularize.projections import Box, FrobeniusBall, MaxNorm
 from lightning_regularize.schedules import Cosine, FollowLR, Linear, Position, Steps, Warmup
+from tests.training.matrix import Kept
 from tests.training.support import (
     QUIET,
     Batches,
@@ -300,23 +300,6 @@ class ByHand:
 
 
 # -- the same with Lightning -----------------------------------------------------------------------------------------
-
-
-class Kept(Logger):
-    """All that was logged: key -> step -> value."""
-
-    name, version = "kept", 0
-
-    def __init__(self):
-        super().__init__()
-        self.values = {}
-
-    def log_hyperparams(self, params):
-        """Nothing to keep."""
-
-    def log_metrics(self, metrics, step):
-        for key, value in metrics.items():
-            self.values.setdefault(key, {})[step] = float(value)
 
 
 class Model(Regression):
