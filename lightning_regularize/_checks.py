@@ -1,4 +1,4 @@
-"""Is an argument a number, and in range?"""
+"""Is an argument a number, and in range? Is a value of a class that is known by name?"""
 
 from __future__ import annotations
 
@@ -45,3 +45,13 @@ def check_layer_decay(layer_decay: object) -> None:
     """
     if not 0 < check_number(layer_decay, "`layer_decay`") <= 1:
         raise ValueError(f"`layer_decay` should be in (0, 1], got {layer_decay!r}.")
+
+
+def is_named(thing: object, *names: str) -> bool:
+    """Does the class of ``thing``, or one of its bases, have one of these names?
+
+    Example:
+        >>> is_named(True, "int"), is_named(True, "float")
+        (True, False)
+    """
+    return any(cls.__name__ in names for cls in type(thing).__mro__)

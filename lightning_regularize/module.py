@@ -12,8 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from lightning_regularize._checks import check_layer_decay, check_number
-from lightning_regularize._trainer.names import is_named
+from lightning_regularize._checks import check_layer_decay, check_number, is_named
 from lightning_regularize._trainer.strategies import deepspeed_keeper, model_root
 from lightning_regularize.callbacks.weight_decay import WeightDecay
 from lightning_regularize.groups import (

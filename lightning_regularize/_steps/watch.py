@@ -14,6 +14,7 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from lightning_regularize._checks import is_named
 from lightning_regularize._steps.hooks import ATTRIBUTE, Step, UnsupportedOptimizerError, Work, hooks_of
 
 if TYPE_CHECKING:
@@ -169,7 +170,7 @@ def _leaves(optimizer: Any, seen: set[int]) -> Iterator[Optimizer]:
     seen.add(id(optimizer))
     leaves = [leaf for inner in _inner_optimizers(optimizer) for leaf in _leaves(inner, seen)]
     yield from leaves
-    if not isinstance(optimizer, Optimizer) or (leaves and _is_named(optimizer, "ZeroRedundancyOptimizer")):
+    if not isinstance(optimizer, Optimizer) or (leaves and is_named(optimizer, "ZeroRedundancyOptimizer")):
         return
     held = {id(p) for leaf in leaves for group in leaf.param_groups for p in group["params"]}
     if not leaves or any(id(p) not in held for group in optimizer.param_groups for p in group["params"]):
@@ -182,10 +183,6 @@ def _inner_optimizers(optimizer: Any) -> Iterator[Any]:
             continue
         values = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
         yield from (inner for inner in values if isinstance(inner, Optimizer))
-
-
-def _is_named(optimizer: Any, name: str) -> bool:
-    return any(cls.__name__ == name for cls in type(optimizer).__mro__)
 
 
 # What follows optimizers from step to step

@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from lightning_regularize._trainer.names import is_named
+from lightning_regularize._checks import is_named
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

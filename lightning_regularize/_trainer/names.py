@@ -1,4 +1,4 @@
-"""Is something an instance of a class of Lightning? That is asked by name, for there are two packages of them."""
+"""The classes of Lightning, of which there are two packages."""
 
 from __future__ import annotations
 
@@ -18,16 +18,6 @@ if _TWIN in _imported or (not _imported and importlib.util.find_spec(_TWIN) is n
 _modules = [importlib.import_module(name) for name in _packages]
 if _imported and _rank_zero is not None:
     _rank_zero.log = _log  # type: ignore[attr-defined]
-
-
-def is_named(thing: object, *names: str) -> bool:
-    """Does the class of ``thing``, or one of its bases, have one of these names?
-
-    Example:
-        >>> is_named(True, "int"), is_named(True, "float")
-        (True, False)
-    """
-    return any(cls.__name__ in names for cls in type(thing).__mro__)
 
 
 def both(name: str) -> tuple[type[Any], ...]:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 
+from lightning_regularize._checks import is_named
 from lightning_regularize._sharding import Sharding, has_flat_parameters
-from lightning_regularize._trainer.names import is_named
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl

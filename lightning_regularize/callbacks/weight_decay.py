@@ -8,13 +8,13 @@ from weakref import WeakKeyDictionary, WeakSet
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from lightning_regularize._checks import is_named
 from lightning_regularize._steps.group_decay import GroupDecay, check_given
 from lightning_regularize._steps.hooks import Step, hooks_of
 from lightning_regularize._steps.parts import Parts, refusal
 from lightning_regularize._steps.targets import Targets
 from lightning_regularize._steps.watch import Watch, stepping_optimizers
 from lightning_regularize._trainer.deepspeed import ZeroTwin
-from lightning_regularize._trainer.names import is_named
 from lightning_regularize._trainer.run import group_labels
 from lightning_regularize._trainer.strategies import check_gradients_are_the_modules, check_weights_are_the_optimizers
 from lightning_regularize.callbacks._base import Regularizer
