@@ -131,7 +131,12 @@ class StepHooks:
             self._shadow = optimizer.step = _shadow_of(optimizer.step, optimizer, self)  # type: ignore[method-assign]
 
     def run(self, optimizer: Optimizer, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Call ``step``, the optimizer's own, and clean up however it ends."""
+        """Call ``step``, the optimizer's own, and clean up however it ends.
+
+        Raises:
+            UnsupportedOptimizerError: The optimizer looks something up by the number of a part, as if it were a group.
+            LookupError: The optimizer's own.
+        """
         if not self._handles or self._in_shadow:
             return step(*args, **kwargs)
         pre, _ = self._handles
@@ -141,6 +146,13 @@ class StepHooks:
         self._in_shadow = self.is_stepping = True
         try:
             return step(*args, **kwargs)
+        except LookupError as error:
+            if self.parts is None or self.parts.users is None:
+                raise
+            raise self._watches[0].work.error(
+                f"{type(optimizer).__name__} failed while its groups were shown in parts: {error}. If it keeps a list "
+                "with one entry for each group, use WeightDecay(..., method='decoupled'), which needs no parts."
+            ) from error
         finally:
             self._in_shadow = False
             self._clean_up(optimizer)
@@ -198,12 +210,12 @@ class StepHooks:
         if self._depth > 0:
             return
         self._hide_parts(optimizer)
-        is_real, counts = not self._is_skipped, not self._is_loading
         try:
-            for watch in list(self._watches) if counts else ():
-                watch.has_ended(optimizer, is_real=is_real)
+            for watch in () if self._is_loading else list(self._watches):
+                watch.has_ended(optimizer, is_real=not self._is_skipped)
         finally:
-            self._clean_up(optimizer)
+            if not self._in_shadow:  # which cleans up itself
+                self._clean_up(optimizer)
         if self.parts is not None and self.parts.were_ignored():
             raise self._watches[0].work.error(
                 f"{type(optimizer).__name__} reads its parameter groups before it calls its closure, so that excluded "

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass, field
-from operator import is_
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +18,7 @@ from lightning_regularize._steps.hooks import ATTRIBUTE
 from lightning_regularize._steps.targets import held_by
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from torch import nn
     from torch.optim import Optimizer
@@ -31,27 +30,39 @@ _PER_GROUP = ("base_lrs",)
 _OURS = ("params", "param_names", "weight_decay")
 
 
-_NOT_PLAIN = object()
+class _Noted:
+    """The values of a group, or of a part, as they were: to find what somebody has written since."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, Any] = {}
+        self._contents: dict[str, Any] = {}  # of values that can be written into
+
+    def changed(self, target: dict[str, Any]) -> list[str]:
+        """Keys of values that are another object than they were, or were written into. An equal object may be new."""
+        noted, contents = self._values, self._contents
+        keys = [key for key, value in target.items() if noted.get(key, noted) is not value and key not in _OURS]
+        if contents:
+            keys += [k for k in contents if k in target and k not in keys and contents[k] != _contents(target[k])]
+        return keys
+
+    def note(self, key: str, value: Any) -> None:
+        self._values[key] = value
+        if isinstance(value, Tensor) or type(value) in (list, dict):
+            self._contents[key] = _contents(value)
+        else:
+            self._contents.pop(key, None)
+
+    def forget_missing(self, target: dict[str, Any]) -> Iterable[str]:
+        """Keys that ``target`` no longer has."""
+        missing = self._values.keys() - target.keys()
+        for key in missing:
+            del self._values[key]
+            self._contents.pop(key, None)
+        return missing
 
 
-class _Seen:
-    """A value as it was: to tell whether somebody has written another one, or into a tensor, a list or a dictionary."""
-
-    __slots__ = ("copy", "plain", "value", "version")
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-        self.plain = _NOT_PLAIN if isinstance(value, Tensor) or type(value) in (list, dict) else value
-        self.version = value._version if isinstance(value, Tensor) else None
-        self.copy = value.copy() if type(value) in (list, dict) else None
-
-    def is_still(self, value: Any) -> bool:
-        """Is ``value`` this one, unchanged? An equal one that was written anew need not be."""
-        if value is not self.value:
-            return False
-        if self.version is not None:
-            return bool(value._version == self.version)
-        return self.copy is None or bool(value == self.copy)
+def _contents(value: Any) -> Any:
+    return value._version if isinstance(value, Tensor) else value.copy()
 
 
 @dataclass
@@ -60,11 +71,8 @@ class _Division:
 
     factors: list[float]
     parts: list[dict[str, Any]]
-    in_group: dict[str, _Seen] = field(default_factory=dict)  # the group's values when they were last copied
-    in_part: dict[str, _Seen] = field(default_factory=dict)  # the first part's values when they were last shown
-    # The same as lists of keys and values, if all are plain: to see at once that nothing has changed.
-    plain_group: tuple[list[str], list[Any]] | None = None
-    plain_part: tuple[list[str], list[Any]] | None = None
+    in_group: _Noted = field(default_factory=_Noted)  # the group's values when they were last copied
+    in_part: _Noted = field(default_factory=_Noted)  # the first part's values when they were last shown
 
 
 class Parts:
@@ -104,7 +112,8 @@ class Parts:
             return
         groups, parts = optimizer.param_groups, self.update(optimizer)
         for division in self._divisions:
-            _note(division)
+            for key in division.in_part.changed(division.parts[0]):
+                division.in_part.note(key, division.parts[0][key])
         per_group = {name: vars(optimizer)[name] for name in _PER_GROUP if _has_one_each(optimizer, name)}
         for name, values in per_group.items():
             divided = zip(values, self._divisions, strict=True)
@@ -195,48 +204,22 @@ def _part(group: dict[str, Any], places: list[int]) -> dict[str, Any]:
     return part
 
 
-def _is_as(target: dict[str, Any], known: tuple[list[str], list[Any]] | None) -> bool:
-    """Are the values of a group or a part, without ours, the very ones that are known?"""
-    if known is None or list(target) != known[0]:
-        return False
-    return all(map(is_, [value for key, value in target.items() if key not in _OURS], known[1]))
-
-
-def _as_plain(target: dict[str, Any], seen: dict[str, _Seen]) -> tuple[list[str], list[Any]] | None:
-    values = {key: value for key, value in target.items() if key not in _OURS}
-    is_plain = all(key in seen and seen[key].plain is value for key, value in values.items())
-    return (list(target), list(values.values())) if is_plain else None
-
-
 def _copy_to_parts(group: dict[str, Any], division: _Division) -> None:
-    if _is_as(group, division.plain_group):
-        return
-    for key, value in group.items():
-        seen = division.in_group.get(key)
-        if key in _OURS or (seen is not None and (seen.plain is value or seen.is_still(value))):
-            continue
+    for key in division.in_group.changed(group):
         for part in division.parts:
-            _set_value(part, key, value, own=len(division.parts) > 1)
-        division.in_group[key] = _Seen(value)
-    if len(division.in_group) + len([key for key in _OURS if key in group]) > len(group):
-        for key in [key for key in division.in_group if key not in group]:
-            del division.in_group[key]
-            for part in division.parts:
-                part.pop(key, None)
-    division.plain_group = _as_plain(group, division.in_group)
+            _set_value(part, key, group[key], own=len(division.parts) > 1)
+        division.in_group.note(key, group[key])
+    for key in division.in_group.forget_missing(group):
+        for part in division.parts:
+            part.pop(key, None)
 
 
 def _copy_from_parts(group: dict[str, Any], division: _Division) -> None:
-    if _is_as(division.parts[0], division.plain_part):
-        return
-    for key, value in division.parts[0].items():
-        seen = division.in_part.get(key)
-        if key in _OURS or (seen is not None and (seen.plain is value or seen.is_still(value))):
-            continue
-        if key not in group or value is not group[key]:
-            _set_value(group, key, value, own=len(division.parts) > 1)
-        division.in_group[key] = _Seen(group[key])
-        division.plain_group = None
+    first = division.parts[0]
+    for key in division.in_part.changed(first):
+        if key not in group or first[key] is not group[key]:
+            _set_value(group, key, first[key], own=len(division.parts) > 1)
+        division.in_group.note(key, group[key])
 
 
 def _set_value(target: dict[str, Any], key: str, value: Any, *, own: bool = False) -> None:
@@ -252,18 +235,6 @@ def _set_value(target: dict[str, Any], key: str, value: Any, *, own: bool = Fals
 
 def _is_alike(a: Tensor, b: Tensor) -> bool:
     return (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
-
-
-def _note(division: _Division) -> None:
-    """Remember the values of the first part, to tell what the optimizer changes."""
-    if _is_as(division.parts[0], division.plain_part):
-        return
-    noted = division.in_part
-    for key, value in division.parts[0].items():
-        seen = noted.get(key)
-        if key not in _OURS and (seen is None or not (seen.plain is value or seen.is_still(value))):
-            noted[key] = _Seen(value)
-    division.plain_part = _as_plain(division.parts[0], noted)
 
 
 def _differing(division: _Division) -> list[dict[str, Any]]:
@@ -283,7 +254,7 @@ def _inherit(division: _Division, before: _Division, group: dict[str, Any]) -> N
     if all(factor in known for factor in division.factors) and len(division.parts) == len(before.parts):
         for factor, part in zip(division.factors, division.parts, strict=True):
             part.update({key: value for key, value in known[factor].items() if key not in _OURS and key in group})
-        division.in_group = dict(before.in_group)
+        division.in_group = before.in_group
 
 
 def _has_one_each(optimizer: Optimizer, name: str) -> bool:

@@ -49,15 +49,12 @@ class Watch:
     ) -> None:
         self.optimizer, self.work, self.index, self.order = optimizer, work, index, order
         self._use_hooks, self._position = use_hooks, position
-        self._steps: dict[Optimizer, int] = {}  # by the optimizer that steps
+        self.leaves: list[Optimizer] = []
+        """The optimizers that step."""
+        self._steps: dict[Optimizer, int] = {}  # of each
         self._announced: set[Optimizer] = set()
         self._is_pending, self._start = False, steps
         self.refresh()
-
-    @property
-    def leaves(self) -> list[Optimizer]:
-        """The optimizers that step."""
-        return list(self._steps)
 
     @property
     def steps(self) -> int:
@@ -76,30 +73,30 @@ class Watch:
             self.refresh()
 
     def refresh(self) -> None:
-        """Follow the optimizer to the inner ones that it has now."""
-        if len(self._steps) == 1 and self.optimizer in self._steps:  # it steps by itself
+        """Look for inner optimizers. One that is new goes on with the count of those before."""
+        if self.leaves == [self.optimizer]:  # it steps by itself
             return
         leaves = stepping_optimizers(self.optimizer)
-        if len(leaves) == len(self._steps) and all(leaf in self._steps for leaf in leaves):
+        if leaves == self.leaves:
             return
         steps = self.steps
-        for leaf in self.leaves:
-            if leaf not in leaves:
-                del self._steps[leaf]
-                self._announced.discard(leaf)
-                if self._use_hooks:
-                    hooks_of(leaf).discard(leaf, self)
+        for leaf in self._steps.keys() - set(leaves):
+            self._announced.discard(leaf)
+            if self._use_hooks:
+                hooks_of(leaf).discard(leaf, self)
         for leaf in leaves:
-            if leaf not in self._steps:
-                self._steps[leaf] = steps
-                if self._use_hooks:
-                    hooks_of(leaf).add(leaf, self)
+            if leaf not in self._steps and self._use_hooks:
+                hooks_of(leaf).add(leaf, self)
+        self.leaves, self._steps = leaves, {leaf: self._steps.get(leaf, steps) for leaf in leaves}
 
     def announce(self, scale: Tensor | None = None) -> None:
         """Gradients are complete earlier than the optimizer's own hooks can tell: before the loop clips them."""
         if self._is_pending and not any(hooks_of(leaf).is_stepping for leaf in self._steps if self._use_hooks):
             self.settle()
-        self._is_pending, self._start = True, self.steps if not self._is_pending else self._start
+        if not self._is_pending:
+            self._is_pending, self._start = True, self.steps
+        if self.optimizer not in self._steps:
+            self.refresh()
         for leaf in self.leaves:
             self._announced.add(leaf)
             self.work.on_gradients(self._step(leaf, scale))

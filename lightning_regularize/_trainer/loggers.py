@@ -55,11 +55,14 @@ def gather(
     row.histograms.update(histograms or {})
 
 
+def is_waiting(trainer: pl.Trainer) -> bool:
+    """Is there something to log?"""
+    return bool(_ROWS) and trainer in _ROWS
+
+
 def flush(trainer: pl.Trainer, step: int) -> None:
     """Log what was gathered, in one row of every logger, after one transfer from the device."""
-    row = _ROWS.pop(trainer, None)
-    if row is None:
-        return
+    row = _ROWS.pop(trainer)
     numbers = _numbers(row.scalars)
     trainer.callback_metrics.update({key: torch.tensor(value) for key, value in numbers.items()})
     if trainer.is_global_zero and (numbers or row.details or row.histograms):

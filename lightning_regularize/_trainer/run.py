@@ -21,7 +21,7 @@ from lightning_regularize._steps.clock import Clock
 from lightning_regularize._steps.run import Run
 from lightning_regularize._steps.watch import Watch, add_follower, remove_follower
 from lightning_regularize._trainer import loggers
-from lightning_regularize._trainer.strategies import deepspeed_keeper, has_optimizer, is_accumulating, model_root
+from lightning_regularize._trainer.strategies import deepspeed_keeper, has_optimizer, model_root
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -45,6 +45,8 @@ class TrainerRun(Run):
         super().__init__(module, Clock())
         self.trainer, self.lightning_module, self._work = trainer, module, work
         self._steps: list[int] = []
+        self._deepspeed = getattr(trainer.strategy, "deepspeed_engine", None)
+        self._scaler: Any = getattr(trainer.precision_plugin, "scaler", None)
 
     def _now(self) -> list[Any]:
         return list(self.trainer.optimizers) if has_optimizer(self.trainer) else []  # or a mock
@@ -93,8 +95,6 @@ class TrainerRun(Run):
         """Watch the optimizers that the Trainer has now; one that replaces another goes on with its count."""
         self.clock.epoch = self.trainer.current_epoch
         optimizers = self.optimizers
-        if len(optimizers) == len(self.watches) and all(map(_is_followed, self.watches, optimizers)):
-            return
         known = {watch.index: watch for watch in self.watches}
         for i, optimizer in enumerate(optimizers):
             if i in known and known[i].optimizer is optimizer:
@@ -118,23 +118,23 @@ class TrainerRun(Run):
         Raises:
             MisconfigurationException: The optimizer is not the Trainer's.
         """
-        if is_accumulating(self.trainer):
-            return
-        if all(watch.optimizer is not optimizer for watch in self.watches):
-            self.refresh()
-        watch = next((w for w in self.watches if w.optimizer is optimizer), None)
-        if watch is None and len(self.watches) == 1:  # DeepSpeed wraps it
-            watch = self.watches[0]
-        if watch is None:
+        if self._deepspeed is not None and not self._deepspeed.is_gradient_accumulation_boundary():
+            return  # it calls the hook for each batch
+        self._watch_of(optimizer).announce(None if self._scaler is None else self._loss_scale(optimizer))
+
+    def _watch_of(self, optimizer: Any) -> Watch:
+        for watch in self.watches:
+            if watch.optimizer is optimizer:
+                return watch
+        self.refresh()
+        found = [watch for watch in self.watches if watch.optimizer is optimizer]
+        if not found and len(self.watches) == 1:  # DeepSpeed wraps it
+            found = self.watches
+        if not found:
             raise MisconfigurationException(
                 f"{type(optimizer).__name__} stepped, but is none of the Trainer's optimizers."
             )
-        watch.announce(self._loss_scale(optimizer))
-
-    def settle(self) -> None:
-        """A batch has ended."""
-        for watch in self.watches:
-            watch.settle()
+        return found[0]
 
     def stop(self) -> None:
         """Watch no more."""
@@ -143,11 +143,10 @@ class TrainerRun(Run):
 
     def _loss_scale(self, optimizer: Any) -> torch.Tensor | None:
         """What gradients are multiplied by in ``on_before_optimizer_step``: a fused optimizer unscales by itself."""
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        if scaler is None or not scaler.is_enabled() or not getattr(optimizer, "_step_supports_amp_scaling", False):
+        if not self._scaler.is_enabled() or not getattr(optimizer, "_step_supports_amp_scaling", False):
             return None
         device = next((p.device for group in optimizer.param_groups for p in group["params"]), torch.device("cpu"))
-        return scaler.scale(torch.ones((), device=device))  # type: ignore[no-any-return]  # without waiting for the device
+        return self._scaler.scale(torch.ones((), device=device))  # type: ignore[no-any-return]  # without waiting
 
     # -- logging -------------------------------------------------------------------------------------------------------
 
@@ -164,15 +163,12 @@ class TrainerRun(Run):
         rank_zero_warn(message)
 
 
-def _is_followed(watch: Watch, optimizer: Any) -> bool:
-    return watch.optimizer is optimizer and watch.leaves == [optimizer]
-
-
 def logs_now(trainer: pl.Trainer, every_n_steps: int | None = None) -> bool:
     """Is this a step on which Lightning logs, or with ``every_n_steps`` every such one?"""
-    if every_n_steps is None:
-        return trainer._logger_connector.should_update_logs
-    return (logged_step(trainer) + 1) % every_n_steps == 0
+    # As `trainer._logger_connector.should_update_logs`, which calls ten functions to learn that this is a `fit`.
+    every: int = every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
+    is_due = every > 0 and (logged_step(trainer) + 1) % every == 0
+    return is_due or (every_n_steps is None and every > 0 and trainer.should_stop)
 
 
 def logged_step(trainer: pl.Trainer) -> int:
@@ -226,16 +222,3 @@ def _accumulated_batches(trainer: pl.Trainer, epoch: int) -> int:
         if is_named(callback, "GradientAccumulationScheduler"):
             return int(callback.get_accumulate_grad_batches(epoch))
     return trainer.accumulate_grad_batches
-
-
-def check_horizon(schedule: Any, horizon: float) -> None:
-    """Refuse a schedule that needs to know when the run ends, in a run that does not.
-
-    Raises:
-        MisconfigurationException: The horizon is infinite.
-    """
-    if math.isinf(horizon) and getattr(schedule, "needs_total_steps", False):
-        raise MisconfigurationException(
-            f"{schedule} needs to know how many steps the run has, and this Trainer does not: "
-            "give `total_steps`, or set `max_steps` or `max_epochs` with data of known length."
-        )

@@ -57,12 +57,6 @@ def held_parameters(optimizer: Any) -> list[list[nn.Parameter]]:
 # DeepSpeed
 
 
-def is_accumulating(trainer: pl.Trainer) -> bool:
-    """In ``on_before_optimizer_step``: are there more batches to come? DeepSpeed calls it for each of them."""
-    engine = getattr(trainer.strategy, "deepspeed_engine", None)
-    return engine is not None and not engine.is_gradient_accumulation_boundary()
-
-
 def deepspeed_keeper(trainer: pl.Trainer) -> str:
     """What of DeepSpeed keeps its own weights and gradients, and copies them to the module; empty if nothing does."""
     config = _deepspeed_config(trainer)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, TypeVar
 from weakref import ref
 
 import torch
@@ -15,7 +16,7 @@ from lightning_regularize._steps.hooks import Step, UnsupportedOptimizerError, W
 from lightning_regularize._steps.run import Attachment, LoopRun, Run
 from lightning_regularize._steps.watch import stepping_optimizers
 from lightning_regularize._trainer import loggers
-from lightning_regularize._trainer.run import TrainerRun, check_horizon, is_extended, logged_step, total_steps
+from lightning_regularize._trainer.run import TrainerRun, is_extended, logged_step, total_steps
 from lightning_regularize.callbacks._selective import Selective
 from lightning_regularize.schedules import Constant, check_total_steps
 
@@ -27,6 +28,22 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from lightning_regularize.schedules import ScheduleLike
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _misconfiguration(method: Callable[P, T]) -> Callable[P, T]:
+    """What the engine cannot work with, a Trainer calls a misconfiguration."""
+
+    @functools.wraps(method)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return method(*args, **kwargs)
+        except UnsupportedOptimizerError as error:
+            raise MisconfigurationException(str(error)) from error
+
+    return call
 
 
 class Regularizer(Selective, Work):
@@ -65,6 +82,9 @@ class Regularizer(Selective, Work):
 
     # `on_gradients`, `before_step` and `after_step` say what is done around steps, see `Work`.
 
+    def show_next(self) -> None:
+        """Let the groups of optimizers show the settings of the next step: others look at them before it begins."""
+
     def end(self, run: Run) -> None:
         """Put back what was changed; called once, however the run ends."""
 
@@ -86,49 +106,62 @@ class Regularizer(Selective, Work):
         self._saved = self._kept if continues else {}
         self._warned, self._logged = set(), {}
 
+    @_misconfiguration
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The optimizers exist; nothing is restored."""
         self.run = TrainerRun(trainer, pl_module, self)
-        with _misconfiguration:
-            self.run.clock.note_rates(self.run.optimizers)
-            self._check_horizon_is_known(pl_module)
-            self._prepare(self.check)
+        self.run.clock.note_rates(self.run.optimizers)
+        if not pl_module.automatic_optimization:  # a batch may step an optimizer twice, or every fourth time
+            advice = "in manual optimization Lightning does not know, give `total_steps`"
+            self._check_horizon(self.arguments.get("total_steps") or math.inf, MisconfigurationException, advice)
+        self._prepare(self.check)
 
+    @_misconfiguration
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Everything is restored. The length of the data is not asked for earlier: a loader may be restored too."""
-        with _misconfiguration:
-            if not all(isinstance(schedule, Constant) for schedule in self.schedules):
-                self.run.clock.total_steps = horizon = self.arguments.get("total_steps") or total_steps(trainer)
-                self._most_steps = horizon + is_extended(trainer)
-                for schedule in self.schedules:
-                    check_horizon(schedule, horizon)
-            if self.acts_on_steps:
-                self.run.start(self._saved.get("steps"))
-            self._prepare(self.begin)
-            self.run.has_begun = True
-            self._warn_of_changed_arguments()
+        if not all(isinstance(schedule, Constant) for schedule in self.schedules):
+            self.run.clock.total_steps = horizon = self.arguments.get("total_steps") or total_steps(trainer)
+            self._most_steps = horizon + is_extended(trainer)
+            advice = "give `total_steps`, or set `max_steps` or `max_epochs` with data of known length"
+            self._check_horizon(horizon, MisconfigurationException, advice)
+        if self.acts_on_steps:
+            self.run.start(self._saved.get("steps"))
+        self._prepare(self.begin)
+        self.run.has_begun = True
+        self._warn_of_changed_arguments()
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+    @_misconfiguration
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Groups may have been added, and LR schedulers that step once an epoch have set their rates."""
         if self.acts_on_steps and self.run is not None:
-            with _misconfiguration:
-                self.run.refresh()
+            self.run.refresh()
+            self.show_next()
 
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Callbacks behind this one may have changed something since. What changes later is seen at the step."""
+        if batch_idx == 0:
+            Regularizer.on_train_epoch_start(self, trainer, pl_module)
+
+    @_misconfiguration
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Gradients are complete, and not yet clipped."""
         if self.acts_on_steps and self.run is not None and self.run.watches:
-            with _misconfiguration:
-                self.run.announce(optimizer)
+            self.run.announce(optimizer)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """All optimizers have stepped, and LR schedulers have set the rates of the next step."""
         if self.run is None:  # added to the Trainer in mid-run
             return
         if self.acts_on_steps:
-            self.run.settle()
+            for watch in self.run.watches:
+                watch.settle()
+            self.show_next()
         self.after_batch(trainer)
-        if next(c for c in reversed(trainer.callbacks) if isinstance(c, Regularizer)) is self:  # type: ignore[attr-defined]
+        if loggers.is_waiting(trainer) and _last_of(trainer.callbacks) is self:  # type: ignore[attr-defined]
             loggers.flush(trainer, logged_step(trainer))
 
     def after_batch(self, trainer: pl.Trainer) -> None:
@@ -183,6 +216,7 @@ class Regularizer(Selective, Work):
 
     # -- a run without a Trainer ---------------------------------------------------------------------------------------
 
+    @_misconfiguration
     def attach(
         self, optimizer: Optimizer, module: nn.Module, *, total_steps: int | None = None, position: Any = None
     ) -> Attachment:
@@ -226,19 +260,16 @@ class Regularizer(Selective, Work):
         if self.run is not None and not self.run.is_over:
             raise RuntimeError(f"{type(self).__name__} is in use already: remove() it first, or make another one.")
         horizon = check_total_steps(total_steps) or self.arguments.get("total_steps") or math.inf
-        for schedule in self.schedules:
-            if math.isinf(horizon) and getattr(schedule, "needs_total_steps", False):
-                raise ValueError(f"{schedule!r} needs to know how many steps the run has: give `total_steps`.")
+        self._check_horizon(horizon, ValueError, "give `total_steps`")
         self._let_go()
         self.run = run = LoopRun(optimizer, module, Clock(horizon), position)
         try:
-            with _misconfiguration:
-                _check_holds(module, run)
-                run.clock.note_rates(run.optimizers)
-                self._prepare(self.check)
-                run.start(self, next(iter(self._saved.get("steps", ())), 0))
-                self._prepare(self.begin)
-                run.has_begun = True
+            _check_holds(module, run)
+            run.clock.note_rates(run.optimizers)
+            self._prepare(self.check)
+            run.start(self, next(iter(self._saved.get("steps", ())), 0))
+            self._prepare(self.begin)
+            run.has_begun = True
         except BaseException:
             self._end()
             self._let_go()
@@ -295,37 +326,30 @@ class Regularizer(Selective, Work):
         alike = [c for c in self.run.trainer.callbacks if isinstance(c, kind)]
         return f" {next(i for i, c in enumerate(alike, start=1) if c is self)}" if len(alike) > 1 else ""
 
-    def _check_horizon_is_known(self, module: pl.LightningModule) -> None:
-        """In manual optimization a batch may step an optimizer twice, or every fourth time.
+    def _ending_schedules(self) -> list[ScheduleLike]:
+        """The schedules that need to know when the run ends."""
+        return [schedule for schedule in self.schedules if getattr(schedule, "needs_total_steps", False)]
 
-        Raises:
-            MisconfigurationException: A schedule needs to know when the run ends, and nobody says.
-        """
-        if module.automatic_optimization or self.arguments.get("total_steps"):
-            return
-        for schedule in self.schedules:
-            if getattr(schedule, "needs_total_steps", False):
-                raise MisconfigurationException(
-                    f"{type(self).__name__} follows {schedule!r}, which needs to know how many steps an optimizer "
-                    "makes in the run. In manual optimization Lightning does not know: give `total_steps`."
-                )
+    def _check_horizon(self, horizon: float, error: type[Exception], advice: str) -> None:
+        if math.isinf(horizon) and (ending := self._ending_schedules()):
+            raise error(f"{type(self).__name__}: {ending[0]!r} needs to know how many steps the run has: {advice}.")
 
     def _warn_of_the_horizon(self, trainer: pl.Trainer) -> None:
         """At the end of training: has a schedule ended too early, or not at all?"""
         horizon, steps = self.run.clock.total_steps, self.run.steps
-        needing = [s for s in self.schedules if getattr(s, "needs_total_steps", False)]
-        if not needing or not steps or math.isinf(horizon) or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        ending = self._ending_schedules()
+        if not ending or not steps or math.isinf(horizon) or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         most = max(steps)
         if most > self._most_steps:
             self.warn(
-                f"{type(self).__name__}: {needing[0]!r} was over after {horizon:,.0f} steps, and the optimizer made "
+                f"{type(self).__name__}: {ending[0]!r} was over after {horizon:,.0f} steps, and the optimizer made "
                 f"{most:,}. Its last value held from there on. Give `total_steps`."
             )
         elif 0 < most < horizon and not trainer.should_stop:
             self.warn(
                 f"{type(self).__name__}: training has ended after {most:,} steps of {horizon:,.0f}, before "
-                f"{needing[0]!r} has reached its end. Give `total_steps`, if this is not on purpose."
+                f"{ending[0]!r} has reached its end. Give `total_steps`, if this is not on purpose."
             )
 
 
@@ -344,15 +368,5 @@ def _check_holds(module: nn.Module, run: Run) -> None:
         )
 
 
-class _Misconfiguration:
-    """What the engine cannot work with, a Trainer calls a misconfiguration."""
-
-    def __enter__(self) -> None:
-        return
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, UnsupportedOptimizerError):
-            raise MisconfigurationException(str(error)) from error
-
-
-_misconfiguration = _Misconfiguration()  # entered at each step
+def _last_of(callbacks: Sequence[Any]) -> Regularizer:
+    return next(callback for callback in reversed(callbacks) if isinstance(callback, Regularizer))

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary, WeakSet
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_regularize._checks import is_named
-from lightning_regularize._steps.group_decay import GroupDecay, check_given
+from lightning_regularize._steps.group_decay import Given, GroupDecay, check_given
 from lightning_regularize._steps.hooks import Step, hooks_of
 from lightning_regularize._steps.parts import Parts, refusal
 from lightning_regularize._steps.targets import Targets
@@ -25,7 +26,7 @@ from lightning_regularize.schedules import Constant, Schedule, as_schedule, chec
 from lightning_regularize.selection import DEFAULT_EXCLUDE, FOREIGN, ParameterInfo, Rule, foreign_info
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 
     import lightning.pytorch as pl
     from torch.optim import Optimizer
@@ -170,7 +171,10 @@ class WeightDecay(Regularizer):
         )
         self._parts: WeakKeyDictionary[Optimizer, Parts] = WeakKeyDictionary()
         self._groups: WeakKeyDictionary[Any, GroupDecay] = WeakKeyDictionary()
+        self._given: MutableMapping[Any, Given] = WeakTensorKeyDictionary()
         self._decaying: dict[Any, list[Target]] = {}  # between the beginning and the end of a step
+        # Under automatic optimization a batch ends with the step, and LR schedulers set the next rate before that.
+        self._shows_at_end = run.trainer is not None and run.module.automatic_optimization
         self._has_half = any(info.parameter.dtype in HALF for info in infos)
         self._is_rounding_warned = False
         self._checked: WeakSet[Any] = WeakSet()
@@ -241,18 +245,19 @@ class WeightDecay(Regularizer):
         self._check_groups_decay(run)
         for i, leaf in enumerate(leaves):
             self._install_parts(leaf, saved[i] if i < len(saved) else [])
-        self._show_all()
+        self.show_next()
 
     def _groups_of(self, optimizer: Any) -> GroupDecay:
         """The weight decay of an optimizer's groups, which have the user's values when they are first seen."""
-        if optimizer not in self._groups:
+        groups = self._groups.get(optimizer)
+        if groups is None:
             value_of = None if self.schedule is None else self._value_of
-            shows_value = self.decay_method.uses_optimizer
-            self._groups[optimizer] = GroupDecay(optimizer, value_of, self._factors_of, shows_value=shows_value)
-        return self._groups[optimizer]
+            options: dict[str, Any] = {"shows_value": self.decay_method.uses_optimizer, "known": self._given}
+            self._groups[optimizer] = groups = GroupDecay(optimizer, value_of, self._factors_of, **options)
+        return groups
 
     def _value_of(self, group: dict[str, Any], step: int, ratio: float) -> float:
-        value = ratio * self.run.value(self.schedule, group, step) if ratio else 0.0
+        value = ratio * self.run.clock.value(self.schedule, group, step) if ratio else 0.0
         if self._has_half and value and self.rounding == "nearest" and not self._is_rounding_warned:
             lost = self.decay_method.lost_in_rounding(group, value, self.run.clock.position(group, step).peak_lr)
             if lost:
@@ -307,9 +312,10 @@ class WeightDecay(Regularizer):
             self.decay_method.before(leaf, self._decaying[leaf], step.number)
 
     def after_step(self, step: Step, *, is_real: bool) -> None:
-        decaying = self._decaying.pop(step.optimizer, [])
-        if is_real and not self.decay_method.uses_optimizer:
-            self.decay_method.after(step.optimizer, decaying, step.number)
+        if not self.decay_method.uses_optimizer:
+            decaying = self._decaying.pop(step.optimizer, [])
+            if is_real:
+                self.decay_method.after(step.optimizer, decaying, step.number)
         if self._misses_parts and step.optimizer in self._parts:
             self._misses_parts = False
             if self._parts[step.optimizer].state_dict():
@@ -317,34 +323,19 @@ class WeightDecay(Regularizer):
                     f"{type(step.optimizer).__name__} keeps values for each group, and parts of a group differ in "
                     "them. The checkpoint has them for whole groups only: each part went on with the group's."
                 )
-        if self.run.trainer is None or not self.run.lightning_module.automatic_optimization:
-            self._show_next(step.watch, step.optimizer)  # otherwise the batch ends with the step
+        if not self._shows_at_end:
+            self._show_next(step.watch)
 
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Groups may have been added, and LR schedulers that step once an epoch have set their rates."""
-        if self.run is not None:
-            self.run.refresh()
-            self._show_all()
-
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        """Callbacks that stand behind this one may have added groups since."""
-        super().on_train_batch_start(trainer, pl_module, *args)
-        if self.run is not None and any(self._groups_of(watch.optimizer).look() for watch in self.run.watches):
-            self._show_all()
-
-    def after_batch(self, trainer: pl.Trainer) -> None:
-        """LR schedulers have set the rates of the next step, which a schedule may follow."""
-        self._show_all()
-
-    def _show_all(self) -> None:
+    def show_next(self) -> None:
         for watch in self.run.watches:
-            for leaf in watch.leaves:
-                self._show_next(watch, leaf)
+            self._show_next(watch)
 
-    def _show_next(self, watch: Watch, leaf: Optimizer) -> None:
-        """Let the groups show the weight decay of the next step, if there is one."""
-        if watch.number(leaf) < self.run.clock.total_steps:
-            self._groups_of(watch.optimizer).show(leaf, watch.number(leaf), self.run.clock.epoch)
+    def _show_next(self, watch: Watch) -> None:
+        groups, clock = self._groups_of(watch.optimizer), self.run.clock
+        for leaf in watch.leaves:
+            number = watch.number(leaf)
+            if number < clock.total_steps:
+                groups.show(leaf, number, clock.epoch)
 
     def _values(self, watch: Watch, leaf: Any, number: int) -> list[Any]:
         """The weight decay of factor 1 in each group of an optimizer."""
@@ -363,7 +354,7 @@ class WeightDecay(Regularizer):
 
     def _log(self, watch: Watch) -> None:
         optimizer = watch.optimizer
-        values = self._groups_of(optimizer).shown(optimizer, self._values(watch, optimizer, watch.steps))
+        values = self._groups_of(optimizer).shown(optimizer, watch.steps, self.run.clock.epoch)
         labels = group_labels(optimizer, self.run.label(watch))
         if len(labels) == 1 and len(self.run.watches) == 1:
             self.run.log({"weight_decay": values[0]})

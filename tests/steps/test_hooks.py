@@ -1325,3 +1325,57 @@ def test_pytorch_optimizers_around_others_equal_hand_made_groups(make):
         return optimizer.step(closure)
 
     assert_identical(train(net, optimizer, step=step), train(twin, hand_made, (1.0, 0.0), step=step))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# One entry for each group
+
+
+class RatesInAList(optim.SGD):
+    """Keeps something for each group, and looks it up by the group's number."""
+
+    def __init__(self, params):
+        super().__init__(params, lr=0.1, weight_decay=0.01)
+        self.rates = self.keep([group["lr"] for group in self.param_groups])
+
+    def keep(self, rates):
+        return rates
+
+    def step(self, closure=None):
+        for i, group in enumerate(self.param_groups):
+            group["lr"] = self.rates[i]
+        return super().step(closure)
+
+
+class RatesInATuple(RatesInAList):
+    def keep(self, rates):
+        return tuple(rates)
+
+
+class RatesByNumber(RatesInAList):
+    def keep(self, rates):
+        return dict(enumerate(rates))
+
+
+@pytest.mark.parametrize("cls", [RatesInAList, RatesInATuple, RatesByNumber])
+def test_one_entry_for_each_group_is_told_what_to_do(cls):
+    net = Net()
+    optimizer = cls(net.parameters())
+    layout = Layout(optimizer)
+    with decay().attach(optimizer, net):
+        with pytest.raises(MisconfigurationException, match=r"shown in parts.*method='decoupled'"):
+            train(net, optimizer, ())
+        layout.check()
+    with WeightDecay(0.1, method="decoupled").attach(optimizer, net):
+        train(net, optimizer, ())
+
+
+def test_an_error_of_an_optimizer_without_parts_stays_its_own():
+    class Empty(optim.SGD):
+        def step(self, closure=None):
+            raise IndexError("mine")
+
+    net = Net()
+    optimizer = Empty(net.parameters(), lr=0.1)
+    with L1Penalty(0.1).attach(optimizer, net), pytest.raises(IndexError, match=r"^mine$"):
+        train(net, optimizer, ())

@@ -1185,3 +1185,49 @@ def test_callbacks_that_are_kept_hold_nothing_of_the_run(bundle, ending):
     gc.collect()
     assert [name for name, reference in references.items() if reference() is not None] == []
     assert len(kept) == len(BUNDLES[bundle]) + 1
+
+
+# -- a new optimizer of the old one's groups -------------------------------------------------------------------------
+
+
+class Remakes(L.Callback):
+    """Makes a new optimizer of what the old one's groups hold."""
+
+    def __init__(self, groups_of):
+        self.groups_of = groups_of
+
+    def on_train_epoch_start(self, trainer, *_):
+        if trainer.current_epoch:
+            (old,) = trainer.strategy.optimizers
+            trainer.strategy.optimizers = [SGD(self.groups_of(old), lr=0.1)]
+
+
+@pytest.mark.parametrize(
+    "groups_of",
+    [
+        lambda old: old.param_groups,
+        lambda old: [dict(group) for group in old.param_groups],
+        lambda old: [{key: group[key] for key in ("params", "weight_decay")} for group in old.param_groups],
+    ],
+    ids=["its groups", "copies of its groups", "parameters and weight decay"],
+)
+@pytest.mark.parametrize("is_last", [False, True])
+def test_what_was_given_is_known_to_an_optimizer_made_of_the_groups(groups_of, is_last):
+    """The scheduled value in the groups is not taken for one that the user gave: 0.2 and 0.1 keep their ratio."""
+
+    def make(parameters):
+        first, *rest = parameters
+        return SGD([{"params": [first], "weight_decay": 0.2}, {"params": rest, "weight_decay": 0.1}], lr=0.1)
+
+    module, callbacks = Regression(make), [WeightDecay(Linear(0.0, 0.8), exclude=()), Remakes(groups_of)]
+    trainer = make_trainer(*(callbacks if is_last else reversed(callbacks)), max_epochs=EPOCHS)
+    shown = []
+
+    class Look(L.Callback):
+        def on_before_zero_grad(self, trainer, pl_module, optimizer):
+            shown.append([group["weight_decay"] for group in optimizer.param_groups])
+
+    trainer.callbacks.append(Look())
+    trainer.fit(module, Batches(count=BATCHES))
+    assert all(second == pytest.approx(first / 2, rel=1e-12, abs=0) for first, second in shown)
+    assert [group["weight_decay"] for group in trainer.optimizers[0].param_groups] == [0.2, 0.1]

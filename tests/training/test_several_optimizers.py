@@ -162,7 +162,7 @@ def test_a_schedule_that_needs_to_know_the_end_asks_for_total_steps(module_class
     module = module_class()
     before = weights(module)
     with pytest.raises(
-        MisconfigurationException, match=r"In manual optimization Lightning does not know: give `total_"
+        MisconfigurationException, match=r"in manual optimization Lightning does not know, give `total_"
     ):
         train(module, WeightDecay(needing))
     assert_identical_weights(weights(module), before)
