@@ -1,0 +1,148 @@
+"""Lists of tensors for ``torch._foreach_*`` and batched operations, bounded in bytes, and memory for temporaries.
+
+One call works on many small tensors, because each call costs 5 to 10 microseconds on a GPU, however little it computes.
+On a CPU a large tensor is cut into pieces that fit the cache, and temporaries lie in memory that is kept from step to
+step, because to write to memory that the system has just handed out takes longer than most computations on it.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable, Iterator, Sequence
+
+_CPU_BYTES = 2**21  # a piece and its temporaries fit the cache; with less, waking up threads costs more, measured
+_DEVICE_BYTES = 2**26
+_SMALL_BYTES = 2**16  # on a CPU; glibc's allocator keeps what is below 128 KiB, and may return what is above
+
+
+class Bucket(NamedTuple):
+    """Some rows of a table of tensors, on one device, with one dtype in each column: many small ones, or one piece.
+
+    Args:
+        indices: Which rows. A large one is in several buckets, with a piece of it in each.
+        columns: The tensors of these rows, a list for each column.
+    """
+
+    indices: list[int]
+    columns: tuple[list[Tensor], ...]
+
+
+def buckets(*columns: Sequence[Tensor], alike: Sequence[Hashable] | None = None) -> Iterator[Bucket]:
+    """Arrange the rows of a table, for example weights, their gradients and a state of each, in lists.
+
+    Args:
+        columns: Local tensors, not sparse. Those of a row have one device and one shape.
+        alike: What rows of a bucket have to agree in beside devices and dtypes, such as their shapes. What has to
+            agree has a meaning, so that large tensors are then left whole.
+
+    Yields:
+        Buckets of at most 2 MiB a column on a CPU, 64 MiB on another device. Their order is that of the first rows.
+
+    Example:
+        >>> weights = [torch.ones(2), torch.ones(3, 3), torch.ones(2, dtype=torch.float64)]
+        >>> [bucket.indices for bucket in buckets(weights)]
+        [[0, 1], [2]]
+    """
+    found: dict[Hashable, list[int]] = {}
+    for i, row in enumerate(zip(*columns, strict=True)):
+        key = (row[0].device, *[tensor.dtype for tensor in row], alike[i] if alike is not None else None)
+        found.setdefault(key, []).append(i)
+    for indices in found.values():
+        limit = _CPU_BYTES if columns[0][indices[0]].is_cpu else _DEVICE_BYTES
+        together: list[int] = []
+        total = 0
+        for i in indices:
+            size = columns[0][i].nbytes
+            if size > limit and alike is None:
+                for pieces in zip(*cut([column[i] for column in columns]), strict=True):
+                    yield Bucket([i], tuple([piece] for piece in pieces))
+                continue
+            # A large tensor is alone on a CPU, where its temporaries are to lie in memory that is kept.
+            is_alone = size > _SMALL_BYTES and columns[0][i].is_cpu
+            if is_alone or total + size > limit:
+                yield from _bucket(together, columns)
+                together, total = [], 0
+            together.append(i)
+            total += limit if is_alone else size
+        yield from _bucket(together, columns)
+
+
+def _bucket(indices: list[int], columns: Sequence[Sequence[Tensor]]) -> Iterator[Bucket]:
+    if indices:
+        yield Bucket(indices, tuple([column[i] for i in indices] for column in columns))
+
+
+def cut(tensors: Sequence[Tensor], dim: int | None = None) -> list[tuple[Tensor, ...]]:
+    """Cut tensors of one shape in the same way, so that each piece obeys the bound of a bucket.
+
+    Args:
+        tensors: Of one shape, on one device.
+        dim: The dim to cut along; by default runs of elements in memory order where all are dense and laid out
+            alike, else the longest dim.
+
+    Returns:
+        The pieces of each tensor, views.
+    """
+    first = tensors[0]
+    limit = _CPU_BYTES if first.is_cpu else _DEVICE_BYTES
+    count = -(-first.nbytes // limit)
+    if count <= 1:
+        return [(tensor,) for tensor in tensors]
+    if dim is None:
+        order = sorted(range(first.dim()), key=first.stride, reverse=True)
+        arranged = [tensor.permute(order) for tensor in tensors]
+        if all(tensor.is_contiguous() for tensor in arranged):
+            return [torch.split(tensor.view(-1), limit // first.element_size()) for tensor in arranged]
+        dim = max(range(first.dim()), key=first.size)
+    return [torch.split(tensor, -(-tensor.shape[dim] // count), dim) for tensor in tensors]
+
+
+class _Kept(threading.local):
+    def __init__(self) -> None:
+        self.buffers: dict[Hashable, Tensor] = {}
+
+
+_KEPT = _Kept()
+
+
+def scratch(like: Tensor, *, dtype: torch.dtype | None = None, slot: str = "") -> Tensor:
+    """Uninitialized memory for a temporary like ``like``: good until the next call with this dtype and slot.
+
+    Args:
+        like: What tells the shape and the device.
+        dtype: By default that of ``like``.
+        slot: What tells temporaries apart that are needed at the same time.
+
+    Returns:
+        Contiguous. On a CPU it is the same memory each time; other devices have allocators that do as much. What
+        is larger than a bucket may be is new.
+    """
+    dtype = dtype or like.dtype
+    size = like.numel()
+    if not like.is_cpu or size * dtype.itemsize > 2 * _CPU_BYTES:
+        return torch.empty(like.shape, dtype=dtype, device=like.device)
+    buffer = _KEPT.buffers.get((dtype, slot))
+    if buffer is None or buffer.numel() < size:
+        with torch.inference_mode(False):  # or it could not be written to outside of that mode
+            buffer = torch.empty(size, dtype=dtype)
+        if type(buffer) is Tensor:  # not a fake one
+            _KEPT.buffers[dtype, slot] = buffer
+    return buffer[:size].view(like.shape)
+
+
+def new(function: str, tensors: list[Tensor], *, slot: str = "") -> list[Tensor]:
+    """The results of ``torch._foreach_<function>`` for a bucket, as temporaries: that of a piece lies in scratch.
+
+    Example:
+        >>> new("sign", [torch.tensor([-2.0, 0.0]), torch.tensor([3.0])])
+        [tensor([-1.,  0.]), tensor([1.])]
+    """
+    if len(tensors) > 1:
+        return list(getattr(torch, f"_foreach_{function}")(tensors))
+    return [getattr(torch, function)(tensors[0], out=scratch(tensors[0], slot=slot))]
