@@ -8,7 +8,7 @@ step, because to write to memory that the system has just handed out takes longe
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,16 +33,20 @@ class Bucket(NamedTuple):
     columns: tuple[list[Tensor], ...]
 
 
-def buckets(*columns: Sequence[Tensor], alike: Sequence[Hashable] | None = None) -> Iterator[Bucket]:
+def buckets(
+    *columns: Sequence[Tensor],
+    alike: Sequence[Hashable] | None = None,
+    dims: Sequence[int | None] | None = None,
+) -> Iterator[Bucket]:
     """Arrange the rows of a table, for example weights, their gradients and a state of each, in lists.
 
     Args:
-        columns: Local tensors, not sparse. Those of a row have one device and one shape.
-        alike: What rows of a bucket have to agree in beside devices and dtypes, such as their shapes. What has to
-            agree has a meaning, so that large tensors are then left whole.
+        columns: Tensors that are not sparse. Those of a row have one device and one shape.
+        alike: What the rows of a bucket have to agree in beside devices and dtypes, such as their shapes.
+        dims: The dim along which a large row may be cut, None for not at all; by default it is cut anywhere.
 
     Yields:
-        Buckets of at most 2 MiB a column on a CPU, 64 MiB on another device. Their order is that of the first rows.
+        Buckets of about 2 MiB a column on a CPU, 64 MiB on another device. Their order is that of the first rows.
 
     Example:
         >>> weights = [torch.ones(2), torch.ones(3, 3), torch.ones(2, dtype=torch.float64)]
@@ -54,53 +58,43 @@ def buckets(*columns: Sequence[Tensor], alike: Sequence[Hashable] | None = None)
         key = (row[0].device, *[tensor.dtype for tensor in row], alike[i] if alike is not None else None)
         found.setdefault(key, []).append(i)
     for indices in found.values():
-        limit = _CPU_BYTES if columns[0][indices[0]].is_cpu else _DEVICE_BYTES
+        is_cpu = columns[0][indices[0]].is_cpu
+        limit = _CPU_BYTES if is_cpu else _DEVICE_BYTES
         together: list[int] = []
         total = 0
         for i in indices:
             size = columns[0][i].nbytes
-            if size > limit and alike is None:
-                for pieces in zip(*cut([column[i] for column in columns]), strict=True):
+            if size > limit and (dims is None or dims[i] is not None):
+                for pieces in _cut([column[i] for column in columns], None if dims is None else dims[i], size // limit):
                     yield Bucket([i], tuple([piece] for piece in pieces))
                 continue
             # A large tensor is alone on a CPU, where its temporaries are to lie in memory that is kept.
-            is_alone = size > _SMALL_BYTES and columns[0][i].is_cpu
-            if is_alone or total + size > limit:
-                yield from _bucket(together, columns)
+            is_alone = is_cpu and size > _SMALL_BYTES
+            if together and (is_alone or total + size > limit):
+                yield _bucket(together, columns)
                 together, total = [], 0
             together.append(i)
             total += limit if is_alone else size
-        yield from _bucket(together, columns)
+        if together:
+            yield _bucket(together, columns)
 
 
-def _bucket(indices: list[int], columns: Sequence[Sequence[Tensor]]) -> Iterator[Bucket]:
-    if indices:
-        yield Bucket(indices, tuple([column[i] for i in indices] for column in columns))
+def _bucket(indices: list[int], columns: Sequence[Sequence[Tensor]]) -> Bucket:
+    return Bucket(indices, tuple([column[i] for i in indices] for column in columns))
 
 
-def cut(tensors: Sequence[Tensor], dim: int | None = None) -> list[tuple[Tensor, ...]]:
-    """Cut tensors of one shape in the same way, so that each piece obeys the bound of a bucket.
-
-    Args:
-        tensors: Of one shape, on one device.
-        dim: The dim to cut along; by default runs of elements in memory order where all are dense and laid out
-            alike, else the longest dim.
-
-    Returns:
-        The pieces of each tensor, views.
-    """
+def _cut(tensors: Sequence[Tensor], dim: int | None, count: int) -> Iterator[tuple[Tensor, ...]]:
+    """Views of tensors of one shape, more than ``count`` of each, cut alike."""
     first = tensors[0]
-    limit = _CPU_BYTES if first.is_cpu else _DEVICE_BYTES
-    count = -(-first.nbytes // limit)
-    if count <= 1:
-        return [(tensor,) for tensor in tensors]
     if dim is None:
         order = sorted(range(first.dim()), key=first.stride, reverse=True)
         arranged = [tensor.permute(order) for tensor in tensors]
         if all(tensor.is_contiguous() for tensor in arranged):
-            return [torch.split(tensor.view(-1), limit // first.element_size()) for tensor in arranged]
-        dim = max(range(first.dim()), key=first.size)
-    return [torch.split(tensor, -(-tensor.shape[dim] // count), dim) for tensor in tensors]
+            tensors, dim = [tensor.view(-1) for tensor in arranged], 0
+        else:
+            dim = max(range(first.dim()), key=first.size)
+    size = -(-tensors[0].shape[dim] // (count + 1))
+    return zip(*[torch.split(tensor, size, dim) for tensor in tensors], strict=True)
 
 
 class _Kept(threading.local):
@@ -136,13 +130,31 @@ def scratch(like: Tensor, *, dtype: torch.dtype | None = None, slot: str = "") -
     return buffer[:size].view(like.shape)
 
 
-def new(function: str, tensors: list[Tensor], *, slot: str = "") -> list[Tensor]:
+def new(function: str, tensors: list[Tensor], *others: Any, slot: str = "") -> list[Tensor]:
     """The results of ``torch._foreach_<function>`` for a bucket, as temporaries: that of a piece lies in scratch.
+
+    Args:
+        function: The name of a function that has an argument ``out``, by torch's name for one tensor.
+        tensors: The tensors of a bucket.
+        others: The other arguments: lists of tensors or numbers.
+        slot: As for :func:`scratch`.
 
     Example:
         >>> new("sign", [torch.tensor([-2.0, 0.0]), torch.tensor([3.0])])
         [tensor([-1.,  0.]), tensor([1.])]
     """
     if len(tensors) > 1:
-        return list(getattr(torch, f"_foreach_{function}")(tensors))
-    return [getattr(torch, function)(tensors[0], out=scratch(tensors[0], slot=slot))]
+        return list(getattr(torch, f"_foreach_{function}")(tensors, *others))
+    first = [other[0] if isinstance(other, list) else other for other in others]
+    return [getattr(torch, function)(tensors[0], *first, out=scratch(tensors[0], slot=slot))]
+
+
+def copies(tensors: list[Tensor], *, slot: str = "") -> list[Tensor]:
+    """Copies of a bucket as temporaries, those of half precision in float32."""
+    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
+    if len(tensors) > 1:
+        found = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+    else:
+        found = [scratch(tensors[0], dtype=dtype, slot=slot)]
+    torch._foreach_copy_(found, tensors)
+    return found

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from lightning_regularize._steps.buckets import Bucket, buckets, cut, new, scratch
+from lightning_regularize._steps.buckets import Bucket, buckets, copies, new, scratch
 from tests.models import randn
 
 MIB = 2**20
@@ -43,12 +43,12 @@ def test_pieces_of_large_tensors_are_bounded(make):
 
 
 @pytest.mark.parametrize("dim", [0, 1])
-def test_where_units_matter_tensors_are_cut_between_them(dim):
+def test_where_units_matter_large_tensors_are_cut_between_them(dim):
     weight = randn(1500, 1600)
-    (pieces,) = cut([weight], dim)
-    assert len(pieces) == 5
-    assert all(piece.shape[1 - dim] == weight.shape[1 - dim] for piece in pieces)
-    assert torch.equal(torch.cat(pieces, dim), weight)
+    found = [piece for bucket in buckets([weight], alike=[0], dims=[dim]) for piece in bucket.columns[0]]
+    assert len(found) == 5
+    assert all(piece.shape[1 - dim] == weight.shape[1 - dim] for piece in found)
+    assert torch.equal(torch.cat(found, dim), weight)
 
 
 def test_rows_of_a_bucket_agree_in_device_and_dtypes():
@@ -58,9 +58,9 @@ def test_rows_of_a_bucket_agree_in_device_and_dtypes():
     assert [b.indices for b in buckets(weights, states)] == [[0], [1], [2], [3]]
 
 
-def test_rows_may_have_to_agree_in_more_and_large_ones_are_whole_then():
+def test_rows_may_have_to_agree_in_more_and_large_ones_may_have_to_be_whole():
     weights = [torch.ones(2, 3), torch.ones(3, 2), torch.ones(2, 3), torch.ones(1500, 1600)]
-    found = list(buckets(weights, alike=[w.shape for w in weights]))
+    found = list(buckets(weights, alike=[w.shape for w in weights], dims=[None] * 4))
     assert [bucket.indices for bucket in found] == [[0, 2], [1], [3]]
     assert found[-1] == Bucket([3], ([weights[3]],))
 
@@ -91,6 +91,25 @@ def test_temporaries_of_small_tensors_are_apart():
     weights = [randn(3, 2), randn(2), torch.empty(0)]
     for found, weight in zip(new("sign", weights), weights, strict=True):
         assert torch.equal(found, weight.sign())
+
+
+def test_results_with_other_arguments_are_those_of_torch():
+    large, small = [randn(400, 500)], [randn(3), randn(4)]
+    for tensors in (large, small):
+        others = [randn(*t.shape, seed=1) for t in tensors]
+        for found, a, b in zip(new("minimum", tensors, others), tensors, others, strict=True):
+            assert torch.equal(found, torch.minimum(a, b))
+        for found, a in zip(new("mul", tensors, 0.5), tensors, strict=True):
+            assert torch.equal(found, 0.5 * a)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.complex64], ids=str)
+def test_copies_are_of_their_own_and_half_precision_is_float32(dtype):
+    for tensors in ([randn(400, 500).T.to(dtype)], [randn(3).to(dtype), randn(4).to(dtype)]):
+        for found, tensor in zip(copies(tensors), tensors, strict=True):
+            assert found.dtype == (torch.float32 if dtype == torch.bfloat16 else dtype)
+            assert torch.equal(found, tensor.to(found.dtype))
+            assert found.data_ptr() != tensor.data_ptr()
 
 
 def test_what_is_too_large_is_not_kept():
