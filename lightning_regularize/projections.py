@@ -13,7 +13,7 @@ or infinite are left alone too: the first have no direction, the others should b
 import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, TypeGuard, final
 
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from lightning_regularize._checks import check_is_number
 from lightning_regularize._sharding import local_tensor
+from lightning_regularize._steps.buckets import Bucket, buckets
 
 if dist.is_available():
     from torch.distributed.tensor import DTensor, Partial, Replicate
@@ -31,7 +32,7 @@ if dist.is_available():
 __all__ = [
     "Projection",
     "MaxNorm", "UnitNorm", "NonNegative", "Box", "FrobeniusBall", "FrobeniusSphere", "SpectralBall",
-    "norm_dims", "unit_dims", "unit_norms", "sum_over_ranks",
+    "norm_dims", "unit_dims", "unit_buckets", "unit_norms", "norms_of_units", "sum_over_ranks",
 ]  # fmt: skip
 
 _BLOCK = 256  # elements reduced in float32 before float64 takes over: an error below 12 eps, even if all are equal
@@ -503,8 +504,52 @@ def unit_norms(weight: Tensor, dim: int | Sequence[int] | None = None) -> Tensor
                 [2.]], dtype=torch.float64)
     """
     dims = unit_dims(weight, dim)
-    found = _local_norms(local_tensor(weight), dims)
+    return norms_of_units(local_tensor(weight)[None], weight, dims)[0]
+
+
+def norms_of_units(units: Tensor, weight: Tensor, dims: Sequence[int]) -> Tensor:
+    """Return what :func:`unit_norms` does, for several weights of one shape at once.
+
+    Args:
+        units: The weights, or this rank's pieces of them, stacked.
+        weight: One of them, which tells whether ranks hold pieces of a unit.
+        dims: The dims of a weight that hold a unit, in order and counted from the front.
+
+    Returns:
+        One norm for each weight and unit, with ``dims`` kept as size 1.
+    """
+    found = _local_norms(units, tuple(d + 1 for d in dims))
     return sum_over_ranks(found.square(), weight, dims).sqrt() if _is_cut(weight, dims) else found
+
+
+def unit_buckets(
+    dim: int | Sequence[int] | None, weights: Sequence[Tensor], *columns: Sequence[Tensor]
+) -> Iterator[Bucket]:
+    """Arrange weights, and tensors that belong to each, in lists that one batched operation on units can work on.
+
+    Args:
+        dim: The dims that hold the incoming weights of one output unit; by default all but the first.
+        weights: Of any shapes, dtypes and devices. If ranks hold pieces of units, every rank should take part.
+        columns: Tensors for each weight: of its shape, or with some dims of size 1.
+
+    Returns:
+        Buckets of tensors of one shape, all on this rank and detached. Only where ranks hold pieces of units the
+        weights are DTensors. Large weights come in pieces of whole units.
+    """
+    rows: list[Tensor] = []
+    alike: list[Hashable] = []
+    along: list[int | None] = []
+    for weight, *others in zip(weights, *columns, strict=True):
+        dims = unit_dims(weight, dim)
+        is_cut = _is_cut(weight, dims)
+        row = weight.detach() if is_cut else local_tensor(weight)
+        spread = (weight.device_mesh, weight.placements) if is_cut else None
+        between = [d for d in range(weight.dim()) if d not in dims]
+        rows.append(row)
+        alike.append((row.shape, spread, *[other.shape for other in others]))
+        along.append(max(between, key=weight.size) if between and not is_cut else None)
+    local = [list(map(local_tensor, column)) for column in columns]
+    return buckets(rows, *local, alike=alike, dims=along)
 
 
 def sum_over_ranks(values: Tensor, weight: Tensor, dims: Sequence[int]) -> Tensor:

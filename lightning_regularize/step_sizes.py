@@ -7,23 +7,23 @@ the learning rate; with Adam it differs from weight to weight.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, NAdam, Optimizer, RMSprop
 
 from lightning_regularize._sharding import local_tensor
+from lightning_regularize._steps.buckets import copies, new
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
-__all__ = ["KNOWN_OPTIMIZERS", "StepSize", "knows", "step_size"]
+__all__ = ["KNOWN_OPTIMIZERS", "StepSize", "knows", "step_size", "step_sizes", "thresholds"]
 
 
-@dataclass(frozen=True)
-class StepSize:
+class StepSize(NamedTuple):
     r"""Step lengths for a unit gradient, :math:`\ell / (\sqrt{c\,(v - m^2)} + \varepsilon)`, not yet computed.
 
     Args:
@@ -45,19 +45,47 @@ class StepSize:
         """A number for all weights, or one for each, shaped like the piece on this rank."""
         if self.square is None:
             return self.length
-        square = self.square if self.mean is None else self.square.addcmul(self.mean, self.mean, value=-1)
-        return (square * self.correction).sqrt_().add_(self.eps).reciprocal_().mul_(self.length)
+        return thresholds([self], [self.square], [] if self.mean is None else [self.mean], 1.0)[0].clone()
 
-    def pieces(self, count: int) -> list[StepSize]:
-        """The step sizes of ``count`` pieces along the first dim."""
-        if self.square is None or count == 1:
-            return [self] * count
-        means = self.mean.chunk(count) if self.mean is not None else [None] * count
-        squares = self.square.chunk(count)
-        return [
-            StepSize(self.length, square, self.correction, mean, self.eps)
-            for square, mean in zip(squares, means, strict=True)
-        ]
+
+def thresholds(sizes: Sequence[StepSize], squares: list[Tensor], means: list[Tensor], strength: float) -> list[Tensor]:
+    r"""Return ``strength`` times the lengths of steps, one number for each weight, for a bucket of weights.
+
+    Args:
+        sizes: The step sizes, none of them one number for all weights.
+        squares: Their ``square``, or alike pieces of these, in one dtype.
+        means: Likewise their ``mean``; empty where they have none.
+        strength: What the lengths are multiplied by.
+
+    Returns:
+        Temporaries, see :func:`~lightning_regularize._steps.buckets.new`, in at least float32.
+    """
+    if means or squares[0].dtype in (torch.bfloat16, torch.float16):
+        found = copies(squares, slot="step_size")
+        if means:
+            torch._foreach_addcmul_(found, means, means, value=-1)
+        torch._foreach_sqrt_(found)
+    else:
+        found = new("sqrt", squares, slot="step_size")
+    # With the root of the correction taken out of the sum, one pass over the elements less.
+    roots = [_root(size.correction) for size in sizes]
+    _update_("add", found, [size.eps / root for size, root in zip(sizes, roots, strict=True)])
+    torch._foreach_reciprocal_(found)
+    _update_("mul", found, [strength * size.length / root for size, root in zip(sizes, roots, strict=True)])
+    return found
+
+
+def _root(value: float | Tensor) -> Any:
+    return value.sqrt() if isinstance(value, Tensor) else math.sqrt(value)
+
+
+def _update_(function: str, tensors: list[Tensor], numbers: list[Any]) -> None:
+    """One number for each tensor: mostly all are equal, and where they lie on a device they stay there."""
+    update = getattr(torch, f"_foreach_{function}_")
+    if any(isinstance(number, Tensor) for number in numbers):
+        update(tensors, [torch.as_tensor(number, device=t.device) for number, t in zip(numbers, tensors, strict=True)])
+    else:
+        update(tensors, numbers if len(set(numbers)) > 1 else numbers[0])
 
 
 def step_size(optimizer: Optimizer, group: Mapping[str, Any], parameter: Tensor) -> StepSize | None:
@@ -93,10 +121,23 @@ def step_size(optimizer: Optimizer, group: Mapping[str, Any], parameter: Tensor)
     References:
         Yun, Lozano and Yang, "Adaptive Proximal Gradient Methods for Structured Neural Networks", NeurIPS 2021.
     """
+    return step_sizes(optimizer, group, [parameter])[0]
+
+
+def step_sizes(optimizer: Optimizer, group: Mapping[str, Any], parameters: Sequence[Tensor]) -> list[StepSize | None]:
+    """Return what :func:`step_size` does, for each of ``parameters``.
+
+    Args:
+        optimizer: One of :data:`KNOWN_OPTIMIZERS`.
+        group: The group of all these parameters.
+        parameters: Parameters that the optimizer has stepped.
+
+    Raises:
+        ValueError: The optimizer's metric is not known.
+    """
     for kind, metric in _METRICS.items():
         if isinstance(optimizer, kind):
-            state = optimizer.state.get(parameter, {})
-            return metric(group, {key: _local(value) for key, value in state.items()})
+            return [metric(group, optimizer.state.get(parameter, {})) for parameter in parameters]
     raise ValueError(unknown_metric(optimizer))
 
 
@@ -113,13 +154,9 @@ def unknown_metric(optimizer: Optimizer) -> str:
     )
 
 
-def _local(value: Any) -> Any:
-    return local_tensor(value) if isinstance(value, Tensor) else value
-
-
 def _sgd(group: Mapping[str, Any], _: Mapping[str, Any]) -> StepSize:
-    momentum = group["momentum"]
-    return StepSize(group["lr"] * (1 - group["dampening"]) / (1 - momentum) if momentum else group["lr"])
+    lr, momentum = _number(group["lr"]), group["momentum"]
+    return StepSize(lr * (1 - group["dampening"]) / (1 - momentum) if momentum else lr)
 
 
 def _adam(group: Mapping[str, Any], state: Mapping[str, Any]) -> StepSize | None:
@@ -127,7 +164,7 @@ def _adam(group: Mapping[str, Any], state: Mapping[str, Any]) -> StepSize | None
     if square is None:
         return None
     bias = 1 - group["betas"][1] ** _number(state["step"])
-    return StepSize(group["lr"], square, 1 / bias, eps=group["eps"])
+    return StepSize(_number(group["lr"]), local_tensor(square), 1 / bias, eps=group["eps"])
 
 
 def _nadam(group: Mapping[str, Any], state: Mapping[str, Any]) -> StepSize | None:
@@ -139,21 +176,22 @@ def _nadam(group: Mapping[str, Any], state: Mapping[str, Any]) -> StepSize | Non
     product = _number(state["mu_product"])
     # Of a steady gradient the average holds 1 - beta^step, and both summands have a bias correction of their own.
     gain = (1 - momentum) / (1 - product) + following / (1 - product * following) * (1 - beta**step)
-    return replace(size, length=size.length * gain)
+    return size._replace(length=size.length * gain)
 
 
 def _rmsprop(group: Mapping[str, Any], state: Mapping[str, Any]) -> StepSize | None:
     if "square_avg" not in state:
         return None
-    mean = state["grad_avg"] if group["centered"] else None
-    return StepSize(group["lr"] / (1 - group["momentum"]), state["square_avg"], mean=mean, eps=group["eps"])
+    mean = local_tensor(state["grad_avg"]) if group["centered"] else None
+    square = local_tensor(state["square_avg"])
+    return StepSize(_number(group["lr"]) / (1 - group["momentum"]), square, mean=mean, eps=group["eps"])
 
 
 def _adagrad(group: Mapping[str, Any], state: Mapping[str, Any]) -> StepSize | None:
     if "sum" not in state:
         return None
-    lr = group["lr"] / (1 + (_number(state["step"]) - 1) * group["lr_decay"])
-    return StepSize(lr, state["sum"], eps=group["eps"])
+    lr = _number(group["lr"]) / (1 + (_number(state["step"]) - 1) * group["lr_decay"])
+    return StepSize(lr, local_tensor(state["sum"]), eps=group["eps"])
 
 
 def _number(value: Any) -> Any:

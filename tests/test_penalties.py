@@ -12,6 +12,7 @@ from sklearn.datasets import load_diabetes
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_regularize.penalties import L1, L2, ElasticNet, GroupLasso
 from lightning_regularize.projections import norm_dims
@@ -295,6 +296,101 @@ def test_nan_stays_visible():
     for penalty in FORMULAS:
         assert penalty.value(weight).isnan()
         assert proximal(penalty, weight, 0.1)[0, 0].isnan()
+
+
+# --- lists --------------------------------------------------------------------------------------------------------
+
+
+def many_weights():
+    """Of several shapes, dtypes and layouts: some small and alike, some larger than a bucket."""
+    shapes = [(8, 6), (5, 7), (8, 6), (3, 4, 2), (8, 6), (1200, 700), (8, 0), (1, 1)]
+    weights = [randn(*shape, seed=i) for i, shape in enumerate(shapes)]
+    weights += [randn(7, 5, seed=20).T, randn(8, 6, seed=21).double(), randn(900, 1000, seed=22).T]
+    weights += [randn(4, 3, 2, 2, seed=23).to(memory_format=torch.channels_last), torch.zeros(8, 6)]
+    return [*weights, randn(8, 6, seed=24).bfloat16(), randn(5, 7, seed=25).bfloat16()]
+
+
+def assert_lists_are_the_same(found, expected):
+    for a, b in zip(found, expected, strict=True):
+        eps = torch.finfo(a.dtype).eps
+        torch.testing.assert_close(a, b, rtol=4 * eps, atol=4 * eps)
+
+
+@each_penalty
+@pytest.mark.parametrize("strength", [0.3, torch.tensor(0.3)], ids=["number", "tensor"])
+def test_the_gradients_of_a_list_are_those_of_each(penalty, strength):
+    weights = many_weights()
+    found, expected = ([torch.ones_like(w) for w in weights] for _ in range(2))
+    penalty.add_gradient_(found, weights, strength)
+    for gradient, weight in zip(expected, weights, strict=True):
+        penalty.add_gradient_(gradient, weight, strength)
+    assert_lists_are_the_same(found, expected)
+    assert_lists_are_the_same(weights, many_weights())
+
+
+@each_penalty
+@pytest.mark.parametrize(
+    "make_threshold",
+    [
+        pytest.param(lambda weights: 0.1, id="number"),
+        pytest.param(lambda weights: torch.tensor(0.1), id="tensor"),
+        pytest.param(
+            lambda weights: [randn(*w.shape, seed=i).abs().to(w.dtype) for i, w in enumerate(weights)], id="each"
+        ),
+    ],
+)
+def test_the_proximal_step_of_a_list_is_that_of_each(penalty, make_threshold):
+    weights = many_weights()
+    expected = [w.clone() for w in weights]
+    threshold = make_threshold(weights)
+    before = [t.clone() for t in threshold] if isinstance(threshold, list) else threshold
+    penalty.proximal_(weights, threshold)
+    for i, weight in enumerate(expected):
+        penalty.proximal_(weight, before[i] if isinstance(before, list) else before)
+    assert_lists_are_the_same(weights, expected)
+    assert sum(not torch.equal(w, b) for w, b in zip(weights, many_weights(), strict=True)) >= 12
+    if isinstance(threshold, list):
+        assert all(torch.equal(t, b) for t, b in zip(threshold, before, strict=True))
+
+
+def test_groups_of_a_list_may_have_a_threshold_each():
+    weights = [randn(3, 4, seed=i) for i in range(3)]
+    thresholds = [randn(3, seed=i).abs() for i in range(3)]
+    expected = [proximal(GroupLasso(), w, t) for w, t in zip(weights, thresholds, strict=True)]
+    GroupLasso().proximal_(weights, thresholds)
+    assert_lists_are_the_same(weights, expected)
+
+
+@each_penalty
+def test_the_value_of_a_list_is_the_sum_of_values(penalty):
+    weights = many_weights()
+    expected = sum(penalty.value(weight, 0.3).item() for weight in weights)
+    assert penalty.value(weights, 0.3).item() == pytest.approx(expected, rel=1e-9, abs=0)
+
+
+class Calls(TorchDispatchMode):
+    """Counts what a device would have to do: operations that are not views and do more than to allocate."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not (func.is_view or "empty" in str(func) or "unbind" in str(func) or "detach" in str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@each_penalty
+@pytest.mark.parametrize("method", ["gradient", "proximal", "proximal, each"])
+def test_the_number_of_calls_does_not_depend_on_the_length_of_a_list(penalty, method):
+    def calls(length):
+        weights, others = ([torch.empty(4, 4, device="meta") for _ in range(length)] for _ in range(2))
+        with Calls() as counted:
+            if method == "gradient":
+                penalty.add_gradient_(others, weights, 0.1)
+            else:
+                penalty.proximal_(weights, others if "each" in method else 0.1)
+        return counted.count
+
+    assert 0 < calls(2) == calls(50) < 120
 
 
 # --- several ranks ------------------------------------------------------------------------------------------------

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.optim import LBFGS, SGD, Adadelta, Adafactor, Adagrad, Adam, Adamax, AdamW, Muon, NAdam, RMSprop
 
-from lightning_regularize.step_sizes import KNOWN_OPTIMIZERS, StepSize, knows, step_size, unknown_metric
+from lightning_regularize.step_sizes import KNOWN_OPTIMIZERS, knows, step_size, step_sizes, thresholds, unknown_metric
+from tests.models import randn
 
 GRADIENT = torch.tensor([[-3.0, 1.0], [0.2, 1e-3]], dtype=torch.float64)
 
@@ -85,18 +86,26 @@ def test_the_lr_of_now_counts():
     assert size_of(optimizer, weight).length == 0.3
 
 
-@pytest.mark.parametrize("name", ["Adam", "RMSprop centered"])
-@pytest.mark.parametrize("count", [1, 2])
-def test_pieces_have_the_lengths_of_the_whole(name, count):
-    step = size_of(*stepped(ELEMENTWISE[name], steps=3)[:2])
-    pieces = step.pieces(count)
-    assert len(pieces) == count
-    assert torch.equal(torch.cat([piece.lengths() for piece in pieces]), step.lengths())
-
-
-def test_a_scalar_is_a_piece():
-    step = StepSize(0.1, square=torch.tensor(4.0))
-    assert step.pieces(1)[0].lengths() == pytest.approx(0.05)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["Adam", "Adam amsgrad", "RMSprop centered", "Adagrad lr decay"])
+def test_thresholds_of_several_weights_are_strength_times_length(name, dtype):
+    weights = [nn.Parameter(torch.zeros(3, 4, dtype=dtype)), nn.Parameter(torch.zeros(5, dtype=dtype))]
+    optimizer = ELEMENTWISE[name](weights)
+    for steps, stepped in ((1, weights), (3, weights[1:])):  # one of them has made more steps than the other
+        for seed in range(steps):
+            for weight in stepped:
+                weight.grad = randn(*weight.shape, seed=seed).to(dtype)
+            optimizer.step()
+            optimizer.zero_grad()
+    sizes = step_sizes(optimizer, optimizer.param_groups[0], weights)
+    means = [size.mean for size in sizes if size.mean is not None]
+    found = thresholds(sizes, [size.square for size in sizes], means, 0.25)
+    for threshold, size in zip(found, sizes, strict=True):
+        mean = 0.0 if size.mean is None else size.mean.double()
+        variance = size.correction * (size.square.double() - mean**2)
+        expected = 0.25 * size.length / (variance.sqrt() + size.eps)
+        accurate = torch.promote_types(dtype, torch.float32)
+        torch.testing.assert_close(threshold, expected.to(accurate), rtol=1e-5, atol=0)
 
 
 def test_lengths_leave_the_state_alone():

@@ -7,11 +7,14 @@ step, because to write to memory that the system has just handed out takes longe
 
 from __future__ import annotations
 
+import math
 import threading
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from lightning_regularize._sharding import local_piece
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterator, Sequence
@@ -105,29 +108,32 @@ class _Kept(threading.local):
 _KEPT = _Kept()
 
 
-def scratch(like: Tensor, *, dtype: torch.dtype | None = None, slot: str = "") -> Tensor:
-    """Uninitialized memory for a temporary like ``like``: good until the next call with this dtype and slot.
+def scratch(
+    like: Tensor, shape: Sequence[int] | None = None, *, dtype: torch.dtype | None = None, slot: str = ""
+) -> Tensor:
+    """Uninitialized memory for a temporary: good until the next call with this dtype and slot.
 
     Args:
-        like: What tells the shape and the device.
-        dtype: By default that of ``like``.
+        like: What tells the device, and shape and dtype where these are not given.
+        shape: The shape.
+        dtype: The dtype.
         slot: What tells temporaries apart that are needed at the same time.
 
     Returns:
         Contiguous. On a CPU it is the same memory each time; other devices have allocators that do as much. What
         is larger than a bucket may be is new.
     """
-    dtype = dtype or like.dtype
-    size = like.numel()
+    shape, dtype = like.shape if shape is None else shape, dtype or like.dtype
+    size = math.prod(shape)
     if not like.is_cpu or size * dtype.itemsize > 2 * _CPU_BYTES:
-        return torch.empty(like.shape, dtype=dtype, device=like.device)
+        return torch.empty(shape, dtype=dtype, device=like.device)
     buffer = _KEPT.buffers.get((dtype, slot))
     if buffer is None or buffer.numel() < size:
         with torch.inference_mode(False):  # or it could not be written to outside of that mode
             buffer = torch.empty(size, dtype=dtype)
         if type(buffer) is Tensor:  # not a fake one
             _KEPT.buffers[dtype, slot] = buffer
-    return buffer[:size].view(like.shape)
+    return buffer[:size].view(shape)
 
 
 def new(function: str, tensors: list[Tensor], *others: Any, slot: str = "") -> list[Tensor]:
@@ -158,3 +164,20 @@ def copies(tensors: list[Tensor], *, slot: str = "") -> list[Tensor]:
         found = [scratch(tensors[0], dtype=dtype, slot=slot)]
     torch._foreach_copy_(found, tensors)
     return found
+
+
+def stacked(tensors: Sequence[Tensor], *, slot: str = "stacked") -> Tensor:
+    """The local tensors of a bucket of one shape as one with another dim in front, for a batched operation.
+
+    A single tensor is viewed so, and changes with the result; of several it is a temporary, see :func:`put_back_`.
+    """
+    local = [local_piece(tensor) for tensor in tensors]
+    if len(local) == 1:
+        return local[0][None]
+    return torch.stack(local, out=scratch(local[0], (len(local), *local[0].shape), slot=slot))
+
+
+def put_back_(tensors: Sequence[Tensor], values: Tensor) -> None:
+    """Give ``tensors`` the values that :func:`stacked` made of them, after these have changed."""
+    if len(tensors) > 1:
+        torch._foreach_copy_([local_piece(tensor) for tensor in tensors], values.unbind())

@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, final
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Any, Literal, final
 from weakref import WeakSet
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_regularize._checks import check_number
-from lightning_regularize._sharding import local_tensor, settle_gradient_
-from lightning_regularize._steps.clock import rate_of
 from lightning_regularize._steps.targets import Targets
 from lightning_regularize._steps.watch import stepping_optimizers
-from lightning_regularize._trainer.strategies import (
-    check_gradients_are_the_modules,
-    check_view,
-    check_weights_are_the_optimizers,
-)
+from lightning_regularize._trainer.strategies import check_view
 from lightning_regularize.callbacks._base import Regularizer
+from lightning_regularize.callbacks._penalty_methods import Gradient, Method, Proximal, Rounding, Target, by_dim, calls
 from lightning_regularize.decay import HALF
 from lightning_regularize.penalties import L1, L2, ElasticNet, GroupLasso, Penalty
 from lightning_regularize.projections import norm_dims
 from lightning_regularize.schedules import Constant, Schedule, as_schedule, check_total_steps
-from lightning_regularize.selection import DEFAULT_EXCLUDE, is_normalized, tensor_name
-from lightning_regularize.step_sizes import knows, step_size, unknown_metric
+from lightning_regularize.selection import DEFAULT_EXCLUDE, tensor_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,29 +33,8 @@ if TYPE_CHECKING:
     from lightning_regularize._steps.watch import Watch
     from lightning_regularize.schedules import Position, ScheduleLike
     from lightning_regularize.selection import ParameterInfo, Rule
-    from lightning_regularize.step_sizes import StepSize
 
-_PIECE = 2**20  # elements of a weight for which a threshold of its own is made at a time
-
-
-class _Target(NamedTuple):
-    """A parameter that is penalized, and how to look at it."""
-
-    info: ParameterInfo
-    view: tuple[int, ...] | None
-    dim: tuple[int, ...] | None
-
-    @property
-    def parameter(self) -> torch.nn.Parameter:
-        return self.info.parameter
-
-    def as_units(self, other: Any = None) -> tuple[Tensor, Any]:
-        """The weight, and a tensor like it, in the shape in which the norms of units run over ``dim``."""
-        weight = self.parameter.detach()
-        if self.view is not None and tuple(weight.shape) != self.view:
-            weight = weight.view(self.view)
-            other = other.view(self.view) if isinstance(other, torch.Tensor) and other.dim() else other
-        return weight, other
+_METHODS: dict[str, type[Method]] = {"gradient": Gradient, "proximal": Proximal}
 
 
 class PenaltyCallback(Regularizer):
@@ -104,19 +77,19 @@ class PenaltyCallback(Regularizer):
         infos = self.select(run, "nothing to pull at", initialized=needs_shapes)
         self._sharding = run.sharding()
         self._method.check(run, self, infos)
-        self._targets: Targets[_Target] = Targets(run.infos, self._learn)
-        self._rounding = _Rounding(any(info.parameter.dtype in HALF for info in infos))
+        self._targets: Targets[Target] = Targets(run.infos, self._learn)
+        self.rounding = Rounding(any(info.parameter.dtype in HALF for info in infos))
         self._checked: WeakSet[Optimizer] = WeakSet()
         for optimizer in run.optimizers:
             for leaf in stepping_optimizers(optimizer):
                 self._check_optimizer(leaf)
         self.warn_if_no_effect(run, infos)
 
-    def _learn(self, info: ParameterInfo) -> _Target | None:
+    def _learn(self, info: ParameterInfo) -> Target | None:
         if not self.selects(info):
             return None
         if not self.penalty().per_unit:
-            return _Target(info, None, None)
+            return Target(info, None, None)
         if self._sharding.is_flat(info.parameter):
             raise MisconfigurationException(
                 f"{type(self).__name__} needs the norms of whole units, and FSDP1 cuts weights anywhere: use "
@@ -130,9 +103,9 @@ class PenaltyCallback(Regularizer):
                 f"{tuple(info.shape)}: leave it out by `exclude`."
             ) from error
         check_view(info.name, info.parameter, view)
-        return _Target(info, view, dim)
+        return Target(info, view, dim)
 
-    def targets(self, optimizer: Optimizer) -> Iterator[tuple[dict[str, Any], list[_Target]]]:
+    def targets(self, optimizer: Optimizer) -> Iterator[tuple[dict[str, Any], list[Target]]]:
         """The groups of an optimizer, each with what is penalized in it now."""
         for group, targets in zip(optimizer.param_groups, self._targets.of(optimizer), strict=True):
             yield group, [target for target in targets if target.parameter.requires_grad]
@@ -156,185 +129,39 @@ class PenaltyCallback(Regularizer):
 
     def _log(self, watch: Watch) -> None:
         """The value of what the optimizer minimizes beside the loss, at the weights that the step finds."""
-        values, parameters = [], []
+        penalty: Any = self.penalty()
+        values: list[Tensor] = []
+        flat: list[torch.nn.Parameter] = []  # FSDP1's pieces, whose values are still to be added up over ranks
+        of_flat: list[Tensor] = []
         for leaf in watch.leaves:
             for group, targets in self.targets(leaf):
                 strength = self.strength(group, watch.number(leaf)) if targets else 0.0
-                for target in targets:
-                    weight, _ = target.as_units()
-                    values.append(self.penalty().value(weight, strength, dim=target.dim))
-                    parameters.append(target.parameter)
+                for dim, alike in by_dim(targets).items():
+                    pieces = [target.parameter for target in alike if self._sharding.is_flat(target.parameter)]
+                    whole = [t.as_units(t.parameter) for t in alike if not self._sharding.is_flat(t.parameter)]
+                    values += [penalty.value(w, strength, dim=dim) for (w,) in calls(penalty, whole)]
+                    of_flat += [penalty.value(piece, strength, dim=dim) for piece in pieces]
+                    flat += pieces
+        if flat:
+            values.append(self._sharding.reduce(torch.stack(of_flat), flat).sum())
         if not values:
             return
         number = self.number_among(type(self))
         suffix = f" {label}" if (label := self.run.label(watch)) else ""
-        self.run.log({f"penalty/{self.name}{number}{suffix}": self._summed(torch.stack(values), parameters)})
-
-    def _summed(self, values: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-        # Values of DTensors are of the whole already; FSDP1's pieces are still to be added up.
-        flat = [i for i, p in enumerate(parameters) if self._sharding.is_flat(p)]
-        if flat:
-            values[flat] = self._sharding.reduce(values[flat], [parameters[i] for i in flat])
-        return values.sum()
+        total = torch.stack([value.to(values[0].device) for value in values]).sum()
+        self.run.log({f"penalty/{self.name}{number}{suffix}": total})
 
     # -- where weights are of low precision ----------------------------------------------------------------------------
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Once an epoch has passed it is known whether shrinking rounds to nothing."""
         if isinstance(self.schedule, Constant):
-            self._rounding.warn_if_lost(self)
+            self.rounding.warn_if_lost(self)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.run is not None:
-            self._rounding.warn_if_lost(self)
+            self.rounding.warn_if_lost(self)
         super().on_train_end(trainer, pl_module)
-
-
-class _Method(ABC):
-    """How a penalty acts on a step."""
-
-    @abstractmethod
-    def check(self, run: Run, owner: PenaltyCallback, infos: Sequence[ParameterInfo]) -> None:
-        """Refuse a strategy or weights with which it cannot work."""
-
-    @abstractmethod
-    def check_optimizer(self, owner: PenaltyCallback, optimizer: Optimizer) -> None:
-        """Refuse an optimizer with which it cannot work."""
-
-    def on_gradients(self, owner: PenaltyCallback, step: Step) -> None:  # noqa: B027
-        """Gradients are complete."""
-
-    def after_step(self, owner: PenaltyCallback, step: Step) -> None:  # noqa: B027
-        """Weights have changed."""
-
-
-class _Gradient(_Method):
-    """The gradient of the penalty is added to that of the loss."""
-
-    def check(self, run: Run, owner: PenaltyCallback, infos: Sequence[ParameterInfo]) -> None:
-        if not isinstance(owner.penalty(), L2):
-            owner.check_real(infos, f"{type(owner).__name__}(method='gradient')")
-        check_gradients_are_the_modules(run.trainer, type(owner).__name__)
-
-    def check_optimizer(self, owner: PenaltyCallback, optimizer: Optimizer) -> None:
-        if any(group.get("maximize") and penalized for group, penalized in owner.targets(optimizer)):
-            raise MisconfigurationException(
-                f"{type(optimizer).__name__}(maximize=True) climbs, and would climb the gradient of "
-                f"{type(owner).__name__} as well: use method='proximal', or minimize the negative."
-            )
-
-    def on_gradients(self, owner: PenaltyCallback, step: Step) -> None:
-        penalty = owner.penalty()
-        for group, targets in owner.targets(step.optimizer):
-            strength: Any = owner.strength(group, step.number) if targets else 0.0
-            scaled = strength if step.scale is None else step.scale * strength
-            for target in targets:
-                gradient = settle_gradient_(target.parameter)
-                if gradient is not None:  # otherwise unused in this step, and no gradient is made for it
-                    weight, gradient = target.as_units(gradient)
-                    penalty.add_gradient_(gradient, weight, scaled, dim=target.dim)
-
-
-class _Proximal(_Method):
-    """After the step the proximal map of the penalty is applied, in the metric of the optimizer."""
-
-    def check(self, run: Run, owner: PenaltyCallback, infos: Sequence[ParameterInfo]) -> None:
-        name = f"{type(owner).__name__}(method='proximal')"
-        check_weights_are_the_optimizers(run.trainer, name)
-        owner.check_real(infos, name)
-        if isinstance(owner.penalty(), L2):
-            return
-        if found := [info.name for info in infos if is_normalized(info)]:
-            raise MisconfigurationException(
-                f"{name} makes weights exactly zero, where weight and spectral "
-                f"normalization divide zero by zero, and on the scale of {found} the model does not depend: leave "
-                "them out by `exclude`, or use method='gradient'."
-            )
-
-    def check_optimizer(self, owner: PenaltyCallback, optimizer: Optimizer) -> None:
-        for group, penalized in owner.targets(optimizer):
-            if penalized and not knows(optimizer):
-                raise MisconfigurationException(unknown_metric(optimizer))
-            if penalized:
-                rate_of(optimizer, group)
-
-    def after_step(self, owner: PenaltyCallback, step: Step) -> None:
-        optimizer, rounding = step.optimizer, owner._rounding
-        counts = rounding.counts_in(owner, step)
-        for group, targets in owner.targets(optimizer):
-            strength = owner.strength(group, step.number) if targets else 0.0
-            for target in targets if strength else ():
-                if target.parameter.grad is None:
-                    continue
-                size = step_size(optimizer, group, target.parameter)
-                if size is None:
-                    continue
-                before = local_tensor(target.parameter).clone() if counts and target.parameter.dtype in HALF else None
-                _shrink_(owner.penalty(), target, size, strength)
-                if before is not None:
-                    rounding.count(before, local_tensor(target.parameter))
-        rounding.sum_up()
-
-
-_METHODS: dict[str, type[_Method]] = {"gradient": _Gradient, "proximal": _Proximal}
-
-
-def _shrink_(penalty: Penalty, target: _Target, step: StepSize, strength: float) -> None:
-    if step.square is None or penalty.per_unit:
-        weight, _ = target.as_units()
-        lengths = step.lengths()
-        if isinstance(lengths, torch.Tensor) and lengths.dim():  # this rank's, and so is the view's shape
-            lengths = lengths.view_as(local_tensor(weight))
-        penalty.proximal_(weight, lengths * strength, dim=target.dim)
-        return
-    weight = local_tensor(target.parameter)
-    pieces = weight.chunk(-(-weight.numel() // _PIECE)) if weight.numel() > _PIECE else (weight,)
-    for piece, piece_step in zip(pieces, step.pieces(len(pieces)), strict=True):
-        penalty.proximal_(piece, piece_step.lengths() * strength)
-
-
-class _Rounding:
-    """Do proximal steps move half-precision weights at all?
-
-    Args:
-        has_half: Are there such weights?
-    """
-
-    def __init__(self, has_half: bool) -> None:
-        self._has_half, self._is_done = has_half, False
-        self._moved = -1.0  # the largest fraction of weights that a step has moved
-        self._counts: list[Tensor] = []
-
-    def counts_in(self, owner: PenaltyCallback, step: Step) -> bool:
-        """Is this a step in which to count what moves? Not while the learning rate warms up."""
-        if self._is_done or not self._has_half or not (self._moved < 0 or owner.run.logs_now()):
-            return False
-        positions = [owner.run.clock.position(group, step.number) for group in step.optimizer.param_groups]
-        return any(at.lr >= 0.5 * at.peak_lr for at in positions)
-
-    def count(self, before: Tensor, after: Tensor) -> None:
-        """Of the weights that were not zero, count those that have changed, and all."""
-        self._counts.append(torch.stack([(after != before).sum(), before.count_nonzero()]))
-
-    def sum_up(self) -> None:
-        """A step has ended."""
-        if self._counts:
-            counts, self._counts = self._counts, []
-            number, of = torch.stack([each.to(counts[0].device) for each in counts]).sum(dim=0).tolist()
-            self._moved = max(self._moved, number / of if of else 0.0)
-
-    def warn_if_lost(self, owner: PenaltyCallback) -> None:
-        """Warn once if most weights stay as they are; all ranks should take part."""
-        if self._is_done or owner.method == "gradient" or not self._has_half:
-            return
-        moved = owner.run.largest(self._moved)
-        self._is_done = moved >= 0  # else there was no step to tell from
-        if 0 <= moved < 0.5:
-            owner.warn(
-                f"{type(owner).__name__}(method='proximal') hardly acts here: of half-precision weights it moved "
-                f"{moved:.0%}, the others are as before when they are rounded. Use float32 weights with "
-                "precision='bf16-mixed', or a larger strength."
-            )
 
 
 @final

@@ -1,0 +1,223 @@
+"""How does a penalty act on a step: by its gradient, or by a proximal step?"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from lightning_regularize._sharding import local_tensor, settle_gradient_
+from lightning_regularize._steps.buckets import buckets
+from lightning_regularize._steps.clock import rate_of
+from lightning_regularize._trainer.strategies import check_gradients_are_the_modules, check_weights_are_the_optimizers
+from lightning_regularize.decay import HALF
+from lightning_regularize.penalties import L2
+from lightning_regularize.projections import unit_buckets
+from lightning_regularize.selection import is_normalized
+from lightning_regularize.step_sizes import knows, step_sizes, thresholds, unknown_metric
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
+
+    from lightning_regularize._steps.hooks import Step
+    from lightning_regularize._steps.run import Run
+    from lightning_regularize.callbacks.penalty import PenaltyCallback
+    from lightning_regularize.penalties import Penalty
+    from lightning_regularize.selection import ParameterInfo
+    from lightning_regularize.step_sizes import StepSize
+
+
+class Target(NamedTuple):
+    """A parameter that is penalized, with the shape in which the norms of its units run over ``dim``."""
+
+    info: ParameterInfo
+    view: tuple[int, ...] | None
+    dim: tuple[int, ...] | None
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        return self.info.parameter
+
+    def as_units(self, tensor: Tensor) -> Tensor:
+        """The parameter, or a tensor of its shape, detached."""
+        tensor = tensor.detach()
+        return tensor if self.view is None or tuple(tensor.shape) == self.view else tensor.view(self.view)
+
+
+class Method(ABC):
+    """A way in which a penalty acts on a step."""
+
+    @abstractmethod
+    def check(self, run: Run, owner: PenaltyCallback, infos: Sequence[ParameterInfo]) -> None:
+        """Refuse a strategy or weights with which it cannot work."""
+
+    @abstractmethod
+    def check_optimizer(self, owner: PenaltyCallback, optimizer: Optimizer) -> None:
+        """Refuse an optimizer with which it cannot work."""
+
+    def on_gradients(self, owner: PenaltyCallback, step: Step) -> None:  # noqa: B027
+        """Gradients are complete."""
+
+    def after_step(self, owner: PenaltyCallback, step: Step) -> None:  # noqa: B027
+        """Weights have changed."""
+
+
+class Gradient(Method):
+    """The gradient of the penalty is added to that of the loss."""
+
+    def check(self, run: Run, owner: PenaltyCallback, infos: Sequence[ParameterInfo]) -> None:
+        if not isinstance(owner.penalty(), L2):
+            owner.check_real(infos, f"{type(owner).__name__}(method='gradient')")
+        check_gradients_are_the_modules(run.trainer, type(owner).__name__)
+
+    def check_optimizer(self, owner: PenaltyCallback, optimizer: Optimizer) -> None:
+        if any(group.get("maximize") and penalized for group, penalized in owner.targets(optimizer)):
+            raise MisconfigurationException(
+                f"{type(optimizer).__name__}(maximize=True) climbs, and would climb the gradient of "
+                f"{type(owner).__name__} as well: use method='proximal', or minimize the negative."
+            )
+
+    def on_gradients(self, owner: PenaltyCallback, step: Step) -> None:
+        penalty: Any = owner.penalty()
+        for group, targets in owner.targets(step.optimizer):
+            strength: Any = owner.strength(group, step.number) if targets else 0.0
+            scaled = strength if step.scale is None else step.scale * strength
+            for dim, alike in by_dim(targets).items():
+                # Without a gradient a parameter is unused in this step, and none is made for it.
+                pairs = [(t, g) for t in alike if (g := settle_gradient_(t.parameter)) is not None]
+                weights = [target.as_units(target.parameter) for target, _ in pairs]
+                gradients = [target.as_units(gradient) for target, gradient in pairs]
+                for g, w in calls(penalty, gradients, weights):
+                    penalty.add_gradient_(g, w, scaled, dim=dim)
+
+
+class Proximal(Method):
+    """After the step the proximal map of the penalty is applied, in the metric of the optimizer."""
+
+    def check(self, run: Run, owner: PenaltyCallback, infos: Sequence[ParameterInfo]) -> None:
+        name = f"{type(owner).__name__}(method='proximal')"
+        check_weights_are_the_optimizers(run.trainer, name)
+        owner.check_real(infos, name)
+        if isinstance(owner.penalty(), L2):
+            return
+        if found := [info.name for info in infos if is_normalized(info)]:
+            raise MisconfigurationException(
+                f"{name} makes weights exactly zero, where weight and spectral "
+                f"normalization divide zero by zero, and on the scale of {found} the model does not depend: leave "
+                "them out by `exclude`, or use method='gradient'."
+            )
+
+    def check_optimizer(self, owner: PenaltyCallback, optimizer: Optimizer) -> None:
+        for group, penalized in owner.targets(optimizer):
+            if penalized and not knows(optimizer):
+                raise MisconfigurationException(unknown_metric(optimizer))
+            if penalized:
+                rate_of(optimizer, group)
+
+    def after_step(self, owner: PenaltyCallback, step: Step) -> None:
+        optimizer, rounding = step.optimizer, owner.rounding
+        counts = rounding.counts_in(owner, step)
+        for group, targets in owner.targets(optimizer):
+            strength = owner.strength(group, step.number) if targets else 0.0
+            acting = [t for t in targets if t.parameter.grad is not None] if strength else []
+            half = [local_tensor(t.parameter) for t in acting if counts and t.parameter.dtype in HALF]
+            before = [weight.clone() for weight in half]
+            for dim, alike in by_dim(acting).items():
+                sizes = step_sizes(optimizer, group, [target.parameter for target in alike])
+                stepped = [(t, size) for t, size in zip(alike, sizes, strict=True) if size is not None]
+                if stepped:
+                    _shrink_(owner.penalty(), stepped, strength, dim)
+            rounding.count(before, half)
+        rounding.sum_up()
+
+
+def by_dim(targets: Sequence[Target]) -> dict[tuple[int, ...] | None, list[Target]]:
+    """Targets whose units lie in the same dims, which are penalized by one call."""
+    found: dict[tuple[int, ...] | None, list[Target]] = {}
+    for target in targets:
+        found.setdefault(target.dim, []).append(target)
+    return found
+
+
+def calls(penalty: Penalty, *columns: Sequence[Tensor]) -> Iterable[Sequence[Any]]:
+    """The arguments of the calls of a penalty's method: lists, or one tensor of each list after the other."""
+    if penalty.takes_lists:
+        return [columns] if columns[0] else []
+    return zip(*columns, strict=True)
+
+
+def _shrink_(
+    penalty: Any, stepped: Sequence[tuple[Target, StepSize]], strength: float, dim: tuple[int, ...] | None
+) -> None:
+    weights = [target.as_units(target.parameter) for target, _ in stepped]
+    sizes = [size for _, size in stepped]
+    if sizes[0].square is None:  # for all parameters of the group
+        for (w,) in calls(penalty, weights):
+            penalty.proximal_(w, sizes[0].length * strength, dim=dim)
+        return
+    shapes = [local_tensor(weight).shape for weight in weights]
+    states = [[size.square for size in sizes], [size.mean for size in sizes]]
+    columns = [
+        [tensor.view(shape) for tensor, shape in zip(column, shapes, strict=True) if tensor is not None]
+        for column in states
+        if column[0] is not None
+    ]
+    # The thresholds of a bucket are made when they are needed, in memory for one bucket.
+    if penalty.per_unit:
+        arranged = unit_buckets(dim, weights, *columns)
+    else:
+        arranged = buckets(list(map(local_tensor, weights)), *columns)
+    for indices, (bucket, squares, *means) in arranged:
+        found = thresholds([sizes[i] for i in indices], squares, means[0] if means else [], strength)
+        for w, t in calls(penalty, bucket, found):
+            penalty.proximal_(w, t, dim=dim)
+
+
+class Rounding:
+    """Do proximal steps move half-precision weights at all?
+
+    Args:
+        has_half: Are there such weights?
+    """
+
+    def __init__(self, has_half: bool) -> None:
+        self._has_half, self._is_done = has_half, False
+        self._moved = -1.0  # the largest fraction of weights that a step has moved
+        self._counts: list[Tensor] = []
+
+    def counts_in(self, owner: PenaltyCallback, step: Step) -> bool:
+        """Is this a step in which to count what moves? Not while the learning rate warms up."""
+        if self._is_done or not self._has_half or not (self._moved < 0 or owner.run.logs_now()):
+            return False
+        positions = [owner.run.clock.position(group, step.number) for group in step.optimizer.param_groups]
+        return any(at.lr >= 0.5 * at.peak_lr for at in positions)
+
+    def count(self, before: Sequence[Tensor], after: Sequence[Tensor]) -> None:
+        """Of the weights that were not zero, count those that have changed, and all."""
+        for old, new in zip(before, after, strict=True):
+            self._counts.append(torch.stack([(new != old).sum(), old.count_nonzero()]))
+
+    def sum_up(self) -> None:
+        """A step has ended."""
+        if self._counts:
+            counts, self._counts = self._counts, []
+            number, of = torch.stack([each.to(counts[0].device) for each in counts]).sum(dim=0).tolist()
+            self._moved = max(self._moved, number / of if of else 0.0)
+
+    def warn_if_lost(self, owner: PenaltyCallback) -> None:
+        """Warn once if most weights stay as they are; all ranks should take part."""
+        if self._is_done or owner.method == "gradient" or not self._has_half:
+            return
+        moved = owner.run.largest(self._moved)
+        self._is_done = moved >= 0  # else there was no step to tell from
+        if 0 <= moved < 0.5:
+            owner.warn(
+                f"{type(owner).__name__}(method='proximal') hardly acts here: of half-precision weights it moved "
+                f"{moved:.0%}, the others are as before when they are rounded. Use float32 weights with "
+                "precision='bf16-mixed', or a larger strength."
+            )
