@@ -1,0 +1,106 @@
+"""Steps of a Trainer on the device that is not there."""
+
+import functools
+import tempfile
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch import nn
+
+from tests.rehearsal.device import NAME, Seen, rehearse
+
+STEPS = 3  # of which the last one is observed: the first ones make the optimizer's state, and what callbacks keep
+
+
+class _Accelerator(CPUAccelerator):
+    """Asks nothing of the device."""
+
+    def setup_device(self, device):
+        pass
+
+
+class _Layers(pl.LightningModule):
+    """Four tensors a layer, in two shapes. There is no forward pass: gradients are simply there."""
+
+    def __init__(self, layers, make_optimizer, dtype):
+        super().__init__()
+        self.make_optimizer = make_optimizer
+        where = {"device": NAME, "dtype": dtype}
+        blocks = (nn.Sequential(nn.Linear(8, 8, **where), nn.LayerNorm(8, **where)) for _ in range(layers))
+        self.layers = nn.Sequential(*blocks)
+        self.gradients = [torch.empty_like(parameter) for parameter in self.parameters()]
+
+    def training_step(self, batch, batch_idx):
+        return torch.zeros((), device=NAME, requires_grad=True)
+
+    def backward(self, loss):
+        for parameter, gradient in zip(self.parameters(), self.gradients, strict=True):
+            parameter.grad = gradient
+
+    def configure_optimizers(self):
+        return self.make_optimizer(self.parameters())
+
+    def _apply(self, fn, recurse=True):
+        """Stay on the device. FakeTensorMode cannot move parameters from one to another."""
+        return self
+
+
+class _LastStep(pl.Callback):
+    """Observes the last batch, from before the hooks of all other callbacks until after them."""
+
+    def __init__(self, observer):
+        self.observer, self.seen = observer, Seen()
+
+    def on_train_batch_start(self, trainer, *_):
+        self.observer.seen = self.seen if trainer.global_step == STEPS - 1 else None
+
+    def on_train_epoch_end(self, *_):
+        self.observer.seen = None
+
+
+def observe(make_callback, layers, **options):
+    """What a step does on the device, and does not do without the callback. See :func:`train`."""
+    return rehearse(_train, make_callback, layers, options) - _without(layers, **options)
+
+
+@functools.cache
+def _without(layers, **options):
+    return rehearse(_train, None, layers, options)
+
+
+def _train(observer, make_callback, layers, options):
+    return train(observer, make_callback, layers, **options)
+
+
+def train(observer, make_callback, layers, *, logs=False, fused=False, scaler=False, dtype=torch.float32):
+    """What the last of a few steps does on the device.
+
+    Args:
+        observer: What counts.
+        make_callback: Makes the callback; None for none.
+        layers: Number of layers, each of which has four tensors.
+        logs: Is the step logged?
+        fused: AdamW's ``fused``, or else its ``foreach``.
+        scaler: Train with a GradScaler, in precision 16-mixed.
+        dtype: Of the parameters.
+    """
+    last_step = _LastStep(observer)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = pl.Trainer(
+            max_steps=STEPS,
+            callbacks=[last_step, *([make_callback()] if make_callback else [])],
+            logger=CSVLogger(folder),
+            log_every_n_steps=1 if logs else 10**6,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            strategy=SingleDeviceStrategy(torch.device(NAME, 0), _Accelerator()),
+            plugins=[MixedPrecision("16-mixed", NAME, torch.amp.GradScaler(NAME))] if scaler else None,
+        )
+        make_optimizer = functools.partial(torch.optim.AdamW, lr=1e-4, fused=fused, foreach=not fused)
+        trainer.fit(_Layers(layers, make_optimizer, dtype), range(STEPS))
+    return last_step.seen

@@ -1,0 +1,71 @@
+"""What each callback may cost a step: kernels launched, and waiting for the device."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_regularize import (
+    AnchorDecay,
+    ConstrainedDecay,
+    ElasticNetPenalty,
+    GroupLassoPenalty,
+    L1Penalty,
+    L2Penalty,
+    WeightConstraint,
+    WeightDecay,
+    WeightNormMonitor,
+)
+from lightning_regularize.projections import FrobeniusBall, MaxNorm, SpectralBall
+from lightning_regularize.schedules import Cosine
+
+
+@dataclass(frozen=True)
+class Row:
+    """A callback and its bounds.
+
+    Args:
+        name: What it is called in the table.
+        make: Makes it.
+        launches: Kernels that it may launch in a step that is not logged, however many tensors there are.
+        logged_launches: Likewise in a step that is logged; None for no bound but that of any number of tensors.
+        transfers: How often the host waits for the device in a step that is logged. In others it never does.
+    """
+
+    name: str
+    make: Any
+    launches: int
+    logged_launches: int | None = None
+    transfers: int = 0
+
+
+_ALL_BUT_SPECTRA = ("weight", "rms", "gradient", "update", "ratio", "angle", "sparsity", "effective_decay")
+
+ROWS = (
+    # torch's foreach AdamW launches seven kernels for a group without weight decay, so that groups made by hand cost
+    # as much.
+    Row("WeightDecay by the optimizer", lambda: WeightDecay(Cosine(0.04, 0.4)), 7),
+    Row("WeightDecay, decoupled", lambda: WeightDecay(0.1, method="decoupled"), 4),
+    Row("WeightDecay, independent", lambda: WeightDecay(0.1, method="independent"), 4),
+    Row("WeightDecay, coupled", lambda: WeightDecay(0.1, method="coupled"), 4),
+    Row("WeightDecay, cautious", lambda: WeightDecay(0.1, method="cautious"), 12),
+    Row("WeightDecay, stable", lambda: WeightDecay(0.1, method="stable"), 30),
+    Row("L1, gradient", lambda: L1Penalty(1e-5), 6, transfers=1),
+    Row("L1, proximal", lambda: L1Penalty(1e-5, method="proximal"), 20, transfers=1),
+    Row("L2, gradient", lambda: L2Penalty(1e-5), 6, transfers=1),
+    Row("L2, proximal", lambda: L2Penalty(1e-5, method="proximal"), 20, transfers=1),
+    Row("elastic net, gradient", lambda: ElasticNetPenalty(1e-5, 1e-5), 8, transfers=1),
+    Row("elastic net, proximal", lambda: ElasticNetPenalty(1e-5, 1e-5, method="proximal"), 20, transfers=1),
+    Row("group lasso, gradient", lambda: GroupLassoPenalty(1e-5), 20, transfers=1),
+    Row("group lasso, proximal", lambda: GroupLassoPenalty(1e-5, method="proximal"), 120, transfers=1),
+    Row("max-norm", lambda: WeightConstraint(MaxNorm(3.0)), 25),
+    Row("Frobenius ball", lambda: WeightConstraint(FrobeniusBall(3.0)), 25),
+    Row("spectral ball", lambda: WeightConstraint(SpectralBall(3.0)), 60),
+    Row("AnchorDecay", lambda: AnchorDecay(0.01), 6),
+    Row("ConstrainedDecay", lambda: ConstrainedDecay(), 20),
+    Row("monitor, weight norms", lambda: WeightNormMonitor(quantities=("weight",)), 0, 20, transfers=1),
+    Row(
+        "monitor, all but spectra",
+        lambda: WeightNormMonitor(detail="parameter", quantities=_ALL_BUT_SPECTRA),
+        *(0, 80),
+        transfers=1,
+    ),
+)

@@ -1,0 +1,78 @@
+"""Does a step cost a constant number of launches, and does it wait for the device only where it is logged?"""
+
+import functools
+
+import pytest
+import torch
+
+from tests.rehearsal.device import is_possible, rehearse
+from tests.rehearsal.steps import observe, train
+from tests.rehearsal.table import ROWS
+
+pytestmark = pytest.mark.skipif(not is_possible(), reason="this torch knows no devices written in Python")
+
+FEW, MANY = 4, 16  # layers; `python -m tests.rehearsal` takes 75 and 300
+
+# What does not hold yet. Whoever mends it takes it out: a row that is here and holds is a failure.
+_PENALTIES = {row.name for row in ROWS if row.name.startswith(("L1", "L2", "elastic net", "group lasso"))}
+_BALLS = {"max-norm", "Frobenius ball", "spectral ball"}
+_MONITORS = {"monitor, weight norms", "monitor, all but spectra"}
+NOT_YET = {
+    "launches": {"WeightDecay, cautious", "WeightDecay, stable", *_PENALTIES, *_BALLS, "ConstrainedDecay"},
+    "launches, logged": {*_PENALTIES, *_MONITORS},
+    "waits": {"WeightDecay, stable", "spectral ball", "ConstrainedDecay"},
+    "waits, logged": {"monitor, all but spectra"},
+}
+
+seen = functools.cache(observe)
+
+
+def rows(check, chosen=ROWS):
+    def marks(row):
+        return [pytest.mark.xfail(strict=True, raises=AssertionError)] if row.name in NOT_YET[check] else []
+
+    return pytest.mark.parametrize("row", [pytest.param(row, id=row.name, marks=marks(row)) for row in chosen])
+
+
+def check_launches(row, bound, **options):
+    few = seen(row.make, FEW, **options).launched
+    assert bound is None or few.total() <= bound, few
+    many = seen(row.make, MANY, **options).launched
+    assert many.total() == few.total(), many - few
+
+
+LOGGED = [row for row in ROWS if row.transfers]
+
+
+@rows("launches")
+def test_launches_of_a_step(row):
+    check_launches(row, row.launches)
+
+
+@rows("launches, logged", LOGGED)
+def test_launches_of_a_step_that_is_logged(row):
+    check_launches(row, row.logged_launches, logs=True)
+
+
+@rows("waits")
+def test_no_step_waits_that_is_not_logged(row):
+    assert not seen(row.make, FEW).waited
+
+
+@rows("waits, logged", LOGGED)
+def test_a_step_that_is_logged_waits_once(row):
+    waited = seen(row.make, FEW, logs=True).waited
+    assert waited.total() == row.transfers, waited
+
+
+# Other optimizers and precisions
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_no_device_is_mixed_with_another(row):
+    rehearse(train_in_other_precisions, row.make)
+
+
+def train_in_other_precisions(observer, make):
+    for options in ({"dtype": torch.bfloat16}, {"scaler": True}, {"scaler": True, "fused": True}):
+        train(observer, make, 1, **options)
