@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dis
+import functools
+import inspect
 import math
 import re
+import types
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -11,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
+from torch._dynamo.utils import guard_failures
 from torch.nn.modules.dropout import _DropoutNd
 
 from lightning_regularize.callbacks._base import Regularizer
@@ -29,26 +34,49 @@ if TYPE_CHECKING:
 _COMPILED_LEVELS = 4
 _SAMPLES = 1000  # positions at which a schedule's range is looked up
 _WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(\.|$)")
+# What transformers, timm and their like call a rate that is a plain number: `attention_dropout`, `dropout_p`, `p_drop`,
+# `resid_pdrop`, `drop_rate`; but neither `layerdrop` nor `token_drop_rate`, which drop something else.
+_RATE_NAME = re.compile(
+    r"(\w+_)?(dropout(_p|_prob|_rate|_ratio)?|p_?drop(out)?)|((attn|proj)_)?drop(_p|_prob|_rate)?|drop_path(_rate)?"
+)
+_UNENDING = (
+    "A compiled model is compiled anew for each dropout rate, so that DropoutSchedule has to know them: "
+    "give `total_steps`."
+)
+_NOT_IN_FORWARD = {"__init__", "__repr__", "extra_repr", "reset_parameters", "setup", "configure_model"}
 
 
 class _Rate(NamedTuple):
-    """A float attribute of a module that is a dropout rate, and what it was."""
+    """A number that a module has as an attribute and drops by, and what it was."""
 
     name: str
     module: nn.Module
     attribute: str
     original: float
 
+    @property
+    def path(self) -> str:
+        """What the attribute is called from the root of the model."""
+        return f"{self.name}.{self.attribute}" if self.name else self.attribute
+
 
 class DropoutSchedule(Regularizer):
     """Sets the dropout rate of a module's layers on a schedule while it trains.
 
+    The largest rate follows the schedule, and the others keep their ratio to it, as the rates of stochastic depth that
+    grow from layer to layer: ``p_t * rate / largest``. With ``same=True``, or where all rates are 0, all get ``p_t``.
+
     Scheduled are ``p`` of torch's dropout layers and of torchvision's ``StochasticDepth``, ``dropout`` of
     ``MultiheadAttention`` and of recurrent layers with more than one layer, ``drop_prob`` of whatever module has it
-    (timm's ``DropPath``), and the ``attributes`` you name. All get the same rate. The original rates come back when
-    training ends, by an exception too. Evaluation mode drops nothing and is not concerned. A compiled model is
-    recompiled for each rate, so the rate then takes 4 values from the schedule's lowest to its highest. Logged as
-    ``dropout/p`` whenever Lightning logs, of several schedules as ``dropout/p 1`` and so on.
+    (timm's ``DropPath``), plain numbers with a usual name (``dropout``, ``attention_dropout``, ``dropout_p``,
+    ``p_drop``) that the module's own methods read, as attention does in transformers, and the ``attributes`` you name.
+    A number with such a name that no method of its module reads is left alone, and a warning names it.
+
+    The original rates come back when training ends, by an exception too. Modules in evaluation mode drop nothing: a
+    warning says if all are. Where ``torch.compile`` compiles the model, or a function that drops, it does so anew for
+    each rate, so the schedule's value is then rounded to one of 4 from its lowest to its highest. The largest rate of
+    the modules in training mode is logged as ``dropout/p`` whenever Lightning logs, of several schedules as
+    ``dropout/p 1`` and so on.
 
     Args:
         p: A rate in [0, 1), a :class:`~lightning_regularize.schedules.Schedule`, or a callable from a
@@ -57,7 +85,8 @@ class DropoutSchedule(Regularizer):
             :func:`~lightning_regularize.schedules.late_dropout` for ready ones.
         include: Which modules: globs on their names (``"encoder.*"``), ``"type:Dropout"`` for a class or one of its
             bases, or module classes.
-        attributes: Names of further float attributes that are dropout rates.
+        attributes: Names of further attributes that are dropout rates.
+        same: Whether all rates are the same, instead of keeping the ratios that they have when training begins.
         total_steps: Length of the schedule in optimizer steps; by default what the Trainer expects.
 
     Raises:
@@ -82,6 +111,7 @@ class DropoutSchedule(Regularizer):
         *,
         include: Sequence[str | type[nn.Module]] = ("*",),
         attributes: Sequence[str] = (),
+        same: bool = False,
         total_steps: int | None = None,
     ) -> None:
         super().__init__(locals())
@@ -92,8 +122,10 @@ class DropoutSchedule(Regularizer):
             raise TypeError(f"`include` should be a sequence of globs, 'type:Name' or module classes, got {include!r}.")
         if not _is_list(attributes) or not all(isinstance(name, str) for name in attributes):
             raise TypeError(f"`attributes` should be a sequence of names, got {attributes!r}.")
+        if not isinstance(same, bool):
+            raise TypeError(f"`same` should be True or False, got {same!r}.")
         self.include = tuple(include)
-        self.attributes = tuple(attributes)
+        self.attributes, self.same = tuple(attributes), same
         self.total_steps = check_total_steps(total_steps)
 
     @property
@@ -105,16 +137,26 @@ class DropoutSchedule(Regularizer):
 
     def check(self, run: Run) -> None:
         self._levels: list[float] = []
-        self._rates = list(self._find(run.module))
+        candidates = list(self._find(run.module))
+        self._rates = [rate for rate in candidates if self._is_known(rate)]
+        unknown = [rate.path for rate in candidates if not self._is_known(rate) and not self._is_explained(rate)]
         if not self._rates:
+            hint = f"{unknown} may be rates: name them in" if unknown else "Name a number that is one in"
             raise MisconfigurationException(
                 f"There is nothing to drop: no module that matches {self.include} has a dropout rate. "
-                "Name a float attribute that is one in `attributes`, or take DropoutSchedule out."
+                f"{hint} `attributes`, or take DropoutSchedule out."
             )
         self._check_all_found()
         for other in run.trainer.callbacks if run.trainer is not None else ():
             if isinstance(other, DropoutSchedule) and other is not self and other.run is not None:
                 self._check_not_shared(other)
+        if unknown:
+            self.warn(
+                f"DropoutSchedule leaves {unknown} alone, which look like dropout rates: no method of their modules "
+                "reads them. Name those that are rates in `attributes`."
+            )
+        largest = max(rate.original for rate in self._rates)
+        self._shares = [1.0 if self.same or not largest else rate.original / largest for rate in self._rates]
 
     def _check_not_shared(self, other: DropoutSchedule) -> None:
         """Of two schedules for one rate the later would win.
@@ -138,29 +180,56 @@ class DropoutSchedule(Regularizer):
         absent = [attribute for attribute in self.attributes if all(attribute != r.attribute for r in self._rates)]
         if idle or absent:
             what = f"`include` {idle}" if idle else f"`attributes` {absent}"
-            found = [f"{rate.name}.{rate.attribute}" for rate in self._rates]
+            found = [rate.path for rate in self._rates]
             raise MisconfigurationException(f"No dropout rate is found by {what}; all that is found is {found}.")
 
     def begin(self, run: Run) -> None:
         rates = self._sampled_rates(run.clock.total_steps)
-        self._levels = self._compiled_levels(rates, run.clock.total_steps) if _is_compiled(run.module) else []
-        self._set_rate()
+        self._range, self._recompilations_before = (min(rates), max(rates)), self._recompilations()
+        if _is_compiled(run.module):
+            if self._is_unending:
+                raise MisconfigurationException(_UNENDING)
+            self._round()
+        self._set_rates()
 
     # -- training ------------------------------------------------------------------------------------------------------
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         """Before the forward pass, so that it drops at the rate of the step it belongs to."""
         super().on_train_batch_start(trainer, pl_module, *args)
-        rate = self._set_rate()
-        if self.run.logs_now():
-            self.run.log({f"dropout/p{self.number_among(DropoutSchedule)}": rate})
+        self._set_rates()
+
+    def on_gradients(self, step: Step) -> None:
+        """A function that is compiled cannot be found, but it is compiled anew for a new rate."""
+        if self._levels or self._recompilations() == self._recompilations_before:
+            return
+        if self._is_unending:
+            self.warn(_UNENDING)
+        else:
+            self._round()
 
     def after_step(self, step: Step, *, is_real: bool) -> None:
         """Outside a Trainer no hook comes before the next forward pass."""
         if self.run.trainer is None:
-            self._set_rate()
+            self._warn_if_nothing_drops()
+            self._set_rates()
 
-    def _set_rate(self) -> float:
+    def after_batch(self, trainer: pl.Trainer) -> None:
+        """The model's own code may have changed modes until now."""
+        self._warn_if_nothing_drops()
+        dropping = [getattr(r.module, r.attribute) for r in self._rates if r.module.training]
+        if dropping and self.run.logs_now():
+            self.run.log({f"dropout/p{self.number_among(DropoutSchedule)}": max(dropping)})
+
+    def _warn_if_nothing_drops(self) -> None:
+        if not any(rate.module.training for rate in self._rates):
+            names = [rate.name for rate in self._rates[:5]]
+            self.warn(
+                f"DropoutSchedule has no effect as long as all its modules are in evaluation mode, such as {names}: "
+                "call train() on them, or take DropoutSchedule out."
+            )
+
+    def _set_rates(self) -> None:
         watches = self.run.watches
         step = min((watch.steps for watch in watches), default=0)
         nothing: dict[str, Any] = {"params": []}
@@ -168,9 +237,8 @@ class DropoutSchedule(Regularizer):
         p = _check_rate(self.run.value(self.schedule, group, step))
         if self._levels:
             p = min(self._levels, key=lambda level: abs(level - p))
-        for rate in self._rates:
-            setattr(rate.module, rate.attribute, p)
-        return p
+        for rate, share in zip(self._rates, self._shares, strict=True):
+            setattr(rate.module, rate.attribute, p * share)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._restore()
@@ -185,14 +253,31 @@ class DropoutSchedule(Regularizer):
         self._rates = []
 
     def _find(self, root: nn.Module) -> Iterator[_Rate]:
+        """All that is a rate, or is called like one."""
         for name, module in root.named_modules():
             name = _WRAPPERS.sub("", name)
             if not any(_matches(rule, name, module) for rule in self.include):
                 continue
-            for attribute in _known_attributes(module) | dict.fromkeys(self.attributes):
+            usual = dict.fromkeys(attribute for attribute in vars(module) if _RATE_NAME.fullmatch(attribute))
+            if isinstance(module, nn.RNNBase):  # a single recurrent layer has none
+                usual.pop("dropout", None)
+            for attribute in _known_attributes(module) | usual | dict.fromkeys(self.attributes):
                 value = getattr(module, attribute, None)
                 if isinstance(value, (int, float)) and not isinstance(value, bool):
                     yield _Rate(name, module, attribute, value)
+
+    def _is_known(self, rate: _Rate) -> bool:
+        if rate.attribute in _known_attributes(rate.module) or rate.attribute in self.attributes:
+            return True
+        classes: Any = set(type(rate.module).__mro__) - {nn.Module, object}
+        return 0 <= rate.original < 1 and any(rate.attribute in _attributes_read(cls) for cls in classes)
+
+    def _is_explained(self, rate: _Rate) -> bool:
+        """Is it no rate, one that drops nothing, or merely what a layer inside was made with?"""
+        inside = set(map(id, rate.module.modules()))
+        return not 0 < rate.original < 1 or any(
+            id(known.module) in inside and known.original == rate.original for known in self._rates
+        )
 
     def _sampled_rates(self, total_steps: float) -> list[float]:
         """What the schedule has in store, checked before training; without an end, its first value."""
@@ -200,14 +285,18 @@ class DropoutSchedule(Regularizer):
         steps = [*range(0, last, max(last // _SAMPLES, 1)), last]
         return [_check_rate(value_at(self.schedule, Position(step=s, total_steps=total_steps))) for s in steps]
 
-    def _compiled_levels(self, rates: Sequence[float], total_steps: float) -> list[float]:
-        if math.isinf(total_steps) and not isinstance(self.schedule, Constant):
-            raise MisconfigurationException(
-                "A compiled model is recompiled for each dropout rate, so that DropoutSchedule has to know them: "
-                "give `total_steps`."
-            )
-        low, high = min(rates), max(rates)
-        return [low + (high - low) * i / (_COMPILED_LEVELS - 1) for i in range(_COMPILED_LEVELS)]
+    @property
+    def _is_unending(self) -> bool:
+        return math.isinf(self.run.clock.total_steps) and not isinstance(self.schedule, Constant)
+
+    def _recompilations(self) -> int:
+        """How often Dynamo has compiled anew since a rate had changed."""
+        changed = re.compile(rf"\.({'|'.join({rate.attribute for rate in self._rates})}) == ")
+        return sum(bool(changed.search(reason)) for reasons in guard_failures.values() for reason in reasons)
+
+    def _round(self) -> None:
+        low, high = self._range
+        self._levels = [low + (high - low) * i / (_COMPILED_LEVELS - 1) for i in range(_COMPILED_LEVELS)]
 
 
 def _known_attributes(module: nn.Module) -> dict[str, None]:
@@ -218,6 +307,31 @@ def _known_attributes(module: nn.Module) -> dict[str, None]:
     if isinstance(module, nn.MultiheadAttention) or (isinstance(module, nn.RNNBase) and module.num_layers > 1):
         names |= dict.fromkeys(["dropout"])
     return names
+
+
+@functools.cache
+def _attributes_read(cls: type) -> frozenset[str]:
+    """The attributes that the methods of a class read of their ``self``, but for methods that prepare a module."""
+    read: set[str] = set()
+    for name, member in vars(cls).items():
+        function: Any = member.fget if isinstance(member, property) else member
+        code = getattr(inspect.unwrap(function), "__code__", None)
+        if name not in _NOT_IN_FORWARD and code is not None and code.co_argcount:
+            read |= _read_of(code.co_varnames[0], code)
+    return frozenset(read)
+
+
+def _read_of(variable: str, code: types.CodeType) -> set[str]:
+    read: set[str] = set()
+    loaded: Any = None
+    for instruction in dis.get_instructions(code):
+        if instruction.opname == "LOAD_ATTR" and loaded == variable:
+            read.add(instruction.argval)
+        loaded = instruction.argval if instruction.opname.startswith("LOAD_") else None
+        if isinstance(loaded, tuple) and loaded:  # Python 3.13 and later load two variables at once
+            loaded = loaded[-1]
+    inner = [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    return read.union(*(_read_of(variable, each) for each in inner))
 
 
 def _matches(rule: str | type, name: str, module: nn.Module) -> bool:
