@@ -14,7 +14,24 @@ def check_is_number(name: str, value: object) -> None:
         TypeError: It is none.
     """
     if not is_number(value):
-        raise TypeError(f"`{name}` should be a number, got {value!r}.")
+        raise TypeError(f"`{name}` should be a number, got {value!r}.{quoted_number(value)}")
+
+
+def quoted_number(value: object) -> str:
+    """What to write instead of a text that is a number, for messages; otherwise nothing.
+
+    Example:
+        >>> quoted_number("1e-4"), quoted_number("adam")
+        (' Write 0.0001 without quotes; in YAML 1.0e-4, since 1e-4 is a text there.', '')
+    """
+    try:
+        number = float(value) if isinstance(value, str) else math.nan
+    except ValueError:
+        return ""
+    if not math.isfinite(number):
+        return ""
+    yaml = "; in YAML 1.0e-4, since 1e-4 is a text there" if "e" in str(value).lower() else ""
+    return f" Write {number:g} without quotes{yaml}."
 
 
 def is_number(value: object) -> TypeGuard[float]:
@@ -30,7 +47,7 @@ def check_number(value: object, what: str) -> float:
         ValueError: ``value`` is negative, infinite or NaN.
     """
     if not is_number(value):
-        raise TypeError(f"{what} should be a number, got {value!r}.")
+        raise TypeError(f"{what} should be a number, got {value!r}.{quoted_number(value)}")
     if not 0 <= value < math.inf:
         raise ValueError(f"{what} should be finite and at least 0, got {value!r}.")
     return value if isinstance(value, int) else float(value)

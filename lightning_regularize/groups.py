@@ -54,7 +54,9 @@ class Grouping:
 
     def __post_init__(self) -> None:
         if not hasattr(self.factors, "items"):
-            raise TypeError(f"`factors` should map rules to numbers, got {self.factors!r}.")
+            raise TypeError(
+                f"`factors` should map rules to numbers, got {self.factors!r}. Write, for example, {{'head.*': 0.1}}."
+            )
         object.__setattr__(self, "exclude", check_rules(self.exclude, argument="exclude"))
         check_rules(tuple(self.factors), argument="factors")
         factors = {
@@ -75,7 +77,8 @@ class Grouping:
         Raises:
             ValueError: A rule matches nothing, or a factor's rule only what does not decay or has a factor before.
         """
-        require_matches((*self.exclude, *self.factors), infos)
+        require_matches(self.exclude, infos, argument="exclude")
+        require_matches(self.factors, infos, argument="factors")
         decisive = {self._factor_rule(info) for info in infos if not self._exclusion(info)}
         for rule in self.factors:
             if rule not in decisive and any(matches(rule, info) for info in infos):

@@ -451,7 +451,8 @@ def norm_dims(
     if "weight" not in name or len(shape) < 2:
         raise ValueError(
             f"A norm over the incoming weights of a unit needs a weight with at least 2 dims, got {name!r} of "
-            f"{type(owner).__name__} with shape {shape}. Leave it out, or say by `dim` what a unit is."
+            f'{type(owner).__name__} with shape {shape}. Leave it out, as by `exclude=("*{name}",)`, or say by `dim` '
+            "what a unit is."
         )
     if not isinstance(owner, _TRANSPOSED_CONVOLUTIONS):
         return shape, tuple(range(1, len(shape)))

@@ -8,7 +8,7 @@ import math
 import numbers
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias, final
 
@@ -16,7 +16,7 @@ import torch
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from lightning_regularize._checks import is_number
+from lightning_regularize._checks import is_number, quoted_number
 
 __all__ = [
     "Position", "Schedule", "ScheduleLike",
@@ -293,7 +293,8 @@ class Join(Schedule):
     """One schedule after another, each over its own piece of the run as if that were a run of its own.
 
     Inside a piece the step counts from its beginning and ``total_steps`` is its length, so that ``fraction`` is 0 at
-    its first step and 1 at its last. Epoch and learning rate stay those of the run.
+    its first step and 1 at its last. Epoch and learning rate stay those of the run. A configuration of Hydra that lists
+    schedules needs ``_convert_: all`` beside ``_target_``, or Hydra turns them into dictionaries.
 
     Args:
         schedules: Numbers, schedules or callables; one more than there are boundaries.
@@ -418,7 +419,14 @@ class _Replay:
 
     def __init__(self, factory: Callable[[Optimizer], LRScheduler], value: float) -> None:
         self.optimizer = SGD([torch.zeros((), device="cpu")], lr=value)
-        self.scheduler = factory(self.optimizer)
+        try:
+            self.scheduler = factory(self.optimizer)
+        except TypeError as error:
+            name = getattr(factory, "__name__", "StepLR")
+            raise TypeError(
+                f"`factory` should make a scheduler of an optimizer alone, and failed: {error}. Give it the rest, "
+                f"as in functools.partial({name}, ...)."
+            ) from error
         self.steps = 0
         if not isinstance(self.scheduler, LRScheduler) or isinstance(self.scheduler, ReduceLROnPlateau):
             found = type(self.scheduler).__name__
@@ -463,7 +471,10 @@ class FromLRScheduler(Schedule):
 
     def __post_init__(self) -> None:
         if not callable(self.factory):
-            raise TypeError(f"`factory` should be a callable that takes an optimizer, got {self.factory!r}.")
+            raise TypeError(
+                f"`factory` should be a callable that takes an optimizer, got {self.factory!r}."
+                + _of_torch_scheduler(self.factory)
+            )
         value = _value("value", self.value)
         _set_(self, value=value, _replay=_Replay(self.factory, value))
 
@@ -550,7 +561,8 @@ def as_schedule(value: ScheduleLike, *, name: str = "value") -> Schedule | Calla
         return value
     if is_number(value):
         return Constant(_value(name, value))
-    raise TypeError(f"`{name}` should be a number, a `Schedule` or a callable of a `Position`, got {value!r}.")
+    message = f"`{name}` should be a number, a `Schedule` or a callable of a `Position`, got {value!r}."
+    raise TypeError(message + _instead_of(value))
 
 
 def value_at(schedule: ScheduleLike, at: Position) -> float:
@@ -565,12 +577,22 @@ def value_at(schedule: ScheduleLike, at: Position) -> float:
 
     Raises:
         ValueError: If the schedule gives no number, or one that is negative or not finite.
+        TypeError: If ``schedule`` is none of these, or does not take a position.
 
     Example:
         >>> value_at(lambda at: 1 / (1 + at.step), Position(step=3, total_steps=math.inf))
         0.25
     """
-    value: object = as_schedule(schedule)(at)
+    function = as_schedule(schedule)
+    try:
+        value: object = function(at)
+    except TypeError as error:
+        if isinstance(function, Schedule):
+            raise
+        raise TypeError(
+            f"{schedule!r} should take a `Position`, and failed with one: {error}. Of the step write "
+            "`lambda at: ... at.step ...`, of the part of the run that is done `at.fraction`."
+        ) from error
     if not is_number(value) or not 0 <= value < math.inf:
         raise ValueError(f"{schedule!r} should give a finite number that is not negative, got {value!r} at {at!r}.")
     return float(value)
@@ -637,7 +659,28 @@ def check_total_steps(total_steps: int | None) -> int | None:
     """
     if total_steps is None or (isinstance(total_steps, int) and not isinstance(total_steps, bool) and total_steps > 0):
         return total_steps
-    raise ValueError(f"`total_steps` should be a positive integer or None, got {total_steps!r}.")
+    given: Any = total_steps
+    instead = f" Write {int(given)}." if isinstance(given, float) and given > 0 and given.is_integer() else ""
+    raise ValueError(f"`total_steps` should be a positive integer or None, got {given!r}.{instead}")
+
+
+def _instead_of(value: object) -> str:
+    """What to write instead of something that is often taken for a schedule, if it is known."""
+    if isinstance(value, Mapping):
+        return (
+            " Hydra makes a dictionary of a schedule in a list: write `_convert_: all` beside the `_target_` that has "
+            "the list. Elsewhere a schedule is made by its class."
+        )
+    if isinstance(value, type) and issubclass(value, Schedule):
+        return f" A class is not a schedule yet: write {value.__name__}(...), with its values."
+    return _of_torch_scheduler(value) or quoted_number(value)
+
+
+def _of_torch_scheduler(value: object) -> str:
+    kind = value if isinstance(value, type) else type(value)
+    if not issubclass(kind, LRScheduler):
+        return ""
+    return f" Of a torch scheduler write FromLRScheduler(functools.partial({kind.__name__}, ...))."
 
 
 def _needs_total_steps(schedule: ScheduleLike) -> bool:
@@ -667,7 +710,7 @@ def _set_(instance: Schedule, **fields: object) -> None:
 def _value(name: str, value: object) -> float:
     message = f"`{name}` should be a finite number that is not negative, got {value!r}."
     if not is_number(value):
-        raise TypeError(message)
+        raise TypeError(message + quoted_number(value))
     if not 0 <= value < math.inf:
         raise ValueError(message)
     return float(value)
@@ -676,7 +719,8 @@ def _value(name: str, value: object) -> float:
 def _fraction(name: str, value: object) -> float:
     fraction = _value(name, value)
     if fraction > 1:
-        raise ValueError(f"`{name}` should be in [0, 1] as a fraction of the run, got {value!r}.")
+        instead = f" As a step write the integer {int(fraction)}." if fraction == int(fraction) else ""
+        raise ValueError(f"`{name}` should be in [0, 1] as a fraction of the run, got {value!r}.{instead}")
     return fraction
 
 

@@ -22,10 +22,10 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import nn
@@ -190,7 +190,8 @@ def matching(
         >>> [info.name for info in matching(infos, include=("*",), exclude=("bias",))]
         ['weight']
     """
-    require_matches((*include, *exclude), infos)
+    require_matches(include, infos, argument="include")
+    require_matches(exclude, infos, argument="exclude")
     return [
         info
         for info in infos
@@ -224,15 +225,20 @@ def check_rules(rules: Sequence[Rule], *, argument: str) -> tuple[Rule, ...]:
 classes or functions, got 'biases'. Did you mean 'bias'? To match names write '*biases*'.
     """
     if isinstance(rules, str) or not isinstance(rules, Sequence):
-        alone = f"; one alone is ({rules!r},)" if isinstance(rules, (str, type)) else "; a list or a tuple is one"
-        raise TypeError(f"`{argument}` should be a sequence of rules, got {rules!r}{alone}.")
+        given: Any = rules
+        written = getattr(given, "__name__", repr(given))
+        is_rule = isinstance(given, str) or callable(given)
+        alone = f"; one alone is ({written},)" if is_rule else "; a list or a tuple is one"
+        raise TypeError(f"`{argument}` should be a sequence of rules, got {given!r}{alone}.")
     expected = f"`{argument}` should hold kinds ({', '.join(KINDS)}), globs, 'type:Name', module classes or functions"
     for rule in rules:
         if isinstance(rule, str):
             if rule not in KINDS and not rule.startswith("type:") and set(".*?[").isdisjoint(rule):
                 close = difflib.get_close_matches(rule, KINDS, n=1, cutoff=0.7)
                 meant = f" Did you mean {close[0]!r}?" if close else ""
-                raise ValueError(f"{expected}, got {rule!r}.{meant} To match names write '*{rule}*'.")
+                is_class_name = rule[:1].isupper()  # such as LayerNorm, which no parameter is called
+                instead = f"For a class write 'type:{rule}'." if is_class_name else f"To match names write '*{rule}*'."
+                raise ValueError(f"{expected}, got {rule!r}.{meant} {instead}")
         elif not (issubclass(rule, nn.Module) if isinstance(rule, type) else callable(rule)):
             raise TypeError(f"{expected}, got {rule!r}.")
         elif isinstance(rule, nn.Module):  # callable too, but not meant so
@@ -267,26 +273,28 @@ def matches(rule: Rule, info: ParameterInfo) -> bool:
     return any(fnmatchcase(name, rule) for name in (info.name, *info.aliases))
 
 
-def require_matches(rules: Sequence[Rule], infos: Sequence[ParameterInfo]) -> None:
+def require_matches(rules: Iterable[Rule], infos: Sequence[ParameterInfo], *, argument: str = "rules") -> None:
     """Check that no rule is idle, as a misspelled one is; only a kind may be absent from a module.
 
     Args:
         rules: What :func:`check_rules` let pass.
         infos: All parameters of the module, frozen ones included.
+        argument: The name under which the rules were given, for the message.
 
     Raises:
         ValueError: If a glob, a type or a function matches none of them.
 
     Example:
-        >>> require_matches(["norm", "*.wieght"], parameter_infos(nn.Sequential(nn.Linear(2, 2))))
+        >>> infos = parameter_infos(nn.Sequential(nn.Linear(2, 2)))
+        >>> require_matches(["norm", "*.wieght"], infos, argument="exclude")
         Traceback (most recent call last):
-        ValueError: '*.wieght' matches no parameter; the nearest are '0.weight', '0.bias'.
+        ValueError: `exclude`: '*.wieght' matches no parameter; the nearest are '0.weight', '0.bias'.
     """
     for rule in rules:
         if rule not in KINDS and not any(matches(rule, info) for info in infos):
             nearest = ", ".join(map(repr, _nearest(rule, infos)))
             hint = f"the nearest are {nearest}" if nearest else f"the module has {len(infos)}"
-            raise ValueError(f"{rule!r} matches no parameter; {hint}.")
+            raise ValueError(f"`{argument}`: {rule!r} matches no parameter; {hint}.")
 
 
 def _nearest(rule: Rule, infos: Sequence[ParameterInfo]) -> list[str]:

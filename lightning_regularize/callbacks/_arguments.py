@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import inspect
 import itertools
+import pickle
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakSet
 
@@ -15,7 +19,7 @@ from lightning_regularize.groups import rule_key, rule_name
 from lightning_regularize.schedules import Constant, Schedule
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator
 
 
 class Described(*both("Callback")):  # type: ignore[misc]
@@ -30,6 +34,12 @@ class Described(*both("Callback")):  # type: ignore[misc]
 
     _alive: ClassVar[WeakSet[Described]] = WeakSet()
     _made: ClassVar[Iterator[int]] = itertools.count()
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """What the constructor refuses names the class, since a Trainer has several callbacks."""
+        super().__init_subclass__(**options)
+        if "__init__" in vars(cls):
+            cls.__init__ = _naming(cls.__init__)  # type: ignore[method-assign]
 
     def __init__(self, arguments: Mapping[str, Any]) -> None:
         super().__init__()
@@ -53,8 +63,25 @@ class Described(*both("Callback")):  # type: ignore[misc]
                 given.append(f"{name}={value!r}")
         return f"{type(self).__name__}({', '.join(given)})"
 
+    def __copy__(self) -> Any:
+        """A copy is of the callback and not of a run."""
+        return type(self)(**self.arguments)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return type(self)(**copy.deepcopy(self.arguments, memo))
+
     def __reduce__(self) -> Any:
-        """A copy, as for spawned processes, is of the callback and not of a run."""
+        """As a copy, for spawned processes.
+
+        Raises:
+            PicklingError: An argument cannot be pickled.
+        """
+        for name, value in self.arguments.items():
+            if (error := _pickling_error(value)) is not None:
+                raise pickle.PicklingError(
+                    f"{type(self).__name__}: `{name}` cannot be pickled, which strategies that spawn processes need. "
+                    f"Define functions at the top of a module, instead of lambdas, in {value!r}: {error}"
+                ) from error
         return _construct, (type(self), self.arguments)
 
     @property
@@ -81,6 +108,33 @@ class Described(*both("Callback")):  # type: ignore[misc]
         """The arguments as texts that are the same in every process; without tensors."""
         texts = {name: _text(value) for name, value in self.arguments.items()}
         return {name: text for name, text in texts.items() if text is not None}
+
+
+def _naming(init: Callable[..., None]) -> Callable[..., None]:
+    """A constructor whose errors begin with the name of the class, as the user knows it."""
+
+    @functools.wraps(init)
+    def named(self: Described, *args: Any, **kwargs: Any) -> None:
+        try:
+            init(self, *args, **kwargs)
+        except (TypeError, ValueError) as error:
+            name = type(self).__name__
+            if str(error).startswith(name):
+                raise
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"{name}: {error}") from error
+
+    return named
+
+
+def _pickling_error(value: Any) -> Exception | None:
+    if isinstance(value, Mapping) and any(isinstance(entry, torch.Tensor) for entry in value.values()):
+        return None  # a state dict, which is large
+    try:
+        pickle.dumps(value)
+    except Exception as error:  # of many types
+        return error
+    return None
 
 
 def _construct(cls: type[Described], arguments: dict[str, Any]) -> Described:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -77,7 +78,13 @@ class AnchorDecay(Regularizer):
         super().__init__(locals())
         self.schedule = as_schedule(strength, name="strength")
         if anchor != "init" and not hasattr(anchor, "keys"):
-            raise TypeError(f"`anchor` should be 'init' or a state dict, got {anchor!r}.")
+            instead = ""
+            if isinstance(anchor, (str, PathLike)):
+                path = str(anchor)
+                instead = f" Of a checkpoint's file write torch.load({path!r}, weights_only=True)['state_dict']."
+            elif hasattr(anchor, "state_dict"):
+                instead = " Of a module write `module.state_dict()`."
+            raise TypeError(f"`anchor` should be 'init' or a state dict, got {anchor!r}.{instead}")
         self.anchor = anchor
         self.total_steps = check_total_steps(total_steps)
 

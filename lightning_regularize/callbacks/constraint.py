@@ -123,12 +123,15 @@ class WeightConstraint(Regularizer):
         view, dim = tuple(info.shape), None
         if self.projection.per_unit:
             asked = getattr(self.projection, "dim", None)
-            view, dim = norm_dims(info.owner, info.name.rpartition(".")[2], info.shape, dim=asked)
+            try:
+                view, dim = norm_dims(info.owner, info.name.rpartition(".")[2], info.shape, dim=asked)
+            except ValueError as error:
+                raise ValueError(f"WeightConstraint: {info.name!r}: {error}") from error
         elif is_elementwise:
             view = tuple(info.parameter.shape)  # a piece will do
         check_view(info.name, info.parameter, view)
         target = _Target(info, view, dim)
-        if self._has_begun:
+        if self._has_begun and info.parameter.requires_grad:
             self._begin_target(target)
         return target
 
@@ -147,17 +150,25 @@ class WeightConstraint(Regularizer):
                 "relative to the weights as they are now."
             )
         for target in self._targets:
-            self._begin_target(target)
+            if target.info.parameter.requires_grad:  # a frozen one begins when it is trained
+                self._begin_target(target)
         self._has_begun = True
 
     def _begin_target(self, target: _Target) -> None:
-        """What is relative to the weights at the start is known from a checkpoint, or can be measured."""
+        """What is relative to the weights at the start is known from a checkpoint, or can be measured.
+
+        Raises:
+            ValueError: The weights at the start have no norm to be relative to.
+        """
         name, weight = target.info.name, target.info.parameter.detach()
         radius = self._saved.get("radii", {}).get(name)
         if getattr(self.projection, "relative", False) and radius is not None:
             target.projection = type(self.projection)(radius, relative=False)  # type: ignore[call-arg]
         else:
-            target.projection = self.projection.at_start(weight)
+            try:
+                target.projection = self.projection.at_start(weight)
+            except ValueError as error:
+                raise ValueError(f"WeightConstraint: {name!r}: {error} `exclude=({name!r},)` leaves it out.") from error
         if isinstance(target.projection, SpectralBall):
             saved = self._saved.get("vectors", {}).get(name)
             start = target.projection.warm_start(weight.view(target.view), dim=target.dim)
@@ -170,8 +181,10 @@ class WeightConstraint(Regularizer):
         moved = [t for targets in self._targets.of(step.optimizer) for t in targets if not t.is_in_place]
         for target in moved:
             self._targets.forget(target.info.parameter)
-        if moved:
-            self._targets.of(step.optimizer)
+        for targets in self._targets.of(step.optimizer):
+            for target in targets:
+                if target.projection is None and target.info.parameter.requires_grad:
+                    self._begin_target(target)
 
     def after_step(self, step: Step, *, is_real: bool) -> None:
         for targets in self._targets.of(step.optimizer) if is_real else ():

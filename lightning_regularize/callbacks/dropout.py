@@ -143,8 +143,8 @@ class DropoutSchedule(Regularizer):
         if not self._rates:
             hint = f"{unknown} may be rates: name them in" if unknown else "Name a number that is one in"
             raise MisconfigurationException(
-                f"There is nothing to drop: no module that matches {self.include} has a dropout rate. "
-                f"{hint} `attributes`, or take DropoutSchedule out."
+                f"DropoutSchedule: There is nothing to drop: no module that matches `include` {self.include} has a "
+                f"dropout rate. {hint} `attributes`, or take DropoutSchedule out."
             )
         self._check_all_found()
         for other in run.trainer.callbacks if run.trainer is not None else ():
@@ -181,7 +181,9 @@ class DropoutSchedule(Regularizer):
         if idle or absent:
             what = f"`include` {idle}" if idle else f"`attributes` {absent}"
             found = [rate.path for rate in self._rates]
-            raise MisconfigurationException(f"No dropout rate is found by {what}; all that is found is {found}.")
+            raise MisconfigurationException(
+                f"DropoutSchedule: No dropout rate is found by {what}; all that is found is {found}."
+            )
 
     def begin(self, run: Run) -> None:
         rates = self._sampled_rates(run.clock.total_steps)
@@ -360,5 +362,5 @@ def _check_rate(p: float) -> float:
         ValueError: It is not in [0, 1).
     """
     if not 0 <= p < 1:
-        raise ValueError(f"A dropout rate should be in [0, 1), got {p!r}.")
+        raise ValueError(f"DropoutSchedule: A dropout rate should be in [0, 1), got {p!r}.")
     return p

@@ -197,7 +197,12 @@ class WeightNormMonitor(Regularizer):
 
     def begin(self, run: Run) -> None:
         self._sharding = run.sharding()
-        require_matches((*self.include, *self.exclude), run.infos())
+        infos = run.infos()
+        try:
+            require_matches(self.include, infos, argument="include")
+            require_matches(self.exclude, infos, argument="exclude")
+        except ValueError as error:
+            raise ValueError(f"WeightNormMonitor: {error}") from error
         self._targets: Targets[ParameterInfo] = Targets(run.infos, self._learn)
         if run.trainer.is_global_zero:
             keys = [QUANTITIES[quantity].key for quantity in self.quantities]
@@ -419,7 +424,7 @@ def _steps_per_epoch(trainer: pl.Trainer) -> float:
 def _check_quantities(asked: Sequence[str]) -> tuple[str, ...]:
     expected = f"`quantities` should be some of {', '.join(QUANTITIES)}, got {asked!r}."
     if isinstance(asked, str) or not asked or not all(isinstance(quantity, str) for quantity in asked):
-        raise ValueError(expected)
+        raise ValueError(expected + (f" Write ({asked!r},)." if asked in list(QUANTITIES) else ""))
     if unknown := [quantity for quantity in asked if quantity not in QUANTITIES]:
         close = difflib.get_close_matches(str(unknown[0]), QUANTITIES, n=1)
         raise ValueError(expected + (f" Did you mean {close[0]!r}?" if close else ""))
