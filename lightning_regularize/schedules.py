@@ -21,7 +21,7 @@ from lightning_regularize._checks import is_number, quoted_number
 __all__ = [
     "Position", "Schedule", "ScheduleLike",
     "Constant", "Linear", "Cosine", "Exponential", "Polynomial",
-    "Steps", "Join", "Warmup", "FollowLR", "FromLRScheduler",
+    "Steps", "Join", "Warmup", "FollowLR", "Timescale", "FromLRScheduler",
     "early_dropout", "late_dropout",
     "as_schedule", "check_total_steps", "value_at", "simulate",
 ]  # fmt: skip
@@ -42,6 +42,7 @@ class Position:
         epoch: Epochs completed so far.
         lr: The group's learning rate. By default 1, which with ``peak_lr`` 1 is its peak.
         peak_lr: The largest learning rate that the group is to see.
+        steps_per_epoch: Optimizer steps of an epoch; ``math.inf`` where it is unknown, as in manual optimization.
 
     Example:
         >>> Position(step=3, total_steps=13).fraction
@@ -53,6 +54,7 @@ class Position:
     epoch: int = 0
     lr: float = 1.0
     peak_lr: float = 1.0
+    steps_per_epoch: float = math.inf
 
     @property
     def fraction(self) -> float:
@@ -414,6 +416,76 @@ class FollowLR(Schedule):
         return self.value * (at.lr / at.peak_lr) if at.peak_lr else 0.0
 
 
+@final
+@dataclass(frozen=True)
+class Timescale(Schedule):
+    r"""The weight decay that makes weights remember the updates of a given time, at the peak of the learning rate.
+
+    .. math:: \lambda = \frac{s(k)}{\eta_\mathrm{max} \, \tau}
+
+    Under decoupled weight decay (AdamW, Lion, Muon; with plain SGD also its own) weights are an average of past
+    updates, in which an update that is :math:`\tau` steps old has :math:`1/e` of the weight of a new one. The best
+    :math:`\tau`, counted in epochs, hardly changes with batch size, model and data, where the best :math:`\lambda`
+    does. With ``WeightDecay(method="independent")``, which decays whatever the learning rate, it is an error.
+
+    Args:
+        epochs: :math:`\tau` in epochs; positive and finite.
+        steps: In optimizer steps.
+        fraction: In runs: 0.1 is a tenth of the run. Exactly one of the three should be given.
+        schedule: A number, schedule or callable :math:`s` that the value is multiplied by, such as ``Cosine(1, 0)``; by
+            default 1.
+
+    Raises:
+        ValueError: If a number is out of range, or not exactly one of the first three is given; TypeError if an
+            argument has the wrong type. When called, ValueError where an epoch has no known number of steps.
+
+    Example:
+        >>> simulate(Timescale(epochs=2), total_steps=3, steps_per_epoch=50, lr=1e-3)
+        [10.0, 10.0, 10.0]
+        >>> simulate(Timescale(steps=100, schedule=Linear(1, 0)), total_steps=3, lr=[1e-3, 2e-3, 1e-3])
+        [5.0, 2.5, 0.0]
+
+    References:
+        Wang and Aitchison, "How to set AdamW's weight decay as you scale model and dataset size", ICML 2025,
+        arXiv 2405.13698; Bergsma et al., "Power Lines: Scaling Laws for Weight Decay and Batch Size in LLM
+        Pre-training", 2025, arXiv 2505.13738.
+    """
+
+    epochs: float | None = None
+    steps: float | None = None
+    fraction: float | None = None
+    schedule: ScheduleLike | None = None
+
+    def __post_init__(self) -> None:
+        given = {name: getattr(self, name) for name in ("epochs", "steps", "fraction")}
+        given = {name: value for name, value in given.items() if value is not None}
+        if len(given) != 1:
+            raise ValueError(f"Exactly one of `epochs`, `steps` and `fraction` should be given, got {given or 'none'}.")
+        for name, value in given.items():
+            if not _value(name, value):
+                raise ValueError(f"`{name}` should be positive, got {value!r}.")
+        if self.schedule is not None:
+            _set_(self, schedule=as_schedule(self.schedule, name="schedule"))
+
+    @property
+    def needs_total_steps(self) -> bool:
+        """Whether the time is a fraction of the run, or the schedule needs to know where the run ends."""
+        return self.fraction is not None or (self.schedule is not None and _needs_total_steps(self.schedule))
+
+    def __call__(self, at: Position) -> float:
+        """The weight decay at ``at.peak_lr``, times the value of the schedule; 0 where the peak is 0.
+
+        Raises:
+            ValueError: If it is not known how many steps an epoch, or the run, has.
+        """
+        units = ((self.epochs, at.steps_per_epoch), (self.steps, 1), (self.fraction, at.total_steps))
+        (steps,) = [length * unit for length, unit in units if length is not None]
+        if math.isinf(steps):
+            raise ValueError(f"{self!r} needs to know how many steps an epoch or the run has: give `steps` instead.")
+        value = 1.0 if self.schedule is None else value_at(self.schedule, at)
+        return value / (at.peak_lr * steps) if at.peak_lr else 0.0
+
+
 class _Replay:
     # A throw-away optimizer whose learning rate a scheduler drives, forward only.
 
@@ -637,7 +709,7 @@ def simulate(
     if len(lrs) != len(steps):
         raise ValueError(f"`lr` should have one element for each of the {len(steps)} steps, got {len(lrs)}.")
     peak_lr = max(lrs)
-    positions = (Position(step, len(steps), step // epoch_steps, lrs[step], peak_lr) for step in steps)
+    positions = (Position(step, len(steps), step // epoch_steps, lrs[step], peak_lr, epoch_steps) for step in steps)
     return [value_at(schedule, at) for at in positions]
 
 

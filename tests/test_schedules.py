@@ -44,6 +44,7 @@ from lightning_regularize.schedules import (
     Schedule,
     ScheduleLike,
     Steps,
+    Timescale,
     Warmup,
     as_schedule,
     early_dropout,
@@ -67,6 +68,7 @@ EXAMPLES = [
     Warmup(Cosine(0.1, 0.0), steps=3),
     Warmup(Cosine(0.1, 0.0), fraction=0.2, start=0.05),
     FollowLR(0.1),
+    Timescale(steps=30, schedule=Cosine(1.0, 0.0)),
     FromLRScheduler(halve_every_second_step, value=0.1),
 ]
 unhurried = settings(deadline=None)  # a busy machine is no failure
@@ -274,9 +276,9 @@ def test_join_gives_each_schedule_its_own_run():
 
     simulate(Join([0.5, note, 0.5], [2, 0.5]), total_steps=10, steps_per_epoch=4, lr=lambda step: 0.1 * step)
     assert seen == [
-        Position(0, 3, epoch=0, lr=0.1 * 2, peak_lr=0.1 * 9),
-        Position(1, 3, epoch=0, lr=0.1 * 3, peak_lr=0.1 * 9),
-        Position(2, 3, epoch=1, lr=0.1 * 4, peak_lr=0.1 * 9),
+        Position(0, 3, epoch=0, lr=0.1 * 2, peak_lr=0.1 * 9, steps_per_epoch=4),
+        Position(1, 3, epoch=0, lr=0.1 * 3, peak_lr=0.1 * 9, steps_per_epoch=4),
+        Position(2, 3, epoch=1, lr=0.1 * 4, peak_lr=0.1 * 9, steps_per_epoch=4),
     ]
 
 
@@ -367,6 +369,67 @@ def test_follow_lr_is_the_value_at_the_peak_and_proportional_below():
 
 def test_follow_lr_is_zero_where_the_peak_is_zero():
     assert FollowLR(0.1)(after(3, lr=0.0, peak_lr=0.0)) == 0.0
+
+
+# Timescale
+
+
+@pytest.mark.parametrize("kind", ["epochs", "steps", "fraction"])
+def test_a_weight_without_gradient_shrinks_to_one_over_e_in_a_timescale(kind):
+    """Of AdamW itself, at the peak rate: (1 - 1 / 200)^200 is 1 / e to 0.3 %."""
+    timescale = Timescale(**{"epochs": {"epochs": 4}, "steps": {"steps": 200}, "fraction": {"fraction": 0.5}}[kind])
+    weight = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+    weight.grad = torch.zeros_like(weight)
+    optimizer = torch.optim.AdamW([weight], lr=1e-3)
+    for value in simulate(timescale, total_steps=400, steps_per_epoch=50, lr=1e-3)[:200]:
+        optimizer.param_groups[0]["weight_decay"] = value
+        optimizer.step()
+    assert weight.tolist() == pytest.approx([math.exp(-1)] * 3, rel=3e-3, abs=0)
+
+
+@pytest.mark.parametrize("lr", [[1e-3, 2e-3, 5e-4], [2e-3] * 3, [0.0, 2e-3, 0.0]])
+def test_a_timescale_counts_at_the_peak_of_the_rate(lr):
+    assert simulate(Timescale(steps=50), 3, lr=lr) == pytest.approx([1 / (2e-3 * 50)] * 3, rel=1e-12, abs=0)
+
+
+@pytest.mark.parametrize("schedule", [Linear(1, 0), Constant(0.5), Steps([1, 3], [2]), lambda at: at.step])
+def test_a_timescale_is_multiplied_by_its_schedule(schedule):
+    values, plain = simulate(schedule, 4), simulate(Timescale(steps=10), 4)
+    expected = [value * factor for value, factor in zip(plain, values, strict=True)]
+    assert simulate(Timescale(steps=10, schedule=schedule), 4) == pytest.approx(expected, rel=1e-12, abs=0)
+
+
+def test_a_timescale_is_zero_where_the_peak_is_zero():
+    assert Timescale(steps=10)(after(3, lr=0.0, peak_lr=0.0)) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({}, ValueError, "Exactly one of `epochs`, `steps` and `fraction` should be given, got none"),
+        ({"epochs": 1, "steps": 10}, ValueError, "Exactly one of"),
+        ({"steps": 0}, ValueError, "`steps` should be positive, got 0"),
+        ({"epochs": -1.0}, ValueError, "`epochs` should be"),
+        ({"fraction": math.inf}, ValueError, "`fraction` should be"),
+        ({"steps": "10"}, TypeError, "`steps` should be"),
+        ({"steps": 10, "schedule": "Cosine"}, TypeError, "`schedule` should be"),
+    ],
+)
+def test_a_timescale_refuses(arguments, error, message):
+    with pytest.raises(error, match=message):
+        Timescale(**arguments)
+
+
+@pytest.mark.parametrize("timescale", [Timescale(epochs=2), Timescale(fraction=0.1)])
+def test_a_timescale_needs_to_know_the_length_of_its_unit(timescale):
+    with pytest.raises(ValueError, match=r"needs to know how many steps an epoch or the run has: give `steps`"):
+        timescale(Position(step=3, total_steps=math.inf))
+
+
+def test_what_needs_the_end_of_the_run_in_a_timescale():
+    assert Timescale(fraction=0.1).needs_total_steps
+    assert Timescale(steps=1, schedule=Cosine(1, 0)).needs_total_steps
+    assert not Timescale(epochs=1).needs_total_steps
 
 
 # FromLRScheduler, against torch's own loop
@@ -737,7 +800,7 @@ def test_a_schedule_without_a_call_cannot_be_made():
 def test_simulate_counts_epochs_and_finds_the_peak():
     seen = []
     simulate(lambda at: seen.append(at) or 0.0, 3, steps_per_epoch=2, lr=(0.1, 0.3, 0.2))
-    assert seen == [Position(0, 3, 0, 0.1, 0.3), Position(1, 3, 0, 0.3, 0.3), Position(2, 3, 1, 0.2, 0.3)]
+    assert seen == [Position(0, 3, 0, 0.1, 0.3, 2), Position(1, 3, 0, 0.3, 0.3, 2), Position(2, 3, 1, 0.2, 0.3, 2)]
 
 
 @pytest.mark.parametrize("lr", [[0.0, 0.2, 0.4], np.array([0.0, 0.2, 0.4]), lambda step: 0.2 * step])
@@ -777,6 +840,7 @@ def takes_anything(weight_decay: ScheduleLike = 0.1):
         (in_yaml("Polynomial", start=0.1, end=0.0, power=2), Polynomial(0.1, 0.0, 2)),
         (in_yaml("Steps", values=[0.1, 1, 2], boundaries=[1, 1.0]), Steps([0.1, 1, 2], [1, 1.0])),
         (in_yaml("FollowLR", value=0.1), FollowLR(0.1)),
+        (in_yaml("Timescale", epochs=2.0), Timescale(epochs=2.0)),
         (in_yaml("Warmup", schedule=0.1, fraction=0.2), Warmup(0.1, fraction=0.2)),
         (
             in_yaml("Warmup", schedule=in_yaml("Cosine", start=0.1, end=0.0), steps=10),

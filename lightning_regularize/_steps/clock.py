@@ -28,6 +28,8 @@ class Clock:
         self.total_steps = total_steps
         self.epoch = 0
         """The number of epochs that are complete; the training loop keeps it."""
+        self.steps_per_epoch = math.inf
+        """Steps of each optimizer in an epoch; infinite if unknown."""
         # By the identity of a group's first parameter. (A WeakTensorKeyDictionary takes ten times as long.)
         self._peaks: dict[int, tuple[ref[Tensor], float]] = {}
 
@@ -41,8 +43,8 @@ class Clock:
         """Where training stands for ``group`` in a step; rates are NaN where the optimizer finds its own."""
         lr = group.get("lr", 1.0)
         if lr is None:
-            return Position(step, self.total_steps, self.epoch, math.nan, math.nan)
-        return Position(step, self.total_steps, self.epoch, float(lr), self._peak(group))
+            return Position(step, self.total_steps, self.epoch, math.nan, math.nan, self.steps_per_epoch)
+        return Position(step, self.total_steps, self.epoch, float(lr), self._peak(group), self.steps_per_epoch)
 
     def value(self, schedule: ScheduleLike, group: dict[str, Any], step: int) -> float:
         """The value of ``schedule`` for ``group`` in step number ``step``.

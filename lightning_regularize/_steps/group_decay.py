@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from operator import is_, mul
+from operator import mul
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, ref
 
@@ -83,6 +83,7 @@ class GroupDecay:
         self._of_parameter: MutableMapping[Tensor, Given] = WeakTensorKeyDictionary()
         self._leaves: WeakKeyDictionary[Any, _Leaf] = WeakKeyDictionary()
         self._groups: list[dict[str, Any]] = []
+        self._ids: list[int] = []
         self._is_warned = False
         for group in user_groups(optimizer):
             given = _find(known, group)
@@ -101,9 +102,10 @@ class GroupDecay:
         """
         optimizer = self._optimizer()
         groups = user_groups(optimizer)
-        if len(groups) == len(self._groups) and all(map(is_, groups, self._groups)):
+        ids = list(map(id, groups))
+        if ids == self._ids:
             return False
-        self._groups = list(groups)
+        self._groups, self._ids = list(groups), ids
         held = {id(group) for each in (optimizer, *self._leaves) for group in user_groups(each)}
         for key in self._known.keys() - held:
             del self._known[key]

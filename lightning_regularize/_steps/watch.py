@@ -53,7 +53,9 @@ class Watch:
         """The optimizers that step."""
         self._steps: dict[Optimizer, int] = {}  # of each
         self._announced: set[Optimizer] = set()
-        self._is_pending, self._start = False, steps
+        self._start, self._is_pending, self._is_counted = steps, False, False
+        self.memory: Any = None
+        """What ``work`` keeps for this optimizer, for as long as it watches it."""
         self.refresh()
 
     @property
@@ -94,7 +96,7 @@ class Watch:
         if self._is_pending and not any(hooks_of(leaf).is_stepping for leaf in self._steps if self._use_hooks):
             self.settle()
         if not self._is_pending:
-            self._is_pending, self._start = True, self.steps
+            self._is_pending, self._is_counted = True, False
         if self.optimizer not in self._steps:
             self.refresh()
         for leaf in self.leaves:
@@ -103,15 +105,11 @@ class Watch:
 
     def settle(self) -> None:
         """The loop is done with the step: count it also where a GradScaler has skipped it."""
-        self._announced.clear()
-        if not self._steps:
-            return
-        steps = self.steps
-        if self._is_pending and steps == self._start:
-            steps += 1
-        self._is_pending = False
-        for leaf in self._steps:
-            self._steps[leaf] = steps
+        is_skipped, self._is_pending = self._is_pending and not self._is_counted, False
+        if is_skipped or len(self._steps) > 1:
+            self._announced.clear()
+            steps = max(self._steps.values(), default=0) + is_skipped
+            self._steps = dict.fromkeys(self._steps, steps)
 
     def remove(self) -> None:
         """Watch no more. What was counted stays."""
@@ -136,6 +134,7 @@ class Watch:
         step = self._step(optimizer)
         if is_real or self._is_pending:
             self._steps[optimizer] += 1
+            self._is_counted = True
         self.work.after_step(step, is_real=is_real)
 
     def _step(self, optimizer: Optimizer, scale: Tensor | None = None) -> Step:

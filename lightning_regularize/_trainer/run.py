@@ -193,13 +193,25 @@ def total_steps(trainer: pl.Trainer) -> float:
     """
     if trainer.max_epochs != -1:
         _ = trainer.estimated_stepping_batches  # sets the data up
-    epochs, batches, steps = _training_epochs(trainer), trainer.num_training_batches, math.inf
-    if epochs is not None and batches != math.inf:
-        steps = sum(math.ceil(batches / _accumulated_batches(trainer, epoch)) for epoch in range(epochs))
+    epochs, steps = _training_epochs(trainer), math.inf
+    if epochs is not None:
+        steps = sum(_steps_of_epoch(trainer, epoch) for epoch in range(epochs))
     if trainer.max_steps != -1:
         # Under manual optimization it counts the steps of all optimizers together.
         steps = min(steps, math.ceil(trainer.max_steps / max(len(trainer.optimizers), 1)))
     return steps
+
+
+def steps_per_epoch(trainer: pl.Trainer) -> float:
+    """The same of an epoch, in the mean over the run. What is not known under manual optimization is infinite."""
+    epochs = range(_training_epochs(trainer) or 1)
+    is_known = trainer.lightning_module.automatic_optimization
+    return sum(_steps_of_epoch(trainer, epoch) for epoch in epochs) / len(epochs) if is_known else math.inf
+
+
+def _steps_of_epoch(trainer: pl.Trainer, epoch: int) -> float:
+    batches = trainer.num_training_batches
+    return math.inf if batches == math.inf else math.ceil(batches / _accumulated_batches(trainer, epoch))
 
 
 def _training_epochs(trainer: pl.Trainer) -> int | None:

@@ -16,7 +16,7 @@ from lightning_regularize._steps.hooks import Step, UnsupportedOptimizerError, W
 from lightning_regularize._steps.run import Attachment, LoopRun, Run
 from lightning_regularize._steps.watch import stepping_optimizers
 from lightning_regularize._trainer import loggers
-from lightning_regularize._trainer.run import TrainerRun, is_extended, logged_step, total_steps
+from lightning_regularize._trainer.run import TrainerRun, is_extended, logged_step, steps_per_epoch, total_steps
 from lightning_regularize.callbacks._selective import Selective
 from lightning_regularize.schedules import Constant, check_total_steps
 
@@ -121,6 +121,7 @@ class Regularizer(Selective, Work):
         """Everything is restored. The length of the data is not asked for earlier: a loader may be restored too."""
         if not all(isinstance(schedule, Constant) for schedule in self.schedules):
             self.run.clock.total_steps = horizon = self.arguments.get("total_steps") or total_steps(trainer)
+            self.run.clock.steps_per_epoch = steps_per_epoch(trainer)
             self._most_steps = horizon + is_extended(trainer)
             advice = "give `total_steps`, or set `max_steps` or `max_epochs` with data of known length"
             self._check_horizon(horizon, MisconfigurationException, advice)

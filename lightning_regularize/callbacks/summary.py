@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lightning_regularize import quantities
-from lightning_regularize._trainer.run import group_labels, total_steps
+from lightning_regularize._trainer.run import group_labels, steps_per_epoch, total_steps
 from lightning_regularize._trainer.strategies import has_optimizer, held_parameters, model_root, torch_optimizer
 from lightning_regularize.advice import DecayingGroup, advise
 from lightning_regularize.callbacks._base import Regularizer
@@ -240,8 +240,8 @@ def _advice(trainer: pl.Trainer, rows: list[_Row]) -> list[str]:
     groups = list(dict.fromkeys(row.advice for row in rows if row.advice is not None))
     others = [c for c in callbacks if isinstance(c, (L2Penalty, ElasticNetPenalty, AnchorDecay, ConstrainedDecay))]
     names = [type(other).__name__ for other in others]
-    steps_per_epoch = trainer.num_training_batches / trainer.accumulate_grad_batches
-    return advise(groups, total_steps=total_steps(trainer), steps_per_epoch=steps_per_epoch, other_decays=names)
+    steps = {"total_steps": total_steps(trainer), "steps_per_epoch": steps_per_epoch(trainer)}
+    return advise(groups, other_decays=names, **steps)
 
 
 def _sampled(callback: WeightDecay, steps_of_run: float, lr: float) -> Sequence[float]:
@@ -251,4 +251,5 @@ def _sampled(callback: WeightDecay, steps_of_run: float, lr: float) -> Sequence[
     horizon = callback.total_steps or steps_of_run
     last = horizon - 1 if math.isfinite(horizon) else 0
     steps = [round(i * last / (_SAMPLES - 1)) for i in range(_SAMPLES)]
-    return [value_at(callback.schedule, Position(step, horizon, 0, lr, lr)) for step in steps]
+    epoch_steps = callback.run.clock.steps_per_epoch
+    return [value_at(callback.schedule, Position(step, horizon, 0, lr, lr, epoch_steps)) for step in steps]

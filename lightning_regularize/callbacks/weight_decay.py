@@ -22,7 +22,7 @@ from lightning_regularize.callbacks._base import Regularizer
 from lightning_regularize.decay import HALF
 from lightning_regularize.decay_methods import METHODS, DecayMethod, Decoupled, Independent, Stable, Target, will_move
 from lightning_regularize.groups import Grouping, check_something_decays
-from lightning_regularize.schedules import Constant, Schedule, as_schedule, check_total_steps
+from lightning_regularize.schedules import Constant, Schedule, Timescale, as_schedule, check_total_steps
 from lightning_regularize.selection import DEFAULT_EXCLUDE, FOREIGN, ParameterInfo, Rule, foreign_info
 
 if TYPE_CHECKING:
@@ -117,6 +117,8 @@ class WeightDecay(Regularizer):
             raise ValueError(
                 f"`weight_decay=None` keeps the optimizer's own decay, it needs method='optimizer', got {method!r}."
             )
+        if method == "independent" and isinstance(self.schedule, Timescale):
+            raise ValueError("A Timescale counts on decay by lr * weight_decay, got method='independent'.")
         if rounding not in ("nearest", "stochastic"):
             raise ValueError(f"`rounding` should be 'nearest' or 'stochastic', got {rounding!r}.")
         if rounding == "stochastic" and method not in ("decoupled", "independent"):
@@ -214,9 +216,9 @@ class WeightDecay(Regularizer):
         if not self.decay_method.uses_optimizer or self.schedule in (None, Constant(0.0)):
             return
         factors = [
-            self._groups_of(optimizer).ratio(group) * decision.factor
-            for optimizer in run.optimizers
-            for group, decisions in zip(optimizer.param_groups, self._targets.of(optimizer), strict=True)
+            self._groups_of(watch).ratio(group) * decision.factor
+            for watch in run.watches
+            for group, decisions in zip(watch.optimizer.param_groups, self._targets.of(watch.optimizer), strict=True)
             for decision in decisions
         ]
         decaying = any(decision.factor and decision.info.parameter.requires_grad for decision in self._targets)
@@ -237,8 +239,8 @@ class WeightDecay(Regularizer):
 
     def begin(self, run: Run) -> None:
         given = self._saved.get("given", [])
-        for optimizer, saved in zip(run.optimizers, given, strict=False):
-            self._groups_of(optimizer).restore(saved)
+        for watch, saved in zip(run.watches, given, strict=False):
+            self._groups_of(watch).restore(saved)
         saved = self._saved.get("parts", [])
         self._misses_parts = not saved and any(watch.steps for watch in run.watches)
         leaves = [leaf for watch in run.watches for leaf in watch.leaves]
@@ -247,14 +249,14 @@ class WeightDecay(Regularizer):
             self._install_parts(leaf, saved[i] if i < len(saved) else [])
         self.show_next()
 
-    def _groups_of(self, optimizer: Any) -> GroupDecay:
+    def _groups_of(self, watch: Watch) -> GroupDecay:
         """The weight decay of an optimizer's groups, which have the user's values when they are first seen."""
-        groups = self._groups.get(optimizer)
-        if groups is None:
+        if watch.memory is None:
             value_of = None if self.schedule is None else self._value_of
             options: dict[str, Any] = {"shows_value": self.decay_method.uses_optimizer, "known": self._given}
-            self._groups[optimizer] = groups = GroupDecay(optimizer, value_of, self._factors_of, **options)
-        return groups
+            watch.memory = GroupDecay(watch.optimizer, value_of, self._factors_of, **options)
+            self._groups[watch.optimizer] = watch.memory
+        return watch.memory  # type: ignore[no-any-return]
 
     def _value_of(self, group: dict[str, Any], step: int, ratio: float) -> float:
         value = ratio * self.run.clock.value(self.schedule, group, step) if ratio else 0.0
@@ -270,7 +272,8 @@ class WeightDecay(Regularizer):
 
     def _install_parts(self, leaf: Optimizer, saved: list[list[dict[str, Any]]] | None = None) -> None:
         has_decay = any("weight_decay" in group for group in leaf.param_groups)
-        if not self.decay_method.uses_optimizer or not has_decay or self._is_twin_of(leaf):
+        has_twin = self._twin is not None and self._twin.optimizer is leaf
+        if not self.decay_method.uses_optimizer or not has_decay or has_twin:
             return
         hooks = hooks_of(leaf)
         if hooks.parts is not None:
@@ -284,22 +287,18 @@ class WeightDecay(Regularizer):
         if saved:
             hooks.parts.load_state_dict(saved)
 
-    def _is_twin_of(self, leaf: Any) -> bool:
-        """Does DeepSpeed step a twin of this optimizer?"""
-        return self._twin is not None and self._twin.optimizer is leaf
-
     # -- training ------------------------------------------------------------------------------------------------------
 
     def on_gradients(self, step: Step) -> None:
         if self.decay_method.adds_to_gradients:
             self.decay_method.on_gradients(self._find_decaying(step), step.scale)
-        if self._twin is not None and self._is_twin_of(step.optimizer):  # no hook comes later
+        if self._twin is not None and self._twin.optimizer is step.optimizer:  # no hook comes later
             self._twin.update(self._values(step.watch, step.optimizer, step.number))
         if self.run.logs_now():
             self._log(step.watch)
 
     def before_step(self, step: Step) -> None:
-        leaf, groups = step.optimizer, self._groups_of(step.watch.optimizer)
+        leaf, groups = step.optimizer, self._groups_of(step.watch)
         if leaf not in self._checked:  # made since the last step
             self._check_optimizer(leaf, step.watch.optimizer)
             self._install_parts(leaf)
@@ -331,7 +330,7 @@ class WeightDecay(Regularizer):
             self._show_next(watch)
 
     def _show_next(self, watch: Watch) -> None:
-        groups, clock = self._groups_of(watch.optimizer), self.run.clock
+        groups, clock = self._groups_of(watch), self.run.clock
         for leaf in watch.leaves:
             number = watch.number(leaf)
             if number < clock.total_steps:
@@ -339,7 +338,7 @@ class WeightDecay(Regularizer):
 
     def _values(self, watch: Watch, leaf: Any, number: int) -> list[Any]:
         """The weight decay of factor 1 in each group of an optimizer."""
-        return self._groups_of(watch.optimizer).values(leaf, number, self.run.clock.epoch)
+        return self._groups_of(watch).values(leaf, number, self.run.clock.epoch)
 
     def _find_decaying(self, step: Step) -> list[Target]:
         """What decays in a step: parameters with a gradient, as for the optimizers themselves."""
@@ -354,7 +353,7 @@ class WeightDecay(Regularizer):
 
     def _log(self, watch: Watch) -> None:
         optimizer = watch.optimizer
-        values = self._groups_of(optimizer).shown(optimizer, watch.steps, self.run.clock.epoch)
+        values = self._groups_of(watch).shown(optimizer, watch.steps, self.run.clock.epoch)
         labels = group_labels(optimizer, self.run.label(watch))
         if len(labels) == 1 and len(self.run.watches) == 1:
             self.run.log({"weight_decay": values[0]})
@@ -368,7 +367,7 @@ class WeightDecay(Regularizer):
         """
         for watch in self.run.watches:
             optimizer = watch.optimizer
-            groups, values = self._groups_of(optimizer), self._values(watch, optimizer, watch.steps)
+            groups, values = self._groups_of(watch), self._values(watch, optimizer, watch.steps)
             of_groups = zip(optimizer.param_groups, self._targets.of(optimizer), values, strict=True)
             for i, (group, decisions, value) in enumerate(of_groups):
                 for d in decisions:
@@ -392,7 +391,7 @@ class WeightDecay(Regularizer):
         """The weight decay that the user gave each group, and values in which parts of a group differ."""
         if not self.run.watches:
             return {}
-        given = [self._groups_of(watch.optimizer).state() for watch in self.run.watches]
+        given = [self._groups_of(watch).state() for watch in self.run.watches]
         leaves = [leaf for watch in self.run.watches for leaf in watch.leaves]
         parts = [self._parts[leaf].state_dict() if leaf in self._parts else [] for leaf in leaves]
         return {"given": given, **({"parts": parts} if any(parts) else {})}

@@ -7,7 +7,8 @@ from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationSched
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_regularize import WeightDecay
-from lightning_regularize.schedules import Cosine, FollowLR, Linear, Steps, Warmup
+from lightning_regularize.schedules import Cosine, FollowLR, Linear, Steps, Timescale, Warmup
+from tests.training.matrix import Kept
 from tests.training.support import (
     QUIET,
     Batches,
@@ -217,3 +218,41 @@ def test_data_that_grow_from_epoch_to_epoch_are_warned_of():
     with pytest.warns(UserWarning, match="was over after 6 steps, and the optimizer made 12"):
         trainer.fit(module)
     assert witness.decays() == approx([*line(6), *[1.0] * 6])
+
+
+@pytest.mark.parametrize(
+    ("options", "steps_per_epoch"),
+    [
+        ({}, 7),
+        ({"accumulate_grad_batches": 3}, 3),
+        ({"limit_train_batches": 4, "accumulate_grad_batches": 2}, 2),
+        ({"max_epochs": -1, "max_steps": 10}, 7),
+        ({"max_steps": 2}, 7),
+        ({"callbacks": [GradientAccumulationScheduler({0: 7, 1: 2, 2: 1})]}, (1 + 4 + 7) / 3),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("method", ["optimizer", "decoupled"])
+def test_a_timescale_in_epochs_counts_optimizer_steps(options, steps_per_epoch, method):
+    options = dict(options)
+    module, callback = Regression(adamw), WeightDecay(Timescale(epochs=2), method=method, exclude=())
+    kept = Kept()
+    callbacks = [callback, *options.pop("callbacks", ())]
+    trainer = make_trainer(*callbacks, logger=kept, **{"max_epochs": 3, **options})
+    trainer.fit(module, Batches())
+    expected = 1 / (trainer.optimizers[0].param_groups[0]["lr"] * 2 * steps_per_epoch)
+    values = list(kept.values["weight_decay"].values())
+    assert values == approx([expected] * len(values))
+
+
+def test_a_timescale_in_epochs_needs_epochs_of_known_length():
+    module = Regression(adamw)
+    before = weights(module)
+    with pytest.raises(ValueError, match=r"how many steps an epoch or the run has: give `steps`"):
+        train(module, WeightDecay(Timescale(epochs=2)), data=UncountedBatches(), max_epochs=-1, max_steps=3)
+    assert_identical_weights(weights(module), before)
+
+
+def test_a_timescale_does_not_fit_a_decay_whatever_the_rate():
+    with pytest.raises(ValueError, match="Timescale counts on decay by lr"):
+        WeightDecay(Timescale(steps=10), method="independent")
