@@ -53,6 +53,8 @@ def gradient_of(parameter: Tensor) -> Tensor | None:
 
 def settle_gradient_(parameter: Tensor) -> Tensor | None:
     """What :func:`gradient_of` says, and from now on the parameter's own: what is added to it then counts once."""
+    if type(parameter.grad) is Tensor:  # as almost always, and asked for each parameter in each step
+        return parameter.grad
     gradient = gradient_of(parameter)
     if gradient is not parameter.grad:
         parameter.grad = gradient

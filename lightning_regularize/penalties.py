@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from lightning_regularize._checks import check_is_number
-from lightning_regularize._sharding import local_tensor
+from lightning_regularize._sharding import local_piece
 from lightning_regularize._steps.buckets import buckets, copies, new, put_back_, scratch, stacked
 from lightning_regularize.norms import norms
 from lightning_regularize.projections import (
@@ -136,6 +136,7 @@ class L1(Penalty):
 
     takes_lists: ClassVar[bool] = True
 
+    @torch.no_grad()
     def value(
         self, weight: Tensors, strength: float | Tensor = 1.0, *, dim: int | Sequence[int] | None = None
     ) -> Tensor:
@@ -143,6 +144,7 @@ class L1(Penalty):
         _check("strength", strength)
         return norms(_listed(weight), 1.0).sum() * strength
 
+    @torch.no_grad()
     def add_gradient_(
         self, gradient: Tensors, weight: Tensors, strength: float | Tensor, *, dim: int | Sequence[int] | None = None
     ) -> None:
@@ -150,6 +152,7 @@ class L1(Penalty):
         for gradients, weights in _with_gradients(weight, gradient, strength):
             _add_(gradients, new("sign", weights), strength)
 
+    @torch.no_grad()
     def proximal_(self, weight: Tensors, threshold: float | Tensors, *, dim: int | Sequence[int] | None = None) -> None:
         """Move every weight ``threshold`` nearer to zero, at most there, see :meth:`Penalty.proximal_`."""
         for weights, thresholds in _with_thresholds(weight, threshold):
@@ -177,6 +180,7 @@ class L2(Penalty):
 
     takes_lists: ClassVar[bool] = True
 
+    @torch.no_grad()
     def value(
         self, weight: Tensors, strength: float | Tensor = 1.0, *, dim: int | Sequence[int] | None = None
     ) -> Tensor:
@@ -184,6 +188,7 @@ class L2(Penalty):
         _check("strength", strength)
         return norms(_listed(weight)).square().sum() * (0.5 * strength)
 
+    @torch.no_grad()
     def add_gradient_(
         self, gradient: Tensors, weight: Tensors, strength: float | Tensor, *, dim: int | Sequence[int] | None = None
     ) -> None:
@@ -191,6 +196,7 @@ class L2(Penalty):
         for gradients, weights in _with_gradients(weight, gradient, strength):
             _add_(gradients, weights, strength)
 
+    @torch.no_grad()
     def proximal_(self, weight: Tensors, threshold: float | Tensors, *, dim: int | Sequence[int] | None = None) -> None:
         """Divide by ``1 + threshold``, see :meth:`Penalty.proximal_`."""
         for weights, thresholds in _with_thresholds(weight, threshold):
@@ -234,6 +240,7 @@ class ElasticNet(Penalty):
         if not 0 <= self.l1_ratio <= 1:
             raise ValueError(f"`l1_ratio` should be in [0, 1], got {self.l1_ratio!r}.")
 
+    @torch.no_grad()
     def value(
         self, weight: Tensors, strength: float | Tensor = 1.0, *, dim: int | Sequence[int] | None = None
     ) -> Tensor:
@@ -241,6 +248,7 @@ class ElasticNet(Penalty):
         _check("strength", strength)
         return L1().value(weight, self.l1_ratio * strength) + L2().value(weight, (1 - self.l1_ratio) * strength)
 
+    @torch.no_grad()
     def add_gradient_(
         self, gradient: Tensors, weight: Tensors, strength: float | Tensor, *, dim: int | Sequence[int] | None = None
     ) -> None:
@@ -249,6 +257,7 @@ class ElasticNet(Penalty):
             _add_(gradients, new("sign", weights), strength * self.l1_ratio)
             _add_(gradients, weights, strength * (1 - self.l1_ratio))
 
+    @torch.no_grad()
     def proximal_(self, weight: Tensors, threshold: float | Tensors, *, dim: int | Sequence[int] | None = None) -> None:
         """Move towards zero, then divide, see :meth:`Penalty.proximal_`."""
         for weights, thresholds in _with_thresholds(weight, threshold):
@@ -300,6 +309,7 @@ class GroupLasso(Penalty):
     per_unit: ClassVar[bool] = True
     takes_lists: ClassVar[bool] = True
 
+    @torch.no_grad()
     def value(
         self, weight: Tensors, strength: float | Tensor = 1.0, *, dim: int | Sequence[int] | None = None
     ) -> Tensor:
@@ -309,6 +319,7 @@ class GroupLasso(Penalty):
         values = [_value_of_groups(each, unit_dims(each, dim)) for each in _listed(weight)]
         return torch.stack([value.to(values[0].device) for value in values]).sum() * strength
 
+    @torch.no_grad()
     def add_gradient_(
         self, gradient: Tensors, weight: Tensors, strength: float | Tensor, *, dim: int | Sequence[int] | None = None
     ) -> None:
@@ -323,6 +334,7 @@ class GroupLasso(Penalty):
             sums.addcmul_(units, factors.to(torch.promote_types(units.dtype, torch.float32)))
             put_back_(g, sums)
 
+    @torch.no_grad()
     def proximal_(self, weight: Tensors, threshold: float | Tensors, *, dim: int | Sequence[int] | None = None) -> None:
         """Shorten every group by its threshold, at most to zero, see :meth:`Penalty.proximal_`.
 
@@ -379,7 +391,7 @@ def _checked(threshold: float | Tensors) -> float | Tensor | list[Tensor]:
     if isinstance(threshold, Tensor) and threshold.dim():
         return [threshold]
     if isinstance(threshold, Tensor):
-        return local_tensor(threshold)
+        return local_piece(threshold)
     if isinstance(threshold, list | tuple) and all(isinstance(each, Tensor) for each in threshold):
         return list(threshold)
     _check("threshold", threshold)
@@ -392,7 +404,7 @@ def _with_gradients(
     """Lists of gradients and of weights on this rank."""
     gradients = _dense(gradient)
     _check("strength", strength)
-    for bucket in buckets(list(map(local_tensor, _listed(weight))), list(map(local_tensor, gradients))):
+    for bucket in buckets(list(map(local_piece, _listed(weight))), list(map(local_piece, gradients))):
         yield bucket.columns[1], bucket.columns[0]
 
 
@@ -416,12 +428,12 @@ def _with_thresholds(
     weights, thresholds = _listed(weight), _checked(threshold)
     columns = [weights, thresholds] if isinstance(thresholds, list) else [weights]
     for row in zip(*columns, strict=True):
-        if row[-1].shape not in (row[0].shape, local_tensor(row[0]).shape):
+        if row[-1].shape not in (row[0].shape, local_piece(row[0]).shape):
             raise ValueError(
                 "`threshold` should be a number, a 0-d tensor, or a tensor of the weight's shape "
                 f"{tuple(row[0].shape)}, got shape {tuple(row[-1].shape)}."
             )
-    for bucket in buckets(*[list(map(local_tensor, column)) for column in columns]):
+    for bucket in buckets(*[list(map(local_piece, column)) for column in columns]):
         narrow, *found = bucket.columns
         is_half = narrow[0].dtype in (torch.bfloat16, torch.float16)
         wide = copies(narrow, slot="wide") if is_half else narrow
@@ -442,8 +454,11 @@ def _with_thresholds(
 def _soft_threshold_(weights: list[Tensor], thresholds: float | list[Tensor]) -> None:
     if isinstance(thresholds, list):
         bounded = new("neg", thresholds, slot="bounded")
-        torch._foreach_maximum_(bounded, weights)
-        torch._foreach_minimum_(bounded, thresholds)
+        if len(weights) == 1:  # in one pass
+            torch.clamp(weights[0], bounded[0], thresholds[0], out=bounded[0])
+        else:
+            torch._foreach_maximum_(bounded, weights)
+            torch._foreach_minimum_(bounded, thresholds)
     elif weights[0].is_cpu:
         for weight in weights:  # in one pass over memory, and in place: `torch.nn.functional.softshrink` has no `out`
             torch.ops.aten.softshrink.out(weight, thresholds, out=weight)
@@ -479,7 +494,7 @@ def _as_groups(threshold: Tensor, weight: Tensor, dims: Sequence[int]) -> Tensor
     Raises:
         ValueError: It has another number of elements.
     """
-    local, shape = local_tensor(threshold), local_tensor(weight).shape
+    local, shape = local_piece(threshold), local_piece(weight).shape
     if local.shape == shape:
         return local
     groups = [1 if d in dims else size for d, size in enumerate(shape)]

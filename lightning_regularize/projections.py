@@ -588,14 +588,20 @@ def _is_cut(weight: Tensor, dims: Sequence[int]) -> "TypeGuard[DTensor]":
 
 
 def _checked_dims(dim: int | Sequence[int], shape: Sequence[int]) -> tuple[int, ...]:
-    given = (dim,) if isinstance(dim, int) else tuple(dim)
-    dims = sorted({d % len(shape) for d in given if -len(shape) <= d < len(shape)})
-    if not given or len(dims) < len(given):
+    dims = _from_the_front((dim,) if isinstance(dim, int) else tuple(dim), len(shape))
+    if not dims:
         raise ValueError(
             f"`dim` should name different dims of a weight of shape {tuple(shape)}, each from {-len(shape)} to "
             f"{len(shape) - 1}, got {dim!r}."
         )
-    return tuple(dims)
+    return dims
+
+
+@functools.cache  # it is asked for each weight in each step
+def _from_the_front(given: tuple[int, ...], number: int) -> tuple[int, ...]:
+    """Dims of a tensor with ``number`` of them, in order; none if they are not ``given`` properly."""
+    dims = sorted({d % number for d in given if -number <= d < number})
+    return tuple(dims) if len(dims) == len(given) else ()
 
 
 def _check_number(name: str, value: object) -> None:

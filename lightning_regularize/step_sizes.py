@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, NAdam, Optimizer, RMSprop
 
-from lightning_regularize._sharding import local_tensor
+from lightning_regularize._sharding import local_piece
 from lightning_regularize._steps.buckets import copies, new
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ def _adam(group: Mapping[str, Any], state: Mapping[str, Any]) -> StepSize | None
     if square is None:
         return None
     bias = 1 - group["betas"][1] ** _number(state["step"])
-    return StepSize(_number(group["lr"]), local_tensor(square), 1 / bias, eps=group["eps"])
+    return StepSize(_number(group["lr"]), local_piece(square), 1 / bias, eps=group["eps"])
 
 
 def _nadam(group: Mapping[str, Any], state: Mapping[str, Any]) -> StepSize | None:
@@ -182,8 +182,8 @@ def _nadam(group: Mapping[str, Any], state: Mapping[str, Any]) -> StepSize | Non
 def _rmsprop(group: Mapping[str, Any], state: Mapping[str, Any]) -> StepSize | None:
     if "square_avg" not in state:
         return None
-    mean = local_tensor(state["grad_avg"]) if group["centered"] else None
-    square = local_tensor(state["square_avg"])
+    mean = local_piece(state["grad_avg"]) if group["centered"] else None
+    square = local_piece(state["square_avg"])
     return StepSize(_number(group["lr"]) / (1 - group["momentum"]), square, mean=mean, eps=group["eps"])
 
 
@@ -191,7 +191,7 @@ def _adagrad(group: Mapping[str, Any], state: Mapping[str, Any]) -> StepSize | N
     if "sum" not in state:
         return None
     lr = _number(group["lr"]) / (1 + (_number(state["step"]) - 1) * group["lr_decay"])
-    return StepSize(lr, local_tensor(state["sum"]), eps=group["eps"])
+    return StepSize(lr, local_piece(state["sum"]), eps=group["eps"])
 
 
 def _number(value: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_regularize._sharding import local_tensor, settle_gradient_
+from lightning_regularize._sharding import local_piece, settle_gradient_
 from lightning_regularize._steps.buckets import buckets
 from lightning_regularize._steps.clock import rate_of
 from lightning_regularize._trainer.strategies import check_gradients_are_the_modules, check_weights_are_the_optimizers
@@ -44,8 +44,7 @@ class Target(NamedTuple):
         return self.info.parameter
 
     def as_units(self, tensor: Tensor) -> Tensor:
-        """The parameter, or a tensor of its shape, detached."""
-        tensor = tensor.detach()
+        """The parameter, or a tensor of its shape; to be called without gradients."""
         return tensor if self.view is None or tuple(tensor.shape) == self.view else tensor.view(self.view)
 
 
@@ -82,6 +81,7 @@ class Gradient(Method):
                 f"{type(owner).__name__} as well: use method='proximal', or minimize the negative."
             )
 
+    @torch.no_grad()
     def on_gradients(self, owner: PenaltyCallback, step: Step) -> None:
         penalty: Any = owner.penalty()
         for group, targets in owner.targets(step.optimizer):
@@ -119,13 +119,14 @@ class Proximal(Method):
             if penalized:
                 rate_of(optimizer, group)
 
+    @torch.no_grad()
     def after_step(self, owner: PenaltyCallback, step: Step) -> None:
         optimizer, rounding = step.optimizer, owner.rounding
         counts = rounding.counts_in(owner, step)
         for group, targets in owner.targets(optimizer):
             strength = owner.strength(group, step.number) if targets else 0.0
             acting = [t for t in targets if t.parameter.grad is not None] if strength else []
-            half = [local_tensor(t.parameter) for t in acting if counts and t.parameter.dtype in HALF]
+            half = [local_piece(t.parameter) for t in acting if counts and t.parameter.dtype in HALF]
             before = [weight.clone() for weight in half]
             for dim, alike in by_dim(acting).items():
                 sizes = step_sizes(optimizer, group, [target.parameter for target in alike])
@@ -160,18 +161,17 @@ def _shrink_(
         for (w,) in calls(penalty, weights):
             penalty.proximal_(w, sizes[0].length * strength, dim=dim)
         return
-    shapes = [local_tensor(weight).shape for weight in weights]
-    states = [[size.square for size in sizes], [size.mean for size in sizes]]
-    columns = [
-        [tensor.view(shape) for tensor, shape in zip(column, shapes, strict=True) if tensor is not None]
-        for column in states
+    columns: list[list[Any]] = [[size.square for size in sizes], [size.mean for size in sizes]]
+    states = [
+        [s if s.shape == w.shape else s.view(local_piece(w).shape) for s, w in zip(column, weights, strict=True)]
+        for column in columns
         if column[0] is not None
     ]
     # The thresholds of a bucket are made when they are needed, in memory for one bucket.
     if penalty.per_unit:
-        arranged = unit_buckets(dim, weights, *columns)
+        arranged = unit_buckets(dim, weights, *states)
     else:
-        arranged = buckets(list(map(local_tensor, weights)), *columns)
+        arranged = buckets(list(map(local_piece, weights)), *states)
     for indices, (bucket, squares, *means) in arranged:
         found = thresholds([sizes[i] for i in indices], squares, means[0] if means else [], strength)
         for w, t in calls(penalty, bucket, found):

@@ -127,6 +127,7 @@ class PenaltyCallback(Regularizer):
         self._checked.add(leaf)
         self._method.check_optimizer(self, leaf)
 
+    @torch.no_grad()
     def _log(self, watch: Watch) -> None:
         """The value of what the optimizer minimizes beside the loss, at the weights that the step finds."""
         penalty: Any = self.penalty()

@@ -39,14 +39,14 @@ def test_every_element_is_in_one_bucket_beside_its_own_partner(make):
 @each_layout
 def test_pieces_of_large_tensors_are_bounded(make):
     for bucket in buckets(*[[tensor] for tensor in make()]):
-        assert all(sum(t.nbytes for t in column) <= 2 * MIB + 8 * 1600 for column in bucket.columns)
+        assert all(sum(t.nbytes for t in column) <= 4 * MIB + 8 * 1600 for column in bucket.columns)
 
 
 @pytest.mark.parametrize("dim", [0, 1])
 def test_where_units_matter_large_tensors_are_cut_between_them(dim):
     weight = randn(1500, 1600)
     found = [piece for bucket in buckets([weight], alike=[0], dims=[dim]) for piece in bucket.columns[0]]
-    assert len(found) == 5
+    assert len(found) == 3
     assert all(piece.shape[1 - dim] == weight.shape[1 - dim] for piece in found)
     assert torch.equal(torch.cat(found, dim), weight)
 
@@ -69,8 +69,8 @@ def test_many_small_tensors_make_few_buckets_each_of_them_bounded():
     weights = [torch.ones(100, 100) for _ in range(300)]
     found = list(buckets(weights))
     assert [i for bucket in found for i in bucket.indices] == list(range(300))
-    assert len(found) == 6  # 300 times 40,000 bytes
-    assert all(sum(t.nbytes for t in bucket.columns[0]) <= 2 * MIB for bucket in found)
+    assert len(found) == 3  # 300 times 40,000 bytes
+    assert all(sum(t.nbytes for t in bucket.columns[0]) <= 4 * MIB for bucket in found)
 
 
 def test_on_another_device_tensors_of_any_size_come_together():
@@ -113,7 +113,7 @@ def test_copies_are_of_their_own_and_half_precision_is_float32(dtype):
 
 
 def test_what_is_too_large_is_not_kept():
-    weight = torch.empty(3 * MIB)
+    weight = torch.empty(4 * MIB)
     assert scratch(weight).shape == weight.shape
     assert scratch(weight, slot="large").data_ptr() != scratch(torch.empty(8), slot="large").data_ptr()
 
