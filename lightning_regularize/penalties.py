@@ -24,7 +24,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
@@ -325,11 +325,12 @@ class GroupLasso(Penalty):
     ) -> None:
         """Add ``strength * sqrt(|g|)`` in the direction of each group, see :meth:`Penalty.add_gradient_`."""
         _check("strength", strength)
-        dim = self.dim if dim is None else dim
-        for _, (w, g) in unit_buckets(dim, _listed(weight), _dense(gradient)):
-            units, dims = stacked(w), unit_dims(w[0], dim)
-            found = norms_of_units(units, w[0], dims)
-            factors = torch.where(found > 0, _root_size(w[0], dims) * strength / found, 0.0)
+        weights = _listed(weight)
+        dims = [unit_dims(each, self.dim if dim is None else dim) for each in weights]
+        for indices, (w, g) in unit_buckets(dims, weights, _dense(gradient)):
+            units, inner = stacked(w), dims[indices[0]]
+            found = norms_of_units(units, w[0], inner)
+            factors = torch.where(found > 0, _root_size(w[0], inner) * strength / found, 0.0)
             sums = stacked(g, slot="gradients")
             sums.addcmul_(units, factors.to(torch.promote_types(units.dtype, torch.float32)))
             put_back_(g, sums)
@@ -342,22 +343,21 @@ class GroupLasso(Penalty):
             ValueError: If ``threshold`` is a number and negative or not finite, or a tensor with neither one element a
                 group nor one a weight.
         """
-        weights, thresholds, dim = _listed(weight), _checked(threshold), self.dim if dim is None else dim
-        columns = [weights]
-        if isinstance(thresholds, list):
-            columns.append([_as_groups(t, w, unit_dims(w, dim)) for t, w in zip(thresholds, weights, strict=True)])
-        for _, (w, *t) in unit_buckets(dim, *columns):
-            units, dims = stacked(w), unit_dims(w[0], dim)
-            removed: float | Tensor
+        weights, thresholds = _listed(weight), _checked(threshold)
+        dims = [unit_dims(each, self.dim if dim is None else dim) for each in weights]
+        columns = [list(map(_as_groups, thresholds, weights, dims))] if isinstance(thresholds, list) else []
+        for indices, (w, *t) in unit_buckets(dims, weights, *columns):
+            units, inner = stacked(w), dims[indices[0]]
+            root = _root_size(w[0], inner)
             if isinstance(thresholds, list):
                 each = stacked(t[0], slot="thresholds")
-                removed = torch.mul(each, _root_size(w[0], dims), out=scratch(each, slot="removed"))
+                removed: Any = torch.mul(each, root, out=scratch(each, slot="removed"))
             else:
-                removed = thresholds * _root_size(w[0], dims)
+                removed = thresholds * root
             if isinstance(removed, Tensor) and removed.shape == units.shape:
-                _shrink_in_metric_(units, removed, w[0], dims)
+                _shrink_in_metric_(units, removed, w[0], inner)
             else:
-                found = norms_of_units(units, w[0], dims)
+                found = norms_of_units(units, w[0], inner)
                 factors = torch.where(found > removed, 1 - removed / found, 0.0)
                 units.mul_(factors.to(torch.promote_types(units.dtype, torch.float32)))
             put_back_(w, units)

@@ -3,6 +3,8 @@ r"""Where may weights lie? Sets of allowed weights, and the way from anywhere to
 A projection solves :math:`\arg\min_{x \in C} \lVert x - w \rVert_2`. Applied after an optimizer step it makes a
 constraint hold exactly, whatever the step was. Weights that lie inside already come back bit for bit.
 
+Every projection takes one tensor or a list of them. A list needs as many calls as it has shapes, however long it is.
+
 Norms are taken in at least float32 and combined in float64. A *ball* is never left, not by a rounding either: what is
 outside goes to just inside the bound, by the relative margin :math:`2^{-8}` in bfloat16 and :math:`2^{-11}` in float16,
 which is what rounding a weight to these types can add, and by 32 units in the last place above. On a *sphere* weights
@@ -13,7 +15,7 @@ or infinite are left alone too: the first have no direction, the others should b
 import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, TypeGuard, final
 
@@ -23,8 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_regularize._checks import check_is_number
-from lightning_regularize._sharding import local_tensor
-from lightning_regularize._steps.buckets import Bucket, buckets
+from lightning_regularize._sharding import local_piece, local_tensor
+from lightning_regularize._steps.buckets import Bucket, buckets, put_back_, stacked
 
 if dist.is_available():
     from torch.distributed.tensor import DTensor, Partial, Replicate
@@ -40,6 +42,10 @@ _EXACT_RANK = 64  # up to this many singular values are computed, mostly in mill
 _COLD_ITERATIONS = 30  # 0.6 % below the largest singular value of Gaussian 256x128 matrices; 5 % after 5
 
 _TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+Tensors = Tensor | Sequence[Tensor]
+Factors = Callable[[Tensor, torch.dtype], tuple[Tensor, Tensor]]  # of norms: which are to change, and by what factor
 
 
 class Projection(ABC):
@@ -58,6 +64,9 @@ class Projection(ABC):
 
     per_unit: ClassVar[bool] = False
     """Whether each output unit is constrained for itself, so that :func:`norm_dims` has to say what a unit is."""
+
+    takes_lists: ClassVar[bool] = False
+    """Whether :meth:`project_` takes a list of weights as well, for one call instead of many."""
 
     @abstractmethod
     def project_(self, weight: Tensor, *, dim: int | Sequence[int] | None = None) -> Tensor:
@@ -147,13 +156,17 @@ class MaxNorm(Projection):
     max_norm: float
     dim: int | Sequence[int] | None = None
     per_unit: ClassVar[bool] = True
+    takes_lists: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _check_positive("max_norm", self.max_norm)
 
-    def project_(self, weight: Tensor, *, dim: int | Sequence[int] | None = None) -> Tensor:
+    @torch.no_grad()
+    def project_(self, weight: Tensors, *, dim: int | Sequence[int] | None = None) -> Tensor:
         """Scale down, in place, the units that exceed the bound, see :meth:`Projection.project_`."""
-        return _into_ball_(weight, unit_norms(weight, self.dim if dim is None else dim), self.max_norm)
+        return _rescale_units_(
+            weight, self.dim if dim is None else dim, functools.partial(_into_ball, bound=self.max_norm)
+        )
 
 
 @final
@@ -178,10 +191,12 @@ class UnitNorm(Projection):
 
     dim: int | Sequence[int] | None = None
     per_unit: ClassVar[bool] = True
+    takes_lists: ClassVar[bool] = True
 
-    def project_(self, weight: Tensor, *, dim: int | Sequence[int] | None = None) -> Tensor:
+    @torch.no_grad()
+    def project_(self, weight: Tensors, *, dim: int | Sequence[int] | None = None) -> Tensor:
         """Scale the units to norm 1 in place, see :meth:`Projection.project_`."""
-        return _onto_sphere_(weight, unit_norms(weight, self.dim if dim is None else dim), 1.0)
+        return _rescale_units_(weight, self.dim if dim is None else dim, functools.partial(_onto_sphere, radius=1.0))
 
 
 @final
@@ -196,7 +211,10 @@ class NonNegative(Projection):
         tensor([0., 2.])
     """
 
-    def project_(self, weight: Tensor, *, dim: int | Sequence[int] | None = None) -> Tensor:
+    takes_lists: ClassVar[bool] = True
+
+    @torch.no_grad()
+    def project_(self, weight: Tensors, *, dim: int | Sequence[int] | None = None) -> Tensor:
         """Raise negative weights to zero in place, see :meth:`Projection.project_`."""
         return _into_interval_(weight, 0.0, math.inf)
 
@@ -227,6 +245,7 @@ class Box(Projection):
 
     low: float
     high: float
+    takes_lists: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _check_number("low", self.low)
@@ -238,7 +257,8 @@ class Box(Projection):
                 f"`low` or `high` should be finite, or nothing is bounded, got low={self.low} and high={self.high}."
             )
 
-    def project_(self, weight: Tensor, *, dim: int | Sequence[int] | None = None) -> Tensor:
+    @torch.no_grad()
+    def project_(self, weight: Tensors, *, dim: int | Sequence[int] | None = None) -> Tensor:
         """Clip the weights in place, see :meth:`Projection.project_`."""
         return _into_interval_(weight, self.low, self.high)
 
@@ -265,19 +285,21 @@ class FrobeniusBall(Projection):
 
     radius: float
     relative: bool = False
+    takes_lists: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _check_positive("radius", self.radius)
         if not isinstance(self.relative, bool):
             raise TypeError(f"`relative` should be True or False, got {self.relative!r}.")
 
-    def project_(self, weight: Tensor, *, dim: int | Sequence[int] | None = None) -> Tensor:
+    @torch.no_grad()
+    def project_(self, weight: Tensors, *, dim: int | Sequence[int] | None = None) -> Tensor:
         """Scale the tensor down in place, see :meth:`Projection.project_`.
 
         Raises:
             ValueError: If the radius is still relative.
         """
-        return _into_ball_(weight, _frobenius_norm(weight), _absolute_radius(self))
+        return _rescale_whole_(weight, functools.partial(_into_ball, bound=_absolute_radius(self)))
 
 
 @final
@@ -301,19 +323,21 @@ class FrobeniusSphere(Projection):
 
     radius: float
     relative: bool = False
+    takes_lists: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _check_positive("radius", self.radius)
         if not isinstance(self.relative, bool):
             raise TypeError(f"`relative` should be True or False, got {self.relative!r}.")
 
-    def project_(self, weight: Tensor, *, dim: int | Sequence[int] | None = None) -> Tensor:
+    @torch.no_grad()
+    def project_(self, weight: Tensors, *, dim: int | Sequence[int] | None = None) -> Tensor:
         """Scale the tensor to its norm in place, see :meth:`Projection.project_`.
 
         Raises:
             ValueError: If the radius is still relative.
         """
-        return _onto_sphere_(weight, _frobenius_norm(weight), _absolute_radius(self))
+        return _rescale_whole_(weight, functools.partial(_onto_sphere, radius=_absolute_radius(self)))
 
 
 @final
@@ -357,36 +381,48 @@ class SpectralBall(Projection):
     dim: int | Sequence[int] | None = None
     iterations: int = 1
     per_unit: ClassVar[bool] = True
+    takes_lists: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _check_positive("max_sigma", self.max_sigma)
         if isinstance(self.iterations, bool) or not isinstance(self.iterations, int) or self.iterations < 1:
             raise ValueError(f"`iterations` should be a positive integer, got {self.iterations!r}.")
 
+    @torch.no_grad()
     def project_(
-        self, weight: Tensor, *, dim: int | Sequence[int] | None = None, vector: Tensor | None = None
+        self, weight: Tensors, *, dim: int | Sequence[int] | None = None, vector: Tensors | None = None
     ) -> Tensor:
         """Bound the singular values in place, see :meth:`Projection.project_`.
 
         Args:
-            weight: At least 2-D, finite.
+            weight: At least 2-D, finite; or a list of such.
             dim: As for every projection.
-            vector: What :meth:`warm_start` gave, updated in place; the caller keeps it from step to step. Matrices
-                that are decomposed do without.
+            vector: What :meth:`warm_start` gave for each weight, updated in place; the caller keeps it from step to
+                step. Matrices that are decomposed do without.
 
         Returns:
             Whether anything was changed, a 0-d bool tensor.
         """
-        dims = unit_dims(weight, self.dim if dim is None else dim)
-        matrix = _matrix(weight, dims)
-        if min(matrix.shape) <= _EXACT_RANK:
-            return _clip_singular_values_(weight, matrix, dims, self.max_sigma)
-        if vector is None:
-            sigma, _ = _power_iteration(matrix, _longest_row(matrix), _COLD_ITERATIONS)
-        else:
-            sigma, direction = _power_iteration(matrix, vector, self.iterations)
-            vector.copy_(direction)
-        return _into_ball_(weight, sigma.view([1] * weight.dim()), self.max_sigma)
+        weights = _listed(weight)
+        vectors = None if vector is None else _listed(vector)
+        dims = [unit_dims(each, self.dim if dim is None else dim) for each in weights]
+        matrices = [_matrix(each, of_units) for each, of_units in zip(weights, dims, strict=True)]
+        alike = [(each.shape, each.dtype, _spread(each), of) for each, of in zip(weights, dims, strict=True)]
+        changed = []
+        for indices, (found,) in buckets(matrices, alike=alike, dims=[None] * len(matrices)):
+            those, inner, matrix = [weights[i] for i in indices], dims[indices[0]], stacked(found)
+            if min(matrix.shape[1:]) <= _EXACT_RANK:
+                changed.append(_clip_singular_values_(those, matrix, inner, self.max_sigma))
+                continue
+            if vectors is None:
+                sigma, _ = _power_iteration(matrix, _longest_row(matrix), _COLD_ITERATIONS)
+            else:
+                kept = [vectors[i] for i in indices]
+                sigma, direction = _power_iteration(matrix, torch.stack(kept), self.iterations)
+                torch._foreach_copy_(kept, direction.unbind())
+            sigma = _wide(sigma).view([-1] + [1] * those[0].dim())
+            changed.append(_scale_(those, stacked(those), *_into_ball(sigma, those[0].dtype, bound=self.max_sigma)))
+        return _any(changed, weights)
 
     def warm_start(self, weight: Tensor, *, dim: int | Sequence[int] | None = None) -> Tensor:
         """Return the direction of the inputs that ``weight`` stretches most, by 30 power iterations from a cold start.
@@ -404,7 +440,7 @@ class SpectralBall(Projection):
             tensor([1., 0.])
         """
         matrix = _matrix(weight, unit_dims(weight, self.dim if dim is None else dim))
-        return _power_iteration(matrix, _longest_row(matrix), _COLD_ITERATIONS)[1]
+        return _power_iteration(matrix[None], _longest_row(matrix[None]), _COLD_ITERATIONS)[1][0]
 
 
 def norm_dims(
@@ -524,33 +560,29 @@ def norms_of_units(units: Tensor, weight: Tensor, dims: Sequence[int]) -> Tensor
 
 
 def unit_buckets(
-    dim: int | Sequence[int] | None, weights: Sequence[Tensor], *columns: Sequence[Tensor]
+    dims: Sequence[tuple[int, ...]], weights: Sequence[Tensor], *columns: Sequence[Tensor]
 ) -> Iterator[Bucket]:
     """Arrange weights, and tensors that belong to each, in lists that one batched operation on units can work on.
 
     Args:
-        dim: The dims that hold the incoming weights of one output unit; by default all but the first.
+        dims: For each weight the dims that hold the incoming weights of one output unit, see :func:`unit_dims`.
         weights: Of any shapes, dtypes and devices. If ranks hold pieces of units, every rank should take part.
         columns: Tensors for each weight: of its shape, or with some dims of size 1.
 
     Returns:
-        Buckets of tensors of one shape, all on this rank and detached. Only where ranks hold pieces of units the
-        weights are DTensors. Large weights come in pieces of whole units.
+        Buckets of tensors of one shape and with the same dims, all on this rank. Only where ranks hold pieces of units
+        the weights are DTensors. Large weights come in pieces of whole units.
     """
     rows: list[Tensor] = []
     alike: list[Hashable] = []
-    along: list[int | None] = []
-    for weight, *others in zip(weights, *columns, strict=True):
-        dims = unit_dims(weight, dim)
-        is_cut = _is_cut(weight, dims)
-        row = weight.detach() if is_cut else local_tensor(weight)
-        spread = (weight.device_mesh, weight.placements) if is_cut else None
-        between = [d for d in range(weight.dim()) if d not in dims]
-        rows.append(row)
-        alike.append((row.shape, spread, *[other.shape for other in others]))
-        along.append(max(between, key=weight.size) if between and not is_cut else None)
-    local = [list(map(local_tensor, column)) for column in columns]
-    return buckets(rows, *local, alike=alike, dims=along)
+    between: list[int | None] = []
+    for weight, of_units, *others in zip(weights, dims, *columns, strict=True):
+        is_cut = _is_cut(weight, of_units)
+        rows.append(weight if is_cut else local_piece(weight))
+        alike.append((rows[-1].shape, of_units, _spread(weight) if is_cut else None, *[o.shape for o in others]))
+        units = [d for d in range(weight.dim()) if d not in of_units]
+        between.append(max(units, key=weight.size) if units and not is_cut else None)
+    return buckets(rows, *[list(map(local_piece, column)) for column in columns], alike=alike, dims=between)
 
 
 def sum_over_ranks(values: Tensor, weight: Tensor, dims: Sequence[int]) -> Tensor:
@@ -581,6 +613,13 @@ def sum_over_ranks(values: Tensor, weight: Tensor, dims: Sequence[int]) -> Tenso
 def _cuts(weight: "DTensor", dims: Sequence[int]) -> list[bool]:
     # By attribute, since FSDP2 over tensor parallel has placements that are no `Shard` and yet cut a dim.
     return [getattr(placement, "dim", None) in dims for placement in weight.placements]
+
+
+def _spread(weight: Tensor) -> Hashable:
+    """What tells how a weight is spread over ranks."""
+    if dist.is_available() and isinstance(weight, DTensor):
+        return weight.device_mesh, weight.placements
+    return None
 
 
 def _is_cut(weight: Tensor, dims: Sequence[int]) -> "TypeGuard[DTensor]":
@@ -678,32 +717,75 @@ def _margin(dtype: torch.dtype) -> float:
     return eps / 2 if dtype in (torch.float16, torch.bfloat16) else 32 * eps
 
 
-def _into_ball_(weight: Tensor, found: Tensor, bound: float) -> Tensor:
-    outside = (found > bound) & (found < math.inf)
-    return _scale_(weight, outside, bound * (1 - _margin(weight.dtype)) / found)
+def _listed(tensors: Tensors) -> list[Tensor]:
+    return [tensors] if isinstance(tensors, Tensor) else list(tensors)
 
 
-def _onto_sphere_(weight: Tensor, found: Tensor, radius: float) -> Tensor:
-    off = ((found - radius).abs() > radius * _margin(weight.dtype)) & (found > 0) & (found < math.inf)
-    return _scale_(weight, off, radius / found)
+def _rescale_units_(weight: Tensors, dim: int | Sequence[int] | None, to: Factors) -> Tensor:
+    weights = _listed(weight)
+    return _rescale_(weights, [unit_dims(each, dim) for each in weights], to)
 
 
-def _scale_(weight: Tensor, where: Tensor, factors: Tensor) -> Tensor:
-    local, changed = local_tensor(weight), where.any()
+def _rescale_whole_(weight: Tensors, to: Factors) -> Tensor:
+    # With a dim at least: a 0-d factor would be rounded to the weight's own low precision before it multiplies.
+    weights = [each if each.dim() else each.view(1) for each in _listed(weight)]
+    return _rescale_(weights, [tuple(range(each.dim())) for each in weights], to)
+
+
+def _rescale_(weights: list[Tensor], dims: list[tuple[int, ...]], to: Factors) -> Tensor:
+    changed = []
+    for indices, (those,) in unit_buckets(dims, weights):
+        units = stacked(those)
+        found = norms_of_units(units, those[0], dims[indices[0]])
+        changed.append(_scale_(those, units, *to(found, units.dtype)))
+    return _any(changed, weights)
+
+
+def _into_ball(found: Tensor, dtype: torch.dtype, *, bound: float) -> tuple[Tensor, Tensor]:
+    return (found > bound) & (found < math.inf), bound * (1 - _margin(dtype)) / found
+
+
+def _onto_sphere(found: Tensor, dtype: torch.dtype, *, radius: float) -> tuple[Tensor, Tensor]:
+    off = (found - radius).abs() > radius * _margin(dtype)
+    return off & (found > 0) & (found < math.inf), radius / found
+
+
+def _scale_(weights: list[Tensor], units: Tensor, where: Tensor, factors: Tensor) -> Tensor:
+    changed = where.any()
     # On a GPU all are multiplied, most of them by 1, which changes no bit: to look would wait for it. The factors keep
     # at least float32, so that a low-precision weight is rounded once.
-    if not local.is_cpu or changed:
-        local.mul_(torch.where(where, factors, 1.0).to(_at_least_float32(local)))
+    if not units.is_cpu or changed:
+        units.mul_(torch.where(where, factors, 1.0).to(_at_least_float32(units)))
+        put_back_(weights, units)
     return changed
 
 
-def _into_interval_(weight: Tensor, low: float, high: float) -> Tensor:
-    local = local_tensor(weight)
-    if not local.numel():
-        return torch.zeros((), dtype=torch.bool, device=local.device)
-    smallest, largest = local.aminmax()
-    local.clamp_(low, high)
-    return (smallest < low) | (largest > high)
+def _any(changed: list[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    """Whether anything was changed, on the device of the first weight."""
+    if len(changed) == 1:
+        return changed[0]
+    if not changed:
+        return torch.zeros((), dtype=torch.bool, device=weights[0].device if weights else None)
+    found: Tensor = torch.stack([each.to(changed[0].device, non_blocking=True) for each in changed])
+    return found.any()
+
+
+def _into_interval_(weight: Tensors, low: float, high: float) -> Tensor:
+    weights = [local for each in _listed(weight) if (local := local_piece(each)).numel()]
+    changed = []
+    for _, (those,) in buckets(weights):
+        if those[0].is_cpu:
+            ends = [each.aminmax() for each in those]  # both in one pass
+            smallest, largest = (torch.stack(side) for side in zip(*ends, strict=True))
+            for each in those:
+                each.clamp_(low, high)
+        else:
+            largest = torch.stack(torch._foreach_max(those))
+            smallest = -torch.stack(torch._foreach_max(torch._foreach_neg(those)))
+            torch._foreach_clamp_min_(those, low)
+            torch._foreach_clamp_max_(those, high)
+        changed.append(((smallest < low) | (largest > high)).any())
+    return _any(changed, _listed(weight))
 
 
 def _matrix(weight: Tensor, dims: tuple[int, ...]) -> Tensor:
@@ -717,34 +799,37 @@ def _matrix(weight: Tensor, dims: tuple[int, ...]) -> Tensor:
     return matrix.to(_at_least_float32(matrix))
 
 
-def _clip_singular_values_(weight: Tensor, matrix: Tensor, dims: tuple[int, ...], bound: float) -> Tensor:
-    finite = matrix.isfinite().all()  # what is broken stays as it is, where it is seen; a decomposition would raise
-    u, sigma, vh = torch.linalg.svd(torch.where(finite, _wide(matrix), 0.0), full_matrices=False)
-    outside: Tensor = (sigma > bound) & finite
+def _clip_singular_values_(weights: list[Tensor], matrix: Tensor, dims: tuple[int, ...], bound: float) -> Tensor:
+    weight = weights[0]  # all are of one shape and spread alike
+    finite = matrix.isfinite().flatten(1).all(dim=1)  # what is broken stays as it is, where it is seen
+    u, sigma, vh = torch.linalg.svd(torch.where(finite[:, None, None], _wide(matrix), 0.0), full_matrices=False)
+    outside = (sigma > bound) & finite[:, None]
     inside = torch.where(outside, bound * (1 - _margin(weight.dtype)), sigma)
-    clipped = torch.where(outside.any(), (u * inside) @ vh, matrix)
-    units = [d for d in range(weight.dim()) if d not in dims]
-    order = [*units, *dims]
-    clipped = clipped.view([weight.shape[d] for d in order]).permute([order.index(d) for d in range(weight.dim())])
+    clipped = torch.where(outside.any(dim=1)[:, None, None], (u * inside[:, None]) @ vh, matrix).to(weight.dtype)
+    order = [*[d for d in range(weight.dim()) if d not in dims], *dims]
+    clipped = clipped.view(len(weights), *[weight.shape[d] for d in order])
+    clipped = clipped.permute(0, *[1 + order.index(d) for d in range(weight.dim())])
+    pieces = clipped.unbind()
     if dist.is_available() and isinstance(weight, DTensor):
-        everywhere = DTensor.from_local(
-            clipped, weight.device_mesh, [Replicate()] * len(weight.placements), run_check=False
-        )
-        clipped = everywhere.redistribute(placements=weight.placements).to_local()
-    local_tensor(weight).copy_(clipped)
-    return outside.any()
+        mesh, everywhere = weight.device_mesh, [Replicate()] * len(weight.placements)
+        whole = [DTensor.from_local(piece, mesh, everywhere, run_check=False) for piece in pieces]
+        pieces = tuple(each.redistribute(placements=weight.placements).to_local() for each in whole)
+    torch._foreach_copy_([local_piece(each) for each in weights], pieces)
+    changed: Tensor = outside.any()
+    return changed
 
 
 def _longest_row(matrix: Tensor) -> Tensor:
     # It has a part in the direction sought unless that is perpendicular to it, and needs no random number.
-    return matrix.index_select(0, torch.linalg.vector_norm(matrix, dim=1).argmax().view(1))[0]
+    longest = torch.linalg.vector_norm(matrix, dim=2, keepdim=True).argmax(dim=1, keepdim=True)
+    return torch.take_along_dim(matrix, longest, dim=1)[:, 0]
 
 
 def _power_iteration(matrix: Tensor, vector: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
-    """The largest singular value, from below, and its right vector."""
+    """The largest singular value of each matrix, from below, and its right vector."""
     tiny = torch.finfo(matrix.dtype).tiny
     for _ in range(iterations):
-        image = F.normalize(matrix @ vector, dim=0, eps=tiny)
-        vector = F.normalize(matrix.T @ image, dim=0, eps=tiny)
-    sigma: Tensor = torch.linalg.vector_norm(matrix @ vector)
+        image = F.normalize(matrix @ vector[:, :, None], dim=1, eps=tiny)
+        vector = F.normalize(image.mT @ matrix, dim=2, eps=tiny)[:, 0]
+    sigma: Tensor = torch.linalg.vector_norm(matrix @ vector[:, :, None], dim=(1, 2))
     return sigma, vector

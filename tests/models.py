@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def randn(*size, seed=0):
@@ -174,3 +175,24 @@ class Recurrent(nn.Module):
 
 
 MODELS = (MLP, ConvNet, VisionTransformer, LanguageModel, Recurrent)
+
+
+def many_weights():
+    """Weights of several shapes, dtypes and layouts: some small and alike, some larger than a bucket."""
+    shapes = [(8, 6), (5, 7), (8, 6), (3, 4, 2), (8, 6), (1200, 1100), (8, 0), (1, 1)]
+    weights = [randn(*shape, seed=i) for i, shape in enumerate(shapes)]
+    weights += [randn(7, 5, seed=20).T, randn(8, 6, seed=21).double(), randn(1100, 1000, seed=22).T]
+    weights += [randn(4, 3, 2, 2, seed=23).to(memory_format=torch.channels_last), torch.zeros(8, 6)]
+    return [*weights, randn(8, 6, seed=24).bfloat16(), randn(5, 7, seed=25).bfloat16()]
+
+
+class Calls(TorchDispatchMode):
+    """Counts what a device has to do: operations that are not views and do more than to allocate."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not (
+            func.is_view or any(name in str(func) for name in ("empty", "unbind", "detach", "promote_types"))
+        )
+        return func(*args, **(kwargs or {}))

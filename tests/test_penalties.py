@@ -12,12 +12,11 @@ from sklearn.datasets import load_diabetes
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_regularize.penalties import L1, L2, ElasticNet, GroupLasso
 from lightning_regularize.projections import norm_dims
 from tests.distributed import run_distributed
-from tests.models import randn
+from tests.models import Calls, many_weights, randn
 from tests.properties import assert_proximal, assert_same_bits, matrices
 
 # Each penalty at unit strength, written down once more in numpy, float64.
@@ -301,15 +300,6 @@ def test_nan_stays_visible():
 # --- lists --------------------------------------------------------------------------------------------------------
 
 
-def many_weights():
-    """Of several shapes, dtypes and layouts: some small and alike, some larger than a bucket."""
-    shapes = [(8, 6), (5, 7), (8, 6), (3, 4, 2), (8, 6), (1200, 700), (8, 0), (1, 1)]
-    weights = [randn(*shape, seed=i) for i, shape in enumerate(shapes)]
-    weights += [randn(7, 5, seed=20).T, randn(8, 6, seed=21).double(), randn(900, 1000, seed=22).T]
-    weights += [randn(4, 3, 2, 2, seed=23).to(memory_format=torch.channels_last), torch.zeros(8, 6)]
-    return [*weights, randn(8, 6, seed=24).bfloat16(), randn(5, 7, seed=25).bfloat16()]
-
-
 def assert_lists_are_the_same(found, expected):
     for a, b in zip(found, expected, strict=True):
         eps = torch.finfo(a.dtype).eps
@@ -368,16 +358,6 @@ def test_the_value_of_a_list_is_the_sum_of_values(penalty):
     assert penalty.value(weights, 0.3).item() == pytest.approx(expected, rel=1e-9, abs=0)
 
 
-class Calls(TorchDispatchMode):
-    """Counts what a device would have to do: operations that are not views and do more than to allocate."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += not (func.is_view or "empty" in str(func) or "unbind" in str(func) or "detach" in str(func))
-        return func(*args, **(kwargs or {}))
-
-
 @each_penalty
 @pytest.mark.parametrize("method", ["gradient", "proximal", "proximal, each"])
 def test_the_number_of_calls_does_not_depend_on_the_length_of_a_list(penalty, method):
@@ -425,6 +405,33 @@ def penalize_spread(rank, world_size, mesh_shape, placements):
 )
 def test_a_weight_spread_over_ranks_is_penalized_as_a_whole(mesh_shape, placements):
     run_distributed(penalize_spread, mesh_shape, placements, world_size=math.prod(mesh_shape))
+
+
+def penalize_spread_list(rank, world_size):
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=world_size)
+    mesh = init_device_mesh("cpu", (world_size,))
+    places = [Shard(0), Shard(1), Shard(0), Replicate(), Shard(1), Shard(0)]
+    shapes = [(5, 7), (5, 7), (1, 3), (5, 7), (4, 7), (900, 3000)]  # uneven, empty on one rank, and large
+    whole = [randn(*shape, seed=i) for i, shape in enumerate(shapes)]
+    metric = [randn(*shape, seed=i).abs() for i, shape in enumerate(shapes)]
+
+    def spread(tensors):
+        return [distribute_tensor(t.clone(), mesh, [place]) for t, place in zip(tensors, places, strict=True)]
+
+    for penalty in FORMULAS:
+        weights, gradients = spread(whole), spread([torch.zeros_like(w) for w in whole])
+        assert penalty.value(weights, 0.3).item() == pytest.approx(penalty.value(whole, 0.3).item(), rel=1e-6, abs=0)
+        penalty.add_gradient_([*gradients, torch.zeros(2, 2)], [*weights, torch.ones(2, 2)], 0.3)
+        for gradient, weight in zip(gradients, whole, strict=True):
+            torch.testing.assert_close(gradient.full_tensor(), gradient_of(penalty, weight, 0.3))
+        penalty.proximal_(weights, spread(metric))
+        for found, weight, thresholds in zip(weights, whole, metric, strict=True):
+            expected = proximal(penalty, weight, thresholds)
+            torch.testing.assert_close(found.full_tensor(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_list_of_weights_that_are_spread_in_different_ways():
+    run_distributed(penalize_spread_list)
 
 
 # --- groups in the metric of an adaptive optimizer ----------------------------------------------------------------

@@ -26,7 +26,7 @@ from lightning_regularize.projections import (
     unit_norms,
 )
 from tests.distributed import run_distributed
-from tests.models import randn
+from tests.models import Calls, many_weights, randn
 from tests.properties import (
     assert_idempotent,
     assert_inside,
@@ -148,6 +148,40 @@ def test_the_layout_in_memory_does_not_matter(projection, layout):
     expected = projection.project(dense)
     projection.project_(weight)
     torch.testing.assert_close(weight, expected)
+
+
+@each_projection
+def test_a_list_is_projected_as_each_of_its_weights(projection):
+    weights, expected = many_weights(), many_weights()
+    changed = [projection.project_(weight) for weight in expected]
+    assert projection.project_(weights) == any(changed)
+    for found, weight in zip(weights, expected, strict=True):
+        eps = torch.finfo(weight.dtype).eps
+        torch.testing.assert_close(found, weight, rtol=4 * eps, atol=4 * eps)
+    assert not projection.project_([])
+
+
+@each_projection
+def test_the_number_of_calls_does_not_depend_on_the_length_of_a_list(projection):
+    def calls(length):
+        weights = [torch.empty(4, 4, device="meta") for _ in range(length)]
+        with Calls() as counted:
+            projection.project_(weights)
+        return counted.count
+
+    assert 0 < calls(2) == calls(50) < 40
+
+
+def test_large_matrices_of_a_list_keep_their_vectors():
+    ball = SpectralBall(1.0)
+    weights = [randn(80, 70, seed=i) for i in range(3)] + [randn(70, 90)]
+    vectors = [ball.warm_start(weight) for weight in weights]
+    expected, kept = [w.clone() for w in weights], [v.clone() for v in vectors]
+    for weight, vector in zip(expected, kept, strict=True):
+        ball.project_(weight, vector=vector)
+    ball.project_(weights, vector=vectors)
+    for found, other in zip([*weights, *vectors], [*expected, *kept], strict=True):
+        torch.testing.assert_close(found, other)
 
 
 @each_projection

@@ -18,7 +18,7 @@ from torch import Tensor
 from lightning_regularize._sharding import local_piece
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterator, Sequence
+    from collections.abc import Hashable, Iterable, Iterator, Sequence
 
 _CPU_BYTES = 2**22  # measured: what is smaller costs more to start than it gains in the cache
 _DEVICE_BYTES = 2**26
@@ -182,3 +182,10 @@ def put_back_(tensors: Sequence[Tensor], values: Tensor) -> None:
     """Give ``tensors`` the values that :func:`stacked` made of them, after these have changed."""
     if len(tensors) > 1:
         torch._foreach_copy_([local_piece(tensor) for tensor in tensors], values.unbind())
+
+
+def calls(takes_lists: bool, *columns: Sequence[Any]) -> Iterable[Sequence[Any]]:
+    """The arguments of the calls of a function: lists if it takes them, else one item of each after the other."""
+    if takes_lists:
+        return [columns] if columns[0] else []
+    return zip(*columns, strict=True)

@@ -9,17 +9,17 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_regularize._sharding import local_piece, settle_gradient_
-from lightning_regularize._steps.buckets import buckets
+from lightning_regularize._steps.buckets import buckets, calls
 from lightning_regularize._steps.clock import rate_of
 from lightning_regularize._trainer.strategies import check_gradients_are_the_modules, check_weights_are_the_optimizers
 from lightning_regularize.decay import HALF
 from lightning_regularize.penalties import L2
-from lightning_regularize.projections import unit_buckets
+from lightning_regularize.projections import unit_buckets, unit_dims
 from lightning_regularize.selection import is_normalized
 from lightning_regularize.step_sizes import knows, step_sizes, thresholds, unknown_metric
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     from torch import Tensor, nn
     from torch.optim import Optimizer
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from lightning_regularize._steps.hooks import Step
     from lightning_regularize._steps.run import Run
     from lightning_regularize.callbacks.penalty import PenaltyCallback
-    from lightning_regularize.penalties import Penalty
     from lightning_regularize.selection import ParameterInfo
     from lightning_regularize.step_sizes import StepSize
 
@@ -92,7 +91,7 @@ class Gradient(Method):
                 pairs = [(t, g) for t in alike if (g := settle_gradient_(t.parameter)) is not None]
                 weights = [target.as_units(target.parameter) for target, _ in pairs]
                 gradients = [target.as_units(gradient) for target, gradient in pairs]
-                for g, w in calls(penalty, gradients, weights):
+                for g, w in calls(penalty.takes_lists, gradients, weights):
                     penalty.add_gradient_(g, w, scaled, dim=dim)
 
 
@@ -145,20 +144,13 @@ def by_dim(targets: Sequence[Target]) -> dict[tuple[int, ...] | None, list[Targe
     return found
 
 
-def calls(penalty: Penalty, *columns: Sequence[Tensor]) -> Iterable[Sequence[Any]]:
-    """The arguments of the calls of a penalty's method: lists, or one tensor of each list after the other."""
-    if penalty.takes_lists:
-        return [columns] if columns[0] else []
-    return zip(*columns, strict=True)
-
-
 def _shrink_(
     penalty: Any, stepped: Sequence[tuple[Target, StepSize]], strength: float, dim: tuple[int, ...] | None
 ) -> None:
     weights = [target.as_units(target.parameter) for target, _ in stepped]
     sizes = [size for _, size in stepped]
     if sizes[0].square is None:  # for all parameters of the group
-        for (w,) in calls(penalty, weights):
+        for (w,) in calls(penalty.takes_lists, weights):
             penalty.proximal_(w, sizes[0].length * strength, dim=dim)
         return
     columns: list[list[Any]] = [[size.square for size in sizes], [size.mean for size in sizes]]
@@ -169,12 +161,12 @@ def _shrink_(
     ]
     # The thresholds of a bucket are made when they are needed, in memory for one bucket.
     if penalty.per_unit:
-        arranged = unit_buckets(dim, weights, *states)
+        arranged = unit_buckets([unit_dims(weight, dim) for weight in weights], weights, *states)
     else:
         arranged = buckets(list(map(local_piece, weights)), *states)
     for indices, (bucket, squares, *means) in arranged:
         found = thresholds([sizes[i] for i in indices], squares, means[0] if means else [], strength)
-        for w, t in calls(penalty, bucket, found):
+        for w, t in calls(penalty.takes_lists, bucket, found):
             penalty.proximal_(w, t, dim=dim)
 
 

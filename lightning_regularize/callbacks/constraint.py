@@ -5,15 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from lightning_regularize._steps.buckets import calls
 from lightning_regularize._steps.targets import Targets
 from lightning_regularize._trainer.strategies import check_view, check_weights_are_the_optimizers
 from lightning_regularize.callbacks._base import Regularizer
 from lightning_regularize.projections import Box, MaxNorm, NonNegative, Projection, SpectralBall, norm_dims
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Hashable, Sequence
 
     import lightning.pytorch as pl
     from torch import Tensor
@@ -38,15 +40,23 @@ class _Target:
         """Does the layer still hold the parameter under its name? A pruning mask or a parametrization moves it."""
         return self.info.name.rpartition(".")[2] in self.info.owner._parameters
 
-    def project_(self) -> Tensor:
-        weight, projection = self.info.parameter.detach(), self.projection
-        if projection is None:
-            raise RuntimeError("WeightConstraint has not begun.")
-        if tuple(weight.shape) != self.view:
-            weight = weight.view(self.view)
-        if self.vector is not None and isinstance(projection, SpectralBall):
-            return projection.project_(weight, dim=self.dim, vector=self.vector)
-        return projection.project_(weight, dim=self.dim)
+    def as_units(self) -> Tensor:
+        """The weight in the shape in which the norms of units run over ``dim``."""
+        weight = self.info.parameter.detach()
+        return weight if tuple(weight.shape) == self.view else weight.view(self.view)
+
+
+def _project_(targets: Sequence[_Target]) -> Tensor:
+    """Project the weights of targets with the same projection and ``dim``."""
+    projection: Any = targets[0].projection
+    options: dict[str, Any] = {"dim": targets[0].dim}
+    if isinstance(projection, SpectralBall):
+        options["vector"] = [target.vector for target in targets]
+    weights = [target.as_units() for target in targets]
+    changed = [projection.project_(w, **options) for (w,) in calls(projection.takes_lists, weights)]
+    if len(changed) == 1:
+        return changed[0]
+    return torch.stack([each.to(changed[0].device) for each in changed]).any()
 
 
 class WeightConstraint(Regularizer):
@@ -187,11 +197,14 @@ class WeightConstraint(Regularizer):
                     self._begin_target(target)
 
     def after_step(self, step: Step, *, is_real: bool) -> None:
+        alike: dict[Hashable, list[_Target]] = {}
         for targets in self._targets.of(step.optimizer) if is_real else ():
             for target in targets:
                 if target.info.parameter.requires_grad:
-                    bound = target.project_()
-                    self._bound = bound if self._bound is None else self._bound | bound
+                    alike.setdefault((id(target.projection), target.dim), []).append(target)
+        for those in alike.values():
+            changed = _project_(those)
+            self._bound = changed if self._bound is None else self._bound | changed.to(self._bound.device)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Once an epoch the device is asked whether anything was changed at all."""

@@ -10,11 +10,12 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_regularize._checks import check_number
+from lightning_regularize._steps.buckets import calls
 from lightning_regularize._steps.targets import Targets
 from lightning_regularize._steps.watch import stepping_optimizers
 from lightning_regularize._trainer.strategies import check_view
 from lightning_regularize.callbacks._base import Regularizer
-from lightning_regularize.callbacks._penalty_methods import Gradient, Method, Proximal, Rounding, Target, by_dim, calls
+from lightning_regularize.callbacks._penalty_methods import Gradient, Method, Proximal, Rounding, Target, by_dim
 from lightning_regularize.decay import HALF
 from lightning_regularize.penalties import L1, L2, ElasticNet, GroupLasso, Penalty
 from lightning_regularize.projections import norm_dims
@@ -140,7 +141,7 @@ class PenaltyCallback(Regularizer):
                 for dim, alike in by_dim(targets).items():
                     pieces = [target.parameter for target in alike if self._sharding.is_flat(target.parameter)]
                     whole = [t.as_units(t.parameter) for t in alike if not self._sharding.is_flat(t.parameter)]
-                    values += [penalty.value(w, strength, dim=dim) for (w,) in calls(penalty, whole)]
+                    values += [penalty.value(w, strength, dim=dim) for (w,) in calls(penalty.takes_lists, whole)]
                     of_flat += [penalty.value(piece, strength, dim=dim) for piece in pieces]
                     flat += pieces
         if flat:
