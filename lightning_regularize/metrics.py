@@ -14,8 +14,9 @@ from torchmetrics import Metric
 from torchmetrics.wrappers.abstract import WrapperMetric
 
 from lightning_regularize._checks import check_number
+from lightning_regularize._rows import dense_pieces
 from lightning_regularize._sharding import Sharding
-from lightning_regularize.norms import check_norm_type, combine, count_below, local_statistics, norms
+from lightning_regularize.norms import check_norm_type, combine, counts_at_most, norms
 from lightning_regularize.selection import check_rules, select
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ class Sparsity(Metric):
         """Measure a module; under FSDP1 the wrapped one."""
         infos = select(module, include=self.include, exclude=self.exclude)
         parameters = [info.parameter for info in infos]
-        found = Sharding(module).reduce(local_statistics(parameters, [count_below(self.threshold)]), parameters)
+        found = Sharding(module).reduce(counts_at_most(dense_pieces(parameters), self.threshold), parameters)
         elements = sum(info.shape.numel() for info in infos)
         self.value = self.value.new_tensor(found.sum().item() / elements if elements else float("nan"))
 

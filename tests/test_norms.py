@@ -6,18 +6,18 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_regularize._rows import dense_pieces
 from lightning_regularize._sharding import Sharding
 from lightning_regularize.histograms import Histogram, histograms
 from lightning_regularize.norms import (
-    NONFINITE,
+    change_sums,
     combine,
-    count_below,
+    copies,
     count_nonfinite,
-    flat_copy,
-    local_changes,
-    local_statistics,
+    counts_at_most,
+    nonfinite_counts,
     norms,
-    power,
+    power_sums,
     spectral_norm,
 )
 from tests.distributed import run_distributed
@@ -193,9 +193,11 @@ def test_counts_equal_those_of_numpy(dtype):
     tensor = (randn(2**20 + 999) * 4).round().to(dtype)
     tensor[:5] = torch.tensor([math.nan, math.inf, -math.inf, -0.0, 0.0])
     values = tensor.double().numpy()
-    found = local_statistics([tensor, torch.zeros(3)], [count_below(), count_below(2.0), NONFINITE])
+    pieces = dense_pieces([tensor, torch.zeros(3)])
     finite = values[np.isfinite(values)]
-    assert found.tolist() == [[(finite == 0).sum(), (abs(finite) <= 2).sum(), 3], [3, 3, 0]]
+    assert counts_at_most(pieces).tolist() == [(finite == 0).sum(), 3]
+    assert counts_at_most(pieces, 2.0).tolist() == [(abs(finite) <= 2).sum(), 3]
+    assert nonfinite_counts(pieces).tolist() == [3, 0]
 
 
 def test_nonfinite_elements_are_counted_and_large_ones_are_not():
@@ -205,14 +207,14 @@ def test_nonfinite_elements_are_counted_and_large_ones_are_not():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_changes_equal_those_in_float64(dtype):
     tensors = [randn(2**20 + 3).to(dtype), randn(3, 4, seed=1).to(dtype), torch.zeros(0, dtype=dtype)]
-    before = [flat_copy(tensor) for tensor in tensors]
+    before = copies(tensors)
     after = [(t + 0.01 * randn(*t.shape, seed=2)).to(dtype) for t in tensors]
-    found = local_changes(before, after, [power(1.0), power(2.0)])
-    for row, old, new in zip(found.tolist(), tensors, after, strict=True):
+    (sums, squares), radial = change_sums(before, after, [1.0, 2.0])
+    for i, (old, new) in enumerate(zip(tensors, after, strict=True)):
         change = new.double() - old.double()
-        expected = [change.abs().sum().item(), change.square().sum().item()]
-        assert row[:2] == pytest.approx(expected, rel=1e-6)
-        assert row[2] == pytest.approx((old.double() * change).sum().item(), rel=1e-6, abs=1e-5)
+        assert sums[i].item() == pytest.approx(change.abs().sum().item(), rel=1e-12, abs=0)
+        assert squares[i].item() == pytest.approx(change.square().sum().item(), rel=1e-12, abs=0)
+        assert radial[i].item() == pytest.approx((old.double() * change).sum().item(), rel=1e-10, abs=1e-9)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (5, 3), (300, 40), (256, 128), (200, 700)], ids=str)
@@ -231,16 +233,16 @@ def test_spectral_norm_of_a_complex_matrix(shape):
 @pytest.mark.parametrize("count", [4, 5000])
 def test_changes_of_complex_weights_are_those_of_their_parts(count):
     before, after = (torch.complex(randn(count, seed=i), randn(count, seed=i + 1)) for i in (0, 2))
-    found = local_changes([flat_copy(before)], [after], [power(1.0), power(2.0)])[0].tolist()
+    (sums, squares), radial = change_sums(copies([before]), [after], [1.0, 2.0])
     w, v = torch.view_as_real(before).double(), torch.view_as_real(after).double()
     expected = [(after - before).abs().sum().item(), (v - w).square().sum().item(), (w * (v - w)).sum().item()]
-    assert found == pytest.approx(expected, rel=1e-5)
+    assert [sums.item(), squares.item(), radial.item()] == pytest.approx(expected, rel=1e-5, abs=0)
 
 
 def test_a_tensor_with_the_negative_bit_is_counted():
     tensor = torch.complex(torch.zeros(4), torch.tensor([0.0, 1.0, 2.0, 0.0])).conj().imag
     assert tensor.is_neg()
-    assert local_statistics([tensor], [count_below()]).tolist() == [[2.0]]
+    assert counts_at_most(dense_pieces([tensor])).tolist() == [2]
 
 
 def test_spectral_norm_of_low_rank_zero_empty_and_broken_matrices():
@@ -347,7 +349,12 @@ class Largest(TorchDispatchMode):
 def test_no_full_size_temporary_is_made(dtype):
     tensor = torch.zeros(5 * 2**20, dtype=dtype)
     with Largest() as largest:
-        local_statistics([tensor], [power(2.0), count_below(), count_below(0.1), NONFINITE])
+        pieces = dense_pieces([tensor])
+        for norm_type in ORDERS:
+            power_sums(pieces, norm_type)
+        counts_at_most(pieces)
+        counts_at_most(pieces, 0.1)
+        nonfinite_counts(pieces)
         histograms([tensor], sharding=Sharding())
     assert largest.elements <= 2**20
 

@@ -23,7 +23,7 @@ from lightning_regularize.callbacks._base import Regularizer
 from lightning_regularize.callbacks.weight_decay import WeightDecay
 from lightning_regularize.decay_methods import will_move
 from lightning_regularize.histograms import BINS
-from lightning_regularize.norms import NONFINITE, check_norm_type, count_below, power
+from lightning_regularize.norms import check_norm_type
 from lightning_regularize.quantities import QUANTITIES
 from lightning_regularize.selection import require_matches
 
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from lightning_regularize._steps.run import Run
     from lightning_regularize._steps.watch import Watch
     from lightning_regularize.histograms import Histogram
-    from lightning_regularize.norms import Statistic
     from lightning_regularize.selection import ParameterInfo, Rule
 
 _DETAILS = ("total", "group", "module", "parameter")
@@ -153,26 +152,18 @@ class WeightNormMonitor(Regularizer):
         self.expected = expected
         self.max_keys = _positive_integer(max_keys, "max_keys")
         self.max_histogram_megabytes = max_histogram_megabytes
-        self._weights, self._gradients, self._changes = self._statistics()
+        self._needs = self._sums()
 
-    def _statistics(self) -> tuple[dict[str, Statistic], dict[str, Statistic], dict[str, Statistic]]:
-        """What to find in weights, gradients and changes, by the name of the sum."""
-        needs = set().union(*(QUANTITIES[q].needs for q in self.quantities))
-        weights = {"weight_power": power(self.norm_type), "weight_square": power(2.0), "zeros": count_below()}
-        weights = {name: statistic for name, statistic in weights.items() if name in needs}
+    def _sums(self) -> set[str]:
+        """The names of the sums that the quantities are made of."""
+        needs = set().union(*(QUANTITIES[quantity].needs for quantity in self.quantities))
         if self.expected:
-            weights["weight_square"] = power(2.0)
+            needs.add("weight_square")
         if self.threshold is not None and "sparsity" in self.quantities:
-            weights["below"] = count_below(self.threshold)
-        if weights:
-            weights["weight_nonfinite"] = NONFINITE
-        gradients = {"gradient_power": power(self.norm_type), "gradient_nonfinite": NONFINITE}
-        changes = {"update_power": power(self.norm_type), "update_square": power(2.0)}
-        return (
-            weights,
-            gradients if "gradient" in self.quantities else {},
-            {name: statistic for name, statistic in changes.items() if name in needs},
-        )
+            needs.add("below")
+        if needs & {"weight_power", "weight_square", "zeros"}:
+            needs.add("weight_nonfinite")
+        return needs
 
     # -- when ----------------------------------------------------------------------------------------------------------
 
@@ -224,7 +215,7 @@ class WeightNormMonitor(Regularizer):
     def after_step(self, step: Step, *, is_real: bool) -> None:
         """Of several inner optimizers the last one completes the change."""
         if is_real and step.watch.index in self._readings and step.optimizer is step.watch.leaves[-1]:
-            self._readings[step.watch.index][1].read_changes(self._changes)
+            self._readings[step.watch.index][1].read_changes()
 
     def after_batch(self, trainer: pl.Trainer) -> None:
         """All optimizers have stepped: one transfer to the host, and one row, for all."""
@@ -233,7 +224,7 @@ class WeightNormMonitor(Regularizer):
         readings, self._readings = self._readings, {}
         for _, reading, _settings in readings.values():
             # DeepSpeed writes the module's weights after its optimizer's step; of a step that was skipped: no change.
-            reading.read_changes(self._changes)
+            reading.read_changes()
         numbers = iter(torch.cat([reading.reduced() for _, reading, _settings in readings.values()]).tolist())
         totals: dict[str, float] = {}
         details: dict[str, float] = {}
@@ -261,22 +252,20 @@ class WeightNormMonitor(Regularizer):
     def _read(self, trainer: pl.Trainer, step: Step) -> Reading:
         """Whatever can be known before the step; nothing waits for the device."""
         infos = self._of_optimizer(step.watch)
-        reading = Reading({info.name: info.parameter for info in infos}, self._sharding)
-        reading.read_weights(self._weights)
+        parameters = {info.name: info.parameter for info in infos}
+        reading = Reading(parameters, self._sharding, self._needs, self.norm_type)
+        reading.read_weights(self.threshold)
         if self.histograms:
-            reading.draw("weight", [info.parameter for info in infos])
-        if self._gradients:
-            hidden, scale = hides_gradients(trainer), step.scale
-            gradients = [None if hidden else gradient_of(info.parameter) for info in infos]
-            reading.read_gradients(
-                gradients, self._gradients, scale, 1.0 if math.isinf(self.norm_type) else self.norm_type
-            )
+            reading.draw("weight", list(parameters.values()))
+        if "gradient" in self.quantities:
+            is_hidden = hides_gradients(trainer)
+            gradients = [None if is_hidden else gradient_of(parameter) for parameter in parameters.values()]
+            reading.read_gradients(gradients, step.scale)
             if self.histograms:
-                reading.draw("gradient", gradients, scale)
+                reading.draw("gradient", gradients, step.scale)
         if "stable_rank" in self.quantities:
             reading.read_spectra([self._is_matrix(info) for info in infos])
-        if self._changes:
-            reading.keep_weights()
+        reading.keep_weights()
         return reading
 
     def _of_optimizer(self, watch: Watch) -> list[ParameterInfo]:

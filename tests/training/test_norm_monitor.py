@@ -1,5 +1,6 @@
 """Does WeightNormMonitor log what it says, on the steps it says, and nothing else?"""
 
+import gc
 import math
 import pickle
 
@@ -909,17 +910,44 @@ def test_logged_steps_wait_for_no_single_number():
     assert waits == [0, 0, 0]
 
 
-@pytest.mark.parametrize(
-    ("quantities", "expected"),
-    [
-        (("weight", "gradient", "rms", "sparsity", "timescale"), [0, 0, 0]),
-        (("update",), [6, 6, 6]),  # of six parameters
-    ],
-    ids=["reads", "compares"],
-)
-def test_weights_are_copied_for_what_compares_only(quantities, expected):
-    _, copies, _ = added_to_each_step(WeightNormMonitor(quantities=quantities, every_n_steps=1), steps=3)
-    assert copies == expected
+class Alive(L.Callback):
+    """Bytes of all tensors that Python holds in the second batch: right before its step, and after it."""
+
+    def on_before_optimizer_step(self, trainer, *_):
+        if trainer.global_step == 1:
+            self.before_step = self.count()
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if batch_idx == 1:
+            self.after_batch = self.count()
+
+    def count(self):
+        storages = [t.untyped_storage() for t in gc.get_objects() if issubclass(type(t), torch.Tensor)]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def bytes_held(*callbacks):
+    """By the weights, and by all tensors before a step and after it."""
+    gc.collect()  # of the run before
+    module = Regression()
+    module.spare = nn.Parameter(torch.ones(500_000, dtype=torch.float64))
+    fit(*callbacks, alive := Alive(), module=module, steps=2)
+    return module.spare.nbytes, alive.before_step, alive.after_batch
+
+
+def test_weights_are_copied_for_what_compares_only_and_no_longer_than_a_step():
+    reads, compares = (
+        WeightNormMonitor(quantities=quantities, every_n_steps=1)
+        for quantities in (("weight", "gradient", "rms", "sparsity", "timescale"), ("update",))
+    )
+    for monitor in (reads, compares):  # what is kept from step to step is there from now on
+        bytes_held(monitor)
+    weights, bare_step, bare_batch = bytes_held()
+    _, reads_step, reads_batch = bytes_held(reads)
+    _, compares_step, compares_batch = bytes_held(compares)
+    assert reads_step - bare_step < 0.1 * weights
+    assert weights <= compares_step - bare_step < 1.1 * weights
+    assert max(reads_batch, compares_batch) - bare_batch < 0.1 * weights
 
 
 # -- several processes -----------------------------------------------------------------------------------------------

@@ -1,0 +1,208 @@
+"""Many tensors as rows of one matrix, so that one operation reduces all of them.
+
+Rows are short enough for float32: what is summed along a row is accurate, and rows are added up in float64. Summing a
+whole tensor in float32 is not: on a CPU, ``torch.linalg.vector_norm`` adds up in eight lanes, which for the 38.6 M
+elements of GPT-2's embedding is off by 0.2 % for L2 and by 11 % for L1.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from lightning_regularize._sharding import local_piece
+from lightning_regularize._steps.buckets import scratch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+T = TypeVar("T", bound="Iterable[Tensor | None]")
+
+_ROW = 256  # elements: a float32 norm of so many, in eight lanes, has an error of 3e-7 if all are equal, else less
+_CPU_ROWS, _DEVICE_ROWS = 2**11, 2**16  # 2 and 64 MiB of float32
+_HALF = (torch.float16, torch.bfloat16)
+_REAL = (torch.float32, torch.float64, *_HALF)
+
+
+class Rows(NamedTuple):
+    """Some tensors, side by side.
+
+    Args:
+        indices: Which tensors.
+        counts: How many rows each of them has.
+        values: The rows, float32, float64 or complex; shape ``(sum(counts), width)``. They are a view of a large
+            tensor, or a copy of small ones in memory that is used again for the next rows.
+    """
+
+    indices: list[int]
+    counts: list[int]
+    values: Tensor
+
+
+def dense_pieces(tensors: Sequence[Tensor], *, keeps_complex: bool = False) -> list[Tensor]:
+    """The local elements of tensors, DTensors and sparse tensors included: contiguous, with one dim at least.
+
+    Elements are in the order in which they lie in memory: ``channels_last`` and transposed tensors are not copied.
+    Those that a sparse tensor does not store are left out. A complex number becomes its magnitude unless it is kept.
+    """
+    return [_dense(local_piece(tensor), keeps_complex=keeps_complex) for tensor in tensors]
+
+
+def _dense(tensor: Tensor, *, keeps_complex: bool) -> Tensor:
+    if tensor.layout is not torch.strided:
+        tensor = tensor.coalesce().values()
+    if tensor.dtype not in _REAL and not (keeps_complex and tensor.is_complex()):
+        tensor = tensor.abs() if tensor.is_complex() else tensor.float()
+    dim = tensor.dim()
+    if dim and tensor.is_contiguous():
+        return tensor  # as it is, because a view takes time
+    return tensor.permute(sorted(range(dim), key=tensor.stride, reverse=True)).reshape(-1)
+
+
+def rows_of(pieces: Sequence[Tensor], *, fill: float = 0.0, bounded: bool = True) -> Iterator[Rows]:
+    """Arrange tensors in rows: small ones are copied side by side, large ones stay where they are.
+
+    Args:
+        pieces: As :func:`dense_pieces` returns them.
+        fill: What the last row of a small tensor is filled up with.
+        bounded: Whether to cut large tensors, so that temporaries of the size of the rows take 2 MiB on a CPU, where
+            they should fit the cache, and 64 MiB on another device.
+
+    Yields:
+        Rows of tensors of one device and one dtype. A large tensor may be in several of them.
+    """
+    counts = [-(-piece.numel() // _ROW) for piece in pieces]
+    waiting: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    totals: dict[tuple[torch.device, torch.dtype], int] = {}
+    for i, (piece, count) in enumerate(zip(pieces, counts, strict=True)):
+        most, most_copied = (_CPU_ROWS, _CPU_ROWS // 32) if piece.is_cpu else (_DEVICE_ROWS, _DEVICE_ROWS)
+        if count > most_copied:
+            yield from _views(i, piece, most if bounded or piece.dtype in _HALF else count)
+            continue
+        key = piece.device, piece.dtype
+        indices = waiting.setdefault(key, [])
+        total = totals.get(key, 0) + count
+        if total > most:
+            yield _copies(indices, pieces, counts, fill)
+            waiting[key] = indices = []
+            total = count
+        indices.append(i)
+        totals[key] = total
+    for indices in waiting.values():
+        yield _copies(indices, pieces, counts, fill)
+
+
+def _views(index: int, piece: Tensor, most: int) -> Iterator[Rows]:
+    rest = piece.numel() % _ROW
+    whole, *others = torch.split(piece.view(-1), [piece.numel() - rest, rest]) if rest else (piece,)
+    whole = whole.view(-1, _ROW)
+    for values in torch.split(whole, most) if len(whole) > most else (whole,):
+        yield Rows([index], [len(values)], _computable(values))
+    for values in others:
+        yield Rows([index], [1], _computable(values.view(1, rest)))
+
+
+def _copies(indices: list[int], pieces: Sequence[Tensor], counts: Sequence[int], fill: float) -> Rows:
+    first = pieces[indices[0]]
+    padding = _padding(first.dtype, first.device, fill)
+    side_by_side, lengths = [], []
+    for i in indices:
+        piece, count = pieces[i], counts[i]
+        side_by_side.append(piece if piece.dim() == 1 else piece.view(-1))  # a view takes as long as the copy
+        lengths.append(count)
+        if rest := count * _ROW - piece.numel():
+            side_by_side.append(padding[rest])
+    rows = scratch(first.new_empty(1).expand(sum(lengths), _ROW), slot="rows")
+    torch.cat(side_by_side, out=rows.view(-1))
+    return Rows(indices, lengths, _computable(rows))
+
+
+def _padding(dtype: torch.dtype, device: torch.device, fill: float) -> Sequence[Tensor]:
+    """Vectors of all lengths below that of a row: to cut one takes as long as to copy a small tensor."""
+    lengths = list(range(_ROW))
+    key = "padding", dtype, device, str(fill)  # NaN does not equal itself
+    return _remembered(key, lambda: torch.split(torch.full((sum(lengths),), fill, dtype=dtype, device=device), lengths))
+
+
+def _computable(values: Tensor) -> Tensor:
+    """Half precision as float32, in scratch memory."""
+    return scratch(values, dtype=torch.float32, slot="float").copy_(values) if values.dtype in _HALF else values
+
+
+def per_tensor(
+    found: Sequence[tuple[Rows, Tensor]],
+    like: Sequence[Tensor],
+    reduce: Literal["sum", "amax"] = "sum",
+    *,
+    exponent: int = 1,
+    initial: float = 0.0,
+) -> Tensor:
+    """Combine the numbers of rows to those of tensors.
+
+    Args:
+        found: Rows, and a number for each of them.
+        like: The tensors that were arranged in rows.
+        reduce: How two rows combine.
+        exponent: The power to raise the numbers to, in float64.
+        initial: The number of a tensor without rows, which is neutral for ``reduce``.
+
+    Returns:
+        Shape ``(len(like),)``, on the device of the first tensor, float64 (float32 on devices without it).
+    """
+    if not found:
+        return torch.zeros(len(like), dtype=torch.float64)
+    device = like[0].device
+    numbers = [numbers for _, numbers in found]
+    if any(each.device != device for each in numbers):
+        numbers = [each.to(device, non_blocking=True) for each in numbers]
+    values = torch.cat(numbers).to(wide(device))
+    if exponent != 1:
+        values = values.pow_(exponent)
+    owners = tuple([i for rows, _ in found for i in rows.indices])
+    counts = tuple([count for rows, _ in found for count in rows.counts])
+    key = owners, counts, len(like), device
+    lengths, places = _remembered(key, lambda: _lengths_and_places(*key))
+    if lengths is not None:
+        values = torch.segment_reduce(values, reduce.removeprefix("a"), lengths=lengths, initial=initial, unsafe=True)
+    if places is not None:
+        values = values.new_full((len(like),), initial).scatter_reduce_(0, places, values, reduce)
+    return values
+
+
+def _lengths_and_places(
+    owners: tuple[int, ...], counts: tuple[int, ...], size: int, device: torch.device
+) -> tuple[Tensor | None, Tensor | None]:
+    """How many numbers to reduce each time, and where to put what this gives; None where there is nothing to do."""
+    is_single, is_in_order = set(counts) == {1}, owners == tuple(range(size))
+    if device.type == "cpu":
+        lengths = None if is_single else torch.tensor(counts)
+        return lengths, None if is_in_order else torch.tensor(owners)
+    if is_single and is_in_order:
+        return None, None
+    # On a GPU one thread would reduce all rows of a tensor.
+    return None, torch.tensor(owners).repeat_interleave(torch.tensor(counts)).to(device, non_blocking=True)
+
+
+_MEMORY: dict[Any, Any] = {}
+
+
+def _remembered(key: Any, make: Callable[[], T]) -> T:
+    """What ``make`` makes, once for each key: to make a small tensor takes longer than to compute with it."""
+    made: T
+    if key not in _MEMORY:
+        with torch.inference_mode(False):
+            made = make()
+        if any(type(tensor) not in (Tensor, type(None)) for tensor in made):  # fake ones
+            return made
+        if len(_MEMORY) >= 256:
+            _MEMORY.clear()
+        _MEMORY[key] = made
+    made = _MEMORY[key]
+    return made
+
+
+def wide(device: torch.device) -> torch.dtype:
+    """The widest real dtype of a device; MPS has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
