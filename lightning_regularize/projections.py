@@ -24,7 +24,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_regularize._checks import check_is_number
+from lightning_regularize._checks import check_is_number, is_named
 from lightning_regularize._sharding import local_piece, local_tensor
 from lightning_regularize._steps.buckets import Bucket, buckets, put_back_, stacked
 
@@ -34,7 +34,7 @@ if dist.is_available():
 __all__ = [
     "Projection",
     "MaxNorm", "UnitNorm", "NonNegative", "Box", "FrobeniusBall", "FrobeniusSphere", "SpectralBall",
-    "norm_dims", "unit_dims", "unit_buckets", "unit_norms", "norms_of_units", "sum_over_ranks",
+    "norm_dims", "units_are_known", "unit_dims", "unit_buckets", "unit_norms", "norms_of_units", "sum_over_ranks",
 ]  # fmt: skip
 
 _BLOCK = 256  # elements reduced in float32 before float64 takes over: an error below 12 eps, even if all are equal
@@ -42,6 +42,15 @@ _EXACT_RANK = 64  # up to this many singular values are computed, mostly in mill
 _COLD_ITERATIONS = 30  # 0.6 % below the largest singular value of Gaussian 256x128 matrices; 5 % after 5
 
 _TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_LAYERS_OF_TORCH = (
+    nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.Embedding, nn.EmbeddingBag, nn.MultiheadAttention, nn.RNNBase,
+    nn.RNNCellBase,
+)  # fmt: skip
+# What layers call the numbers of their inputs and outputs: torch, PyTorch Geometric, DGL, and many others.
+_SIZES = (
+    ("in_features", "out_features"), ("in_channels", "out_channels"), ("_in_feats", "_out_feats"),
+    ("in_dim", "out_dim"), ("input_dim", "output_dim"),
+)  # fmt: skip
 
 
 Tensors = Tensor | Sequence[Tensor]
@@ -460,8 +469,15 @@ def norm_dims(
     MultiheadAttention, in and out        (out, in)                   in            query, key, ...
     RNN, LSTM, GRU, their cells           (gates * hidden, in)        in            gate of a unit
     Bilinear                              (out, in1, in2)             in1, in2      output feature
+    Conv1D of transformers                (in, out)                   in            output feature
+    any with ``in_features`` and          (out, in, ...)              in, ...       output feature
+    ``out_features``, or                  (in, out, ...)              in, ...       output feature
+    ``in_channels`` and ...               (relations, in, out)        in            output of each
     any other, ``weight`` in its name     (out, ...)                  ...           entry of dim 0
     ====================================  ==========================  ============  =================
+
+    The attributes of a layer decide, whatever its class, if the two numbers differ. The last row is a guess, see
+    :func:`units_are_known`.
 
     Args:
         owner: The module that has the parameter.
@@ -484,18 +500,64 @@ def norm_dims(
     shape = tuple(shape)
     if dim is not None:
         return shape, _checked_dims(dim, shape)
+    if isinstance(owner, _TRANSPOSED_CONVOLUTIONS) and len(shape) > 2:
+        if owner.groups == 1:
+            return shape, (0, *range(2, len(shape)))
+        # Its input channels come group by group, and each group has output channels of its own.
+        return (owner.groups, shape[0] // owner.groups, *shape[1:]), (1, *range(3, len(shape) + 1))
+    stated = _stated_dims(owner, shape)
+    if stated is not None:
+        return shape, stated
     if "weight" not in name or len(shape) < 2:
         raise ValueError(
             f"A norm over the incoming weights of a unit needs a weight with at least 2 dims, got {name!r} of "
             f'{type(owner).__name__} with shape {shape}. Leave it out, as by `exclude=("*{name}",)`, or say by `dim` '
             "what a unit is."
         )
-    if not isinstance(owner, _TRANSPOSED_CONVOLUTIONS):
-        return shape, tuple(range(1, len(shape)))
-    if owner.groups == 1:
-        return shape, (0, *range(2, len(shape)))
-    # Its input channels come group by group, and each group has output channels of its own.
-    return (owner.groups, shape[0] // owner.groups, *shape[1:]), (1, *range(3, len(shape) + 1))
+    return shape, tuple(range(1, len(shape)))
+
+
+def units_are_known(owner: nn.Module, shape: Sequence[int]) -> bool:
+    """Is it known what the output units of a weight are, or does :func:`norm_dims` take dim 0 for want of better?
+
+    Args:
+        owner: The module that has the weight.
+        shape: The weight's shape, of the whole tensor where ranks hold pieces.
+
+    Returns:
+        True for layers of torch, for ``Conv1D`` of transformers, and for layers with attributes such as
+        ``in_features`` and ``out_features`` that differ and occur in the shape.
+
+    Example:
+        >>> class Graph(nn.Module):
+        ...     def __init__(self, in_features, out_features):
+        ...         super().__init__()
+        ...         self.in_features, self.out_features = in_features, out_features
+        >>> units_are_known(Graph(3, 4), (3, 4)), units_are_known(Graph(4, 4), (4, 4))
+        (True, False)
+    """
+    return isinstance(owner, _LAYERS_OF_TORCH) or _stated_dims(owner, tuple(shape)) is not None
+
+
+def _stated_dims(owner: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The dims of the incoming weights of a unit, if the layer tells them."""
+    if len(shape) < 2:
+        return None
+    if is_named(owner, "Conv1D") and len(shape) == 2:
+        return (0,)
+    for names in _SIZES:
+        incoming, outgoing = (getattr(owner, name, None) for name in names)
+        if not isinstance(incoming, int) or not isinstance(outgoing, int) or incoming == outgoing:
+            continue
+        if shape[:2] == (outgoing, incoming):
+            return tuple(range(1, len(shape)))
+        if shape[:2] == (incoming, outgoing):
+            return (0, *range(2, len(shape)))
+        if len(shape) == 3 and shape[1:] == (incoming, outgoing):
+            return (1,)
+        if len(shape) == 3 and shape[1:] == (outgoing, incoming):
+            return (2,)
+    return None
 
 
 def unit_dims(weight: Tensor, dim: int | Sequence[int] | None = None) -> tuple[int, ...]:

@@ -6,8 +6,9 @@ A parameter has a *canonical name* (the one it would have without DDP, FSDP, ``t
 ``bias``
     Named ``bias``, ``bias_*`` or ``*_bias``. A table such as Swin's ``relative_position_bias_table`` is a weight.
 ``norm``
-    Gain of a normalization layer: one of torch's, or a class named so (``LlamaRMSNorm``) whose parameter has at most
-    one dimension larger than 1. The magnitudes of weight normalization count as gains too.
+    Gain of a normalization layer: one of torch's, or a class named so. If its name ends so (``LlamaRMSNorm``), a gain
+    may have any shape, such as one number for each head and channel; otherwise it has at most one dimension larger
+    than 1. The magnitudes of weight normalization count as gains too.
 ``embedding``
     Weight of an ``nn.Embedding`` or ``nn.EmbeddingBag``, or of a class that is named so.
 ``vector``
@@ -428,6 +429,11 @@ _TORCH_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.R
 _TORCH_PRODUCTS = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.Embedding, nn.EmbeddingBag)
 # Norm, RMSNorm, Normalize, Normalization; but neither Normal nor NormalHead.
 _NORM_NAME = re.compile(r"norm(?!al(?!i[sz]))", re.IGNORECASE)
+# A layer that does nothing else: RMSNorm, LayerNorm2d, Normalization, RMSNormGated; but neither NormLinear nor
+# WeightNorm, which have matrices.
+_NORM_LAYER_NAME = re.compile(
+    r"(?<!weight)(?<!spectral)norm(ali[sz](e|er|ation))?(gated|act|fp32|no_?bias|per_?head|[123]d)*$", re.IGNORECASE
+)
 
 
 def _kind(use: _Use, shape: torch.Size | None) -> Kind:
@@ -451,8 +457,10 @@ def _kind(use: _Use, shape: torch.Size | None) -> Kind:
 def _is_norm(owner: nn.Module, classes: list[str], shape: torch.Size | None) -> bool:
     if isinstance(owner, (_TORCH_NORMS, _TORCH_PRODUCTS)):
         return isinstance(owner, _TORCH_NORMS)
-    is_gain = shape is None or sum(size > 1 for size in shape) < 2
-    return is_gain and any(_NORM_NAME.search(name) for name in classes)
+    if shape is None or sum(size > 1 for size in shape) < 2:
+        return any(_NORM_NAME.search(name) for name in classes)
+    is_product = hasattr(owner, "out_features") or hasattr(owner, "out_channels")
+    return not is_product and any(_NORM_LAYER_NAME.search(name) for name in classes)
 
 
 # What the model itself declares

@@ -24,6 +24,7 @@ from lightning_regularize.projections import (
     norm_dims,
     unit_dims,
     unit_norms,
+    units_are_known,
 )
 from tests.distributed import run_distributed
 from tests.models import Calls, many_weights, randn
@@ -359,6 +360,76 @@ def test_rows_are_units(layer, name):
     view, dim = norm_dims(owner, name, weight.shape)
     MaxNorm(1.2).project_(weight.view(view), dim=dim)
     torch.testing.assert_close(weight, expected.float(), rtol=1e-5, atol=0)
+
+
+class Layer(nn.Module):
+    """A layer of somebody's, with attributes that tell its sizes, and a weight of some shape."""
+
+    def __init__(self, shape, name="weight", **sizes):
+        super().__init__()
+        self.register_parameter(name, nn.Parameter(randn(*shape)))
+        for size, value in sizes.items():
+            setattr(self, size, value)
+
+
+class Transposed(nn.Linear):
+    """Stores (in, out), as its attributes tell."""
+
+    def __init__(self, in_features, out_features):
+        super().__init__(in_features, out_features)
+        self.weight = nn.Parameter(randn(in_features, out_features))
+
+
+def transformers_conv1d(outputs, inputs):
+    from transformers.pytorch_utils import Conv1D
+
+    return Conv1D(outputs, inputs)
+
+
+@pytest.mark.parametrize(
+    ("layer", "incoming"),
+    [
+        (transformers_conv1d(6, 4), (0,)),
+        (transformers_conv1d(4, 4), (0,)),
+        (Transposed(4, 6), (0,)),
+        (nn.Linear(4, 6), (1,)),
+        (Layer((4, 6), in_features=4, out_features=6), (0,)),
+        (Layer((6, 4), in_features=4, out_features=6), (1,)),
+        (Layer((4, 6), "kernel", in_channels=4, out_channels=6), (0,)),
+        (Layer((4, 6), "W", _in_feats=4, _out_feats=6), (0,)),
+        (Layer((6, 4, 3), in_channels=4, out_channels=6), (1, 2)),
+        (Layer((4, 6, 3), in_channels=4, out_channels=6), (0, 2)),
+        (Layer((3, 4, 6), in_channels=4, out_channels=6), (1,)),
+        (Layer((3, 6, 4), in_dim=4, out_dim=6), (2,)),
+        (nn.Conv2d(4, 6, 3), (1, 2, 3)),
+        (nn.Conv1d(6, 6, 3, groups=6), (1, 2)),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else None,
+)
+def test_the_sizes_that_a_layer_tells_decide_what_its_units_are(layer, incoming):
+    ((name, weight), *_) = layer.named_parameters()
+    assert norm_dims(layer, name, weight.shape) == (tuple(weight.shape), incoming)
+    assert units_are_known(layer, weight.shape)
+    outgoing = [d for d in range(weight.dim()) if d not in incoming]
+    units = weight.detach().permute(*outgoing, *incoming).flatten(len(outgoing)).flatten(0, -2)
+    expected = torch.tensor([math.hypot(*unit) for unit in units.tolist()], dtype=torch.float64)
+    found = unit_norms(weight.detach(), incoming).permute(*outgoing, *incoming).flatten()
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        Layer((4, 6)),
+        Layer((4, 4), in_features=4, out_features=4),
+        Layer((5, 7), in_channels=4, out_channels=6),
+        Layer((4, 6), in_channels=(4, 4), out_channels=6),
+    ],
+    ids=["no sizes", "square", "other sizes", "no number"],
+)
+def test_where_a_layer_tells_nothing_dim_0_is_a_guess(layer):
+    assert norm_dims(layer, "weight", layer.weight.shape)[1] == (1,)
+    assert not units_are_known(layer, layer.weight.shape)
 
 
 def test_a_dim_that_is_asked_for_precedes_the_layer():

@@ -211,6 +211,16 @@ def test_torch_layers_have_the_expected_kinds(module, expected):
         ("GlobalResponseNorm", (1, 1, 1, 4), "norm"),
         ("L2Normalize", (1,), "norm"),
         ("InstanceNormalisation", (1, 4), "norm"),
+        ("CohereLayerNorm", (2, 4), "norm"),
+        ("MultiHeadRMSNorm", (2, 1, 4), "norm"),
+        ("LayerNorm2d", (4, 3, 3), "norm"),
+        ("RMSNormGated", (2, 4), "norm"),
+        ("HeteroLayerNormalization", (3, 4), "norm"),
+        ("LayerNormPerHead", (2, 4), "norm"),
+        ("NormLinear", (4, 3), "weight"),
+        ("PreNormBlock", (4, 3), "weight"),
+        ("WeightNorm", (4, 3), "weight"),
+        ("SpectralNorm", (4, 3), "weight"),
         ("NormalizedProjection", (4, 3), "weight"),
         ("NormalHead", (1, 4), "weight"),
         ("LogNormal", (1, 4), "weight"),
@@ -236,6 +246,24 @@ def test_a_subclass_keeps_the_kind_of_its_bases():
     assert kinds(gain) == {"weight": "norm"}
     table = type("Table", (nn.Embedding,), {})(4, 3)
     assert kinds(table) == {"weight": "embedding"}
+
+
+@pytest.mark.parametrize("sizes", [("in_features", "out_features"), ("in_channels", "out_channels")])
+def test_a_layer_with_inputs_and_outputs_is_no_norm_whatever_its_name(sizes):
+    layer = class_named("LinearNorm", (4, 3))
+    for size, value in zip(sizes, (3, 4), strict=True):
+        setattr(layer, size, value)
+    assert kinds(layer) == {"weight": "weight"}
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_norms_of_heads_in_transformers_do_not_decay(heads):
+    from transformers.models.chameleon.modeling_chameleon import ChameleonLayerNorm
+    from transformers.models.cohere.modeling_cohere import CohereLayerNorm
+
+    for layer in (CohereLayerNorm((heads, 4)), ChameleonLayerNorm((heads, 4))):
+        assert kinds(layer)["weight"] == "norm"
+        assert select(nn.ModuleDict({"q_norm": layer}), exclude=DEFAULT_EXCLUDE) == []
 
 
 @pytest.mark.parametrize("name", ["SpectralNormLinear", "NormalizedLinear"])

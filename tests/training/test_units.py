@@ -1,0 +1,165 @@
+"""Are constraints and group penalties per output unit in layers that store their weights in another way?"""
+
+import warnings
+
+import lightning.pytorch as L
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD
+
+from lightning_regularize import GroupLassoPenalty, WeightConstraint, WeightDecay
+from lightning_regularize.projections import MaxNorm, SpectralBall, UnitNorm
+from tests.models import randn
+from tests.training.support import QUIET, make_trainer
+
+pytestmark = QUIET
+
+
+class GPT2(L.LightningModule):
+    """Of transformers: all its matrices are of shape (in, out)."""
+
+    def __init__(self, loss_factor=1.0):
+        super().__init__()
+        from transformers import GPT2Config, GPT2Model
+
+        self.model = GPT2Model(GPT2Config(vocab_size=11, n_embd=8, n_layer=1, n_head=2, n_positions=16))
+        self.loss_factor = loss_factor
+
+    def training_step(self, batch, batch_idx):
+        hidden = self.model(input_ids=torch.arange(10).view(2, 5)).last_hidden_state
+        return self.loss_factor * hidden.square().mean()
+
+    def configure_optimizers(self):
+        return SGD(self.parameters(), lr=0.1)
+
+    def matrices(self):
+        return {name: p.detach().clone() for name, p in self.named_parameters() if p.dim() == 2 and ".h." in name}
+
+
+def fit(module, callback):
+    make_trainer(callback, max_epochs=1).fit(module, range(3))
+    return module
+
+
+@pytest.mark.parametrize("projection", [MaxNorm(0.01), UnitNorm()], ids=repr)
+def test_the_outputs_of_gpt2_are_constrained(projection):
+    found = fit(GPT2(), WeightConstraint(projection, exclude=("embedding",))).matrices()
+    assert len(found) == 4
+    bound = getattr(projection, "max_norm", 1.0)
+    for weight in found.values():
+        outputs, inputs = (weight.double().norm(dim=dim) for dim in (0, 1))
+        assert outputs.tolist() == pytest.approx([bound] * len(outputs), rel=1e-5, abs=0)
+        assert inputs.tolist() != pytest.approx([bound] * len(inputs), rel=1e-3, abs=0)
+
+
+def test_the_matrix_of_an_output_layer_is_stretched_no_more_whichever_way_it_is_stored():
+    found = fit(GPT2(), WeightConstraint(SpectralBall(0.05))).matrices()
+    for weight in found.values():
+        assert torch.linalg.svdvals(weight.double())[0] <= 0.05 * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("method", ["proximal", "gradient"])
+def test_the_outputs_of_gpt2_are_the_groups_of_a_group_lasso(method):
+    """Without a loss, one step is the soft threshold of each output, or a step along its direction."""
+    strength, lr = 0.02, 0.1
+    module = GPT2(loss_factor=0.0)
+    before = module.matrices()
+    callback = GroupLassoPenalty(strength, include=("type:Conv1D",), exclude=("bias",), method=method)
+    make_trainer(callback, max_epochs=1).fit(module, range(1))
+    for name, weight in module.matrices().items():
+        start = before[name].double()
+        step = lr * strength * start.shape[0] ** 0.5 / start.norm(dim=0)
+        expected = start * (1 - step).clamp_min(0 if method == "proximal" else -1)
+        assert weight.double().flatten().tolist() == pytest.approx(expected.flatten().tolist(), rel=1e-5, abs=1e-8)
+
+
+def test_norms_of_heads_do_not_decay():
+    from transformers.models.cohere.modeling_cohere import CohereLayerNorm
+
+    class Heads(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.project, self.q_norm = nn.Linear(3, 8), CohereLayerNorm((2, 4))
+
+        def training_step(self, batch, batch_idx):
+            return 0.0 * self.q_norm(self.project(torch.ones(1, 3)).view(1, 2, 4)).sum()
+
+        def configure_optimizers(self):
+            return SGD(self.parameters(), lr=0.1)
+
+    module = Heads()
+    project, gain = (p.detach().clone() for p in (module.project.weight, module.q_norm.weight))
+    fit(module, WeightDecay(0.5))
+    assert torch.equal(module.q_norm.weight, gain)
+    torch.testing.assert_close(module.project.weight.detach(), project * 0.95**3)
+
+
+class GraphConvolution(nn.Module):
+    """As in the first implementations of graph networks."""
+
+    def __init__(self, in_features, out_features):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(randn(in_features, out_features))
+
+    def forward(self, x):
+        return x @ self.weight
+
+
+class Plain(nn.Module):
+    """Tells nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(randn(4, 6))
+
+    def forward(self, x):
+        return x @ self.weight
+
+
+class Layered(L.LightningModule):
+    def __init__(self, *layers):
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+
+    def training_step(self, batch, batch_idx):
+        return self.layers(torch.ones(2, 4)).square().mean()
+
+    def configure_optimizers(self):
+        return SGD(self.parameters(), lr=0.01)
+
+
+def test_a_graph_convolution_is_constrained_per_output():
+    module = fit(Layered(GraphConvolution(4, 6)), WeightConstraint(UnitNorm()))
+    assert module.layers[0].weight.norm(dim=0).tolist() == pytest.approx([1.0] * 6, rel=1e-5, abs=0)
+
+
+@pytest.mark.parametrize(
+    ("layers", "told"),
+    [
+        ([Plain()], ["Plain"]),
+        ([GraphConvolution(4, 4), GraphConvolution(4, 6)], ["GraphConvolution"]),
+        ([GraphConvolution(4, 4), GraphConvolution(4, 4), Plain()], ["GraphConvolution", "Plain"]),
+        ([GraphConvolution(4, 6), nn.Linear(6, 6)], []),
+    ],
+    ids=["no sizes", "square", "two classes", "known"],
+)
+def test_where_the_units_are_a_guess_it_is_told_once_a_class(layers, told):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(Layered(*layers), WeightConstraint(UnitNorm()))
+    messages = [str(w.message) for w in caught if "output units" in str(w.message)]
+    assert len(messages) == len(told)
+    for message, name in zip(messages, told, strict=True):
+        assert f"and {name} does not say what they are" in message
+        assert "`UnitNorm(..., dim=...)`" in message
+
+
+@pytest.mark.parametrize("layer", [Plain(), GraphConvolution(4, 4), GraphConvolution(4, 6)], ids=["0", "1", "2"])
+def test_a_dim_that_is_given_is_used_and_nothing_is_told(layer):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*output units")
+        module = fit(Layered(layer), WeightConstraint(UnitNorm(dim=0)))
+    outputs = module.layers[0].weight.shape[1]
+    assert module.layers[0].weight.norm(dim=0).tolist() == pytest.approx([1.0] * outputs, rel=1e-5, abs=0)
