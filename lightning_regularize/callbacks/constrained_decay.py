@@ -119,10 +119,15 @@ class ConstrainedDecay(Regularizer):
         return target if self.selects(info) else None
 
     def begin(self, run: Run) -> None:
-        if any(watch.steps for watch in run.watches) and not self._saved.get("matrices") and self.bound == "start":
+        if any(watch.steps for watch in run.watches) and not self._saved.get("matrices"):
+            bounds = {
+                "start": "are taken of the weights as they are now",
+                "warm_start": f"are taken after step {self.warm_start_steps:,}, or now if that is over",
+                "inflection_point": "are looked for from now on",
+            }
             self.warn(
-                "The checkpoint does not tell the norms at the start of training: ConstrainedDecay takes its bounds "
-                "from the weights as they are now."
+                "The checkpoint does not tell the norms at the start of training: ConstrainedDecay begins anew, "
+                f"without any decay at first, and its bounds {bounds[self.bound]}."
             )
         self._begin_targets(list(self._targets))
 

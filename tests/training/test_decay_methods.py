@@ -479,10 +479,18 @@ def test_a_resumed_run_has_the_anchor_of_the_first_start(anchor, tmp_path):
         (AnchorDecay(0.5), "The checkpoint has no anchor: AnchorDecay takes the weights as they are now"),
         (
             ConstrainedDecay("start"),
-            "The checkpoint does not tell the norms at the start of training: ConstrainedDecay",
+            "does not tell the norms at the start of training: ConstrainedDecay .* of the weights as they are now",
+        ),
+        (
+            ConstrainedDecay("warm_start", warm_start_steps=12),
+            "does not tell the norms .*: ConstrainedDecay begins anew, .* after step 12, or now if that is over",
+        ),
+        (
+            ConstrainedDecay("inflection_point", interval=2),
+            "does not tell the norms .*: ConstrainedDecay begins anew, .* are looked for from now on",
         ),
     ],
-    ids=["anchor", "constrained"],
+    ids=["anchor", "start", "warm start", "inflection point"],
 )
 def test_what_a_checkpoint_does_not_tell_is_said(callback, message, tmp_path):
     fit(Regression(sgd), Save(tmp_path / "8.ckpt", 8))

@@ -44,13 +44,14 @@ def fit(module, callback):
 
 @pytest.mark.parametrize("projection", [MaxNorm(0.01), UnitNorm()], ids=repr)
 def test_the_outputs_of_gpt2_are_constrained(projection):
-    found = fit(GPT2(), WeightConstraint(projection, exclude=("embedding",))).matrices()
+    # Without a gradient, which may lead some outputs inside.
+    found = fit(GPT2(loss_factor=0.0), WeightConstraint(projection, exclude=("embedding",))).matrices()
     assert len(found) == 4
     bound = getattr(projection, "max_norm", 1.0)
     for weight in found.values():
         outputs, inputs = (weight.double().norm(dim=dim) for dim in (0, 1))
         assert outputs.tolist() == pytest.approx([bound] * len(outputs), rel=1e-5, abs=0)
-        assert inputs.tolist() != pytest.approx([bound] * len(inputs), rel=1e-3, abs=0)
+        assert not any(norm == pytest.approx(bound, rel=1e-3, abs=0) for norm in inputs.tolist())
 
 
 def test_the_matrix_of_an_output_layer_is_stretched_no_more_whichever_way_it_is_stored():
