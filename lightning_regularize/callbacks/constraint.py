@@ -61,7 +61,7 @@ def _project_(targets: Sequence[_Target]) -> Tensor:
     if isinstance(projection, SpectralBall):
         options["vector"] = [target.vector for target in targets]
     weights = [target.as_units() for target in targets]
-    changed = [projection.project_(w, **options) for (w,) in calls(projection.takes_lists, weights)]
+    changed: list[Tensor] = [projection.project_(w, **options) for (w,) in calls(projection.takes_lists, weights)]
     if len(changed) == 1:
         return changed[0]
     return torch.stack([each.to(changed[0].device) for each in changed]).any()
