@@ -230,7 +230,7 @@ def test_data_that_grow_from_epoch_to_epoch_are_warned_of():
         ({"max_steps": 2}, 7),
         ({"callbacks": [GradientAccumulationScheduler({0: 7, 1: 2, 2: 1})]}, (1 + 4 + 7) / 3),
     ],
-    ids=repr,
+    ids=["plain", "accumulated", "limited", "steps", "short", "scheduled"],
 )
 @pytest.mark.parametrize("method", ["optimizer", "decoupled"])
 def test_a_timescale_in_epochs_counts_optimizer_steps(options, steps_per_epoch, method):
