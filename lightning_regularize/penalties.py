@@ -522,24 +522,26 @@ def _shrink_in_metric_(units: Tensor, removed: Tensor, weight: Tensor, dims: tup
         dims: The dims of a weight that hold a group.
     """
     dtype, inner = removed.dtype, [d + 1 for d in dims]
+    limits = torch.finfo(dtype)
     found = norms_of_units(units, weight, dims)
-    scale = torch.where(found > 0, found, 1.0).to(dtype)  # all in units of the group's norm: nothing overflows
+    scale = (found + (found == 0)).to(dtype)  # all in units of the group's norm: nothing overflows
     squares = torch.div(units, scale, out=scratch(removed, slot="squares")).square_()
-    removed.div_(scale).clamp_min_(torch.finfo(dtype).eps ** 1.5)  # not to divide by zero
-    inverse, terms = (scratch(removed, slot=slot) for slot in ("inverse", "terms"))
-    sums = torch.zeros(2, *found.shape, dtype=dtype, device=units.device)
-    torch.sum(torch.mul(squares, removed, out=terms), inner, keepdim=True, out=sums[0])
-    norm = (1 - sum_over_ranks(sums, weight, dims)[0]).clamp_min_(0)
+    removed.div_(scale).clamp_(limits.eps**1.5, limits.max**0.4)  # not to divide by zero, nor to multiply 0 by infinity
+    divisors, terms = (scratch(removed, slot=slot) for slot in ("divisors", "terms"))
+    sums = torch.empty(2, *found.shape, dtype=dtype, device=units.device)
+    first, second = sums.unbind()
+    torch.sum(torch.mul(squares, removed, out=terms), inner, keepdim=True, out=first)
+    norm = (1 - sum_over_ranks(first, weight, dims)).clamp_min_(0)
     for _ in range(_STEPS_ON_CPU if units.is_cpu else _STEPS_ELSEWHERE):
-        torch.reciprocal(torch.add(removed, norm, out=inverse), out=inverse)
-        torch.mul(inverse, inverse, out=terms).mul_(squares)
-        torch.sum(terms, inner, keepdim=True, out=sums[0])
-        torch.sum(terms.mul_(inverse), inner, keepdim=True, out=sums[1])
+        torch.add(removed, norm, out=divisors)
+        torch.div(squares, torch.mul(divisors, divisors, out=terms), out=terms)
+        torch.sum(terms, inner, keepdim=True, out=first)
+        torch.sum(terms.div_(divisors), inner, keepdim=True, out=second)
         everywhere = sum_over_ranks(sums, weight, dims)
-        total, slope = everywhere
+        total, slope = everywhere.unbind()
         before = norm.clone() if units.is_cpu else norm
-        norm.addcdiv_((total.sqrt() - 1).mul_(total), slope.clamp_min_(torch.finfo(dtype).tiny)).clamp_min_(0)
+        norm.addcdiv_(total.pow(1.5) - total, slope.clamp_min_(limits.tiny)).clamp_min_(0)
         # Where ranks work together all should make the same number of steps.
-        if units.is_cpu and everywhere is sums and torch.allclose(norm, before, rtol=torch.finfo(dtype).eps, atol=0):
+        if units.is_cpu and everywhere is sums and torch.allclose(norm, before, rtol=limits.eps, atol=0):
             break
     units.mul_(torch.reciprocal(removed.add_(norm), out=removed).mul_(norm))

@@ -482,6 +482,15 @@ def test_weights_without_a_threshold_are_left_and_zero_groups_too():
     torch.testing.assert_close(found, weight, rtol=1e-15, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_an_infinite_threshold_takes_its_weight_and_no_other(dtype):
+    weight = torch.tensor([[0.0, 1.0], [2.0, 1.0], [3.0, 0.0]], dtype=dtype)
+    thresholds = torch.tensor([[math.inf, 0.1], [math.inf, 0.1], [math.inf, math.inf]], dtype=dtype)
+    shrunk = 1 - 0.1 * math.sqrt(2)  # as if the weight were alone in its group
+    expected = torch.tensor([[0.0, shrunk], [0.0, shrunk], [0.0, 0.0]], dtype=dtype)
+    torch.testing.assert_close(proximal(GroupLasso(), weight, thresholds), expected, rtol=1e-6, atol=1e-14)
+
+
 @pytest.mark.parametrize("layer", [nn.Conv2d(4, 6, 3, groups=2), nn.ConvTranspose1d(4, 6, 3)], ids=str)
 def test_the_groups_under_an_elementwise_threshold_are_units_of_the_layer(layer):
     weight = layer.weight.detach().double()

@@ -9,10 +9,11 @@ import torch
 
 from lightning_regularize._checks import check_number
 from lightning_regularize._sharding import local_tensor
+from lightning_regularize._steps.buckets import buckets, put_back_, stacked
 from lightning_regularize._steps.targets import Targets
 from lightning_regularize._trainer.strategies import check_weights_are_the_optimizers
 from lightning_regularize.callbacks._base import Regularizer
-from lightning_regularize.decay import decay_, next_multiplier
+from lightning_regularize.decay import next_multiplier
 from lightning_regularize.norms import norms
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ _SMOOTHING = 0.9  # of the square norm whose inflection is looked for
 
 
 class _Target:
-    """A matrix, with its multiplier, bound, smoothed square norm and growth of that, as one tensor of four numbers."""
+    """A matrix, with its multiplier, bound, smoothed square norm, growth of that and size, as one tensor."""
 
     def __init__(self, info: ParameterInfo) -> None:
         self.info = info
@@ -38,6 +39,18 @@ class _Target:
 
 
 _STATE = ("multiplier", "bound", "smoothed", "growth")
+
+
+def _multiply_(weights: Sequence[Tensor], factors: Tensor) -> None:
+    """Multiply each weight by a number of its own, which stays on the device."""
+    local, numbers = [local_tensor(weight) for weight in weights], factors.unbind()
+    for indices, (those,) in buckets(local, alike=[weight.shape for weight in local]):
+        units = stacked(those)
+        each = torch.stack([numbers[i] for i in indices]).to(
+            units.device, torch.promote_types(units.dtype, torch.float32)
+        )
+        units.mul_(each.view(-1, *[1] * (units.dim() - 1)))
+        put_back_(those, units)
 
 
 class ConstrainedDecay(Regularizer):
@@ -137,8 +150,9 @@ class ConstrainedDecay(Regularizer):
             return
         square, saved = self._square_norms(new), self._saved.get("matrices", {})
         bound = self.factor * square if self.bound == "start" else torch.full_like(square, math.inf)
+        numel = torch.tensor([math.prod(target.info.shape) for target in new], dtype=square.dtype, device=square.device)
         # There is no growth yet that could slow down.
-        columns = [torch.zeros_like(square), bound, square.clone(), torch.full_like(square, -math.inf)]
+        columns = [torch.zeros_like(square), bound, square.clone(), torch.full_like(square, -math.inf), numel]
         for target, state in zip(new, torch.stack(columns, dim=1), strict=True):
             for i, key in enumerate(_STATE):
                 if target.info.name in saved.get(key, {}):
@@ -168,14 +182,14 @@ class ConstrainedDecay(Regularizer):
             return
         square = self._square_norms(held)
         rows = torch.stack([target.state for target in held if target.state is not None])
-        state = dict(zip(_STATE, rows.unbind(dim=1), strict=True))
+        *columns, numel = rows.unbind(dim=1)
+        state = dict(zip(_STATE, columns, strict=True))
         self._look_for_bound_(state, square, steps=step.number + 1)
-        numel = torch.tensor([math.prod(target.info.shape) for target in held], device=square.device)
         multiplier = next_multiplier(state["multiplier"], square, state["bound"], numel)
         state["multiplier"] = multiplier.clamp_max(_LARGEST_MULTIPLIER)
-        for target, row in zip(held, torch.stack([state[key] for key in _STATE], dim=1), strict=True):
+        for target, row in zip(held, torch.stack([*state.values(), numel], dim=1), strict=True):
             target.state = row
-            decay_(local_tensor(target.info.parameter), 2 * row[0])
+        _multiply_([target.info.parameter for target in held], 1 - 2 * state["multiplier"])
 
     def _look_for_bound_(self, state: dict[str, Tensor], square: Tensor, *, steps: int) -> None:
         if self.bound == "warm_start" and steps >= self.warm_start_steps:  # a GradScaler may skip the very step

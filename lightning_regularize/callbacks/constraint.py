@@ -64,7 +64,8 @@ def _project_(targets: Sequence[_Target]) -> Tensor:
     changed: list[Tensor] = [projection.project_(w, **options) for (w,) in calls(projection.takes_lists, weights)]
     if len(changed) == 1:
         return changed[0]
-    return torch.stack([each.to(changed[0].device) for each in changed]).any()
+    found = torch.stack([each.to(changed[0].device) for each in changed])
+    return found.any()
 
 
 class WeightConstraint(Regularizer):
