@@ -5,33 +5,33 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import math
 from abc import ABC
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, NamedTuple, final
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import LBFGS, SGD, Adam, NAdam
 
-from lightning_regularize._sharding import Sharding, gradient_of, local_tensor, settle_gradient_
+from lightning_regularize._sharding import Sharding, gradient_of, local_piece, local_tensor, settle_gradient_
 from lightning_regularize.decay import HALF, check_share, couple_, decay_, decay_cautiously_, decay_stochastic_
 from lightning_regularize.norms import norms
 from lightning_regularize.theory import decay_rounding_threshold
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
+    from torch import nn
     from torch.optim import Optimizer
 
 
-@dataclass(frozen=True, eq=False)
-class Target:
+class Target(NamedTuple):
     """A parameter that decays in this step.
 
-    Attributes:
+    Args:
         name: Canonical name.
         parameter: With a gradient, as it was found.
         group: The optimizer's group that it stands in.
@@ -131,21 +131,15 @@ class Coupled(DecayMethod):
 
     def on_gradients(self, targets: Sequence[Target], scale: Tensor | None) -> None:
         """Add the gradient of the penalty, multiplied as the gradients are."""
-        alike: dict[tuple[float, bool], tuple[list[Tensor], list[Tensor]]] = {}
-        for target in targets:
-            gradient = settle_gradient_(target.parameter)
-            if gradient is None:  # LBFGS may decay what has none
-                continue
-            value = -target.weight_decay if target.group.get("maximize") else target.weight_decay
-            gradients, weights = alike.setdefault((value, target.parameter.dtype in HALF), ([], []))
-            gradients.append(local_tensor(gradient))
-            weights.append(local_tensor(target.parameter))
-        for (value, is_half), (gradients, weights) in alike.items():
-            if scale is None and not is_half:
-                torch._foreach_add_(gradients, weights, alpha=value)
-            else:
-                for gradient, weight in zip(gradients, weights, strict=True):
-                    couple_(gradient, weight, value if scale is None else scale * value)
+        for alike in _by_strength(targets):
+            value = -alike[0].weight_decay if alike[0].group.get("maximize") else alike[0].weight_decay
+            gradients, weights = [], []
+            for target in alike:
+                gradient = settle_gradient_(target.parameter)
+                if gradient is not None:  # LBFGS may decay what has none
+                    gradients.append(local_tensor(gradient))
+                    weights.append(local_tensor(target.parameter))
+            couple_(gradients, weights, value if scale is None else scale * value)
 
 
 @final
@@ -165,7 +159,8 @@ class Decoupled(DecayMethod):
 
     def before(self, optimizer: Optimizer, targets: Sequence[Target], step: int) -> None:
         """Decay, as AdamW does before its update."""
-        _decay([(target, target.share) for target in targets], self, step)
+        seed = f"{self.seed}/{step}" if self.stochastic else None
+        _decay([(alike[0].share, alike) for alike in _by_strength(targets)], seed)
 
 
 @final
@@ -187,7 +182,8 @@ class Independent(DecayMethod):
 
     def before(self, optimizer: Optimizer, targets: Sequence[Target], step: int) -> None:
         """Decay by the weight decay itself."""
-        _decay([(target, target.weight_decay) for target in targets], self, step)
+        seed = f"{self.seed}/{step}" if self.stochastic else None
+        _decay([(alike[0].weight_decay, alike) for alike in _by_strength(targets)], seed)
 
 
 @final
@@ -205,21 +201,23 @@ class Cautious(DecayMethod):
     def __post_init__(self) -> None:
         self._copies: WeakKeyDictionary[Optimizer, list[Tensor]] = WeakKeyDictionary()
 
+    @torch.no_grad()
     def before(self, optimizer: Optimizer, targets: Sequence[Target], step: int) -> None:
-        """Remember the weights, in buffers that are made once."""
-        for target in targets:
-            check_share(target.share)
-        weights, copies = [local_tensor(target.parameter) for target in targets], self._copies.get(optimizer, [])
-        if [copy.shape for copy in copies] == [weight.shape for weight in weights]:
-            for copy, weight in zip(copies, weights, strict=True):
-                copy.copy_(weight)
+        """Remember the weights, in memory that is kept from step to step."""
+        lists = _by_strength(targets)
+        _check_shares(alike[0].share for alike in lists)
+        weights, copies = [w for alike in lists for w in _local_weights(alike)], self._copies.get(optimizer, [])
+        if weights and list(map(_kind, weights)) == list(map(_kind, copies)):
+            torch._foreach_copy_(copies, weights)
         else:
             self._copies[optimizer] = [weight.clone() for weight in weights]
 
+    @torch.no_grad()
     def after(self, optimizer: Optimizer, targets: Sequence[Target], step: int) -> None:
         """Decay what the update has moved towards zero."""
-        for target, before in zip(targets, self._copies.get(optimizer, ()), strict=True):
-            decay_cautiously_(local_tensor(target.parameter), before, float(target.share))
+        copies = iter(self._copies.get(optimizer, ()))
+        for alike in _by_strength(targets):
+            decay_cautiously_(_local_weights(alike), [next(copies) for _ in alike], alike[0].share)
 
 
 @final
@@ -257,33 +255,35 @@ class Stable(DecayMethod):
 
     def before(self, optimizer: Optimizer, targets: Sequence[Target], step: int) -> None:
         """Decay by the share that fits the step to come."""
-        root = None if isinstance(optimizer, SGD) else self._root_mean(optimizer)
-        for target in targets:
-            if root is None:
-                momentum, dampening = target.group["momentum"], target.group["dampening"]
-                share = target.share * ((1 - dampening) / (1 - momentum) if momentum else 1.0)
-            else:
-                share = target.share / root
-            decay_(local_tensor(target.parameter), share)
+        lists = _by_strength(targets)
+        if isinstance(optimizer, SGD):
+            _decay([(alike[0].share * _steady_length(alike[0].group), alike) for alike in lists])
+        else:
+            _check_shares(alike[0].share for alike in lists)
+            length = self._mean_length(optimizer)
+            _decay([(alike[0].share * length, alike) for alike in lists])
 
-    def _root_mean(self, optimizer: Optimizer) -> Tensor:
-        """The square root of the mean of v_hat as the step is going to make it, over all weights with a gradient."""
-        total, count = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    @torch.no_grad()
+    def _mean_length(self, optimizer: Optimizer) -> Tensor:
+        r"""The :math:`1 / \sqrt{\bar v}` that the step is going to have, over all weights with a gradient."""
+        groups = optimizer.param_groups
+        # Of every parameter, for a rank may hold no element of one, and then neither gradient nor state.
+        parameters = [parameter for group in groups for parameter in group["params"]]
+        found = [_of_adam(optimizer, parameter) for parameter in parameters]
+        squares = norms([gradient for gradient, _, _ in found]).square()
+        seen = norms([average for _, average, _ in found], 1.0)
+        numel = torch.tensor([gradient.numel() for gradient, _, _ in found], dtype=squares.dtype)
+        rows = torch.stack([squares, seen, *_counts([steps for _, _, steps in found], numel, squares)], dim=1)
+        rows = self.sharding.reduce(rows, parameters)
         # A GradScaler leaves it to a fused optimizer to divide the gradients, and says by what.
         scale = getattr(optimizer, "grad_scale", None)
-        scale = 1.0 if scale is None else scale
-        for group in optimizer.param_groups:
-            if not group["params"]:
-                continue
-            beta = group["betas"][1]
-            # Of every parameter, for a rank may hold no element of one, and then neither gradient nor state.
-            rows = torch.stack([_second_moment(p, optimizer.state.get(p, {})) for p in group["params"]])
-            square, seen, steps, numel = self.sharding.reduce(rows, group["params"]).unbind(dim=1)
-            correction = 1 - beta ** (torch.where(numel > 0, steps / numel, 0.0) + 1)
-            part = (((1 - beta) * square / scale**2 + beta * seen) / correction).sum()
-            total, count = total.to(part) + part, count.to(part) + numel.sum()
+        if scale is not None:
+            rows[:, 0] /= scale.to(rows) ** 2
+        of_groups = torch.split(rows, [len(group["params"]) for group in groups])
+        pairs = zip(of_groups, groups, strict=True)
+        total = functools.reduce(torch.add, [_sum_of_v_hat(rows, group["betas"][1]) for rows, group in pairs])
         # Where all gradients are zero Adam does not move either, so nothing decays.
-        return torch.where(total > 0, torch.sqrt(total / count), math.inf)
+        return (rows[:, 3].sum() / total).sqrt().nan_to_num(nan=0.0, posinf=0.0)
 
 
 def will_move(optimizer: Optimizer, parameter: Tensor) -> bool:
@@ -291,38 +291,73 @@ def will_move(optimizer: Optimizer, parameter: Tensor) -> bool:
     return parameter.grad is not None or (isinstance(optimizer, LBFGS) and parameter.requires_grad)
 
 
-def _second_moment(parameter: Tensor, state: Mapping[str, Any]) -> Tensor:
-    """Sums over the elements here: of squared gradients, of what Adam has seen of them, of its steps, and of ones."""
+def _steady_length(group: Mapping[str, Any]) -> float:
+    """How far SGD goes for a steady unit gradient, in learning rates."""
+    momentum = group["momentum"]
+    return float((1 - group["dampening"]) / (1 - momentum)) if momentum else 1.0
+
+
+def _sum_of_v_hat(rows: Tensor, beta: float | Tensor) -> Tensor:
+    """Over a group, from sums of squared gradients, of their averages, of steps and of elements of each parameter."""
+    square, seen, steps, numel = rows.unbind(dim=1)
+    correction = 1 - beta ** (steps / numel.clamp_min(1) + 1)
+    return (((1 - beta) * square + beta * seen) / correction).sum()
+
+
+def _of_adam(optimizer: Optimizer, parameter: Tensor) -> tuple[Tensor, Tensor, float | Tensor]:
+    """Of a parameter here: its gradient, Adam's average of squared gradients, and the steps made; empty without one."""
     gradient = gradient_of(parameter)
-    if gradient is None:
-        return local_tensor(parameter).new_zeros(4, dtype=torch.float64)
-    numel = local_tensor(gradient).numel()
-    square = norms([local_tensor(gradient)])[0].square()
-    average = state.get("exp_avg_sq")
-    seen = square.new_zeros(()) if average is None else local_tensor(average).sum(dtype=torch.float64)
-    steps = torch.as_tensor(state.get("step", 0)).to(square) * numel
-    return torch.stack([square, seen, steps, square.new_full((), numel)])
+    state = {} if gradient is None else optimizer.state.get(parameter, {})
+    found = [gradient, state.get("exp_avg_sq")]
+    gradient, average = [local_piece(parameter).new_empty(0) if each is None else local_piece(each) for each in found]
+    return gradient, average, state.get("step", 0.0)
+
+
+def _counts(steps: Sequence[float | Tensor], numel: Tensor, like: Tensor) -> tuple[Tensor, ...]:
+    """Steps times elements, and elements, of each parameter. Adam counts on the host, or on the device if fused."""
+    is_on_device = any(isinstance(step, Tensor) and not step.is_cpu for step in steps)
+    on_host = numel if is_on_device else torch.stack([torch.tensor(list(map(float, steps))).to(numel) * numel, numel])
+    counts = on_host.to(like.device, non_blocking=True)
+    if not is_on_device:
+        return counts.unbind()
+    zero = torch.zeros((), device=like.device)
+    return torch.stack([step if isinstance(step, Tensor) else zero for step in steps]) * counts, counts
+
+
+def _by_strength(targets: Sequence[Target]) -> list[list[Target]]:
+    """The targets in lists that share a group and a weight decay."""
+    found: dict[tuple[int, float], list[Target]] = {}
+    for target in targets:
+        found.setdefault((id(target.group), target.weight_decay), []).append(target)
+    return list(found.values())
+
+
+def _local_weights(targets: Sequence[Target]) -> list[Tensor]:
+    """To be called without gradients."""
+    return [local_piece(target.parameter) for target in targets]
+
+
+def _kind(tensor: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
+    return tensor.shape, tensor.dtype, tensor.device
+
+
+def _check_shares(shares: Iterable[float | Tensor]) -> None:
+    """Before any weight changes."""
+    for share in shares:
+        check_share(share)
 
 
 @torch.no_grad()
-def _decay(shares: Sequence[tuple[Target, float | Tensor]], method: Decoupled | Independent, step: int) -> None:
-    alike: dict[Any, tuple[float | Tensor, list[Tensor]]] = {}
-    for target, share in shares:  # all are checked before any weight changes
-        check_share(share)
-        key = (id(target.group), target.weight_decay) if isinstance(share, Tensor) else share
-        weight = local_tensor(target.parameter)
-        alike.setdefault((key, weight.dtype in HALF), (share, []))[1].append(weight)
-    if method.stochastic:
-        for target, share in shares:
-            digest = hashlib.blake2b(f"{method.seed}/{step}/{target.name}".encode(), digest_size=6).digest()
-            decay_stochastic_(local_tensor(target.parameter), float(share), seed=int.from_bytes(digest, "big"))
-        return
-    for (_, is_half), (share, weights) in alike.items():
-        if is_half:  # on a CPU (torch 2.13) a list rounds the factor itself to half precision
-            for weight in weights:
-                decay_(weight, share)
-        else:
-            torch._foreach_mul_(weights, 1 - share)
+def _decay(shares: Sequence[tuple[float | Tensor, Sequence[Target]]], seed: str | None = None) -> None:
+    """Decay each list by its share; with a seed, round at random, one tensor after another with noise of its own."""
+    _check_shares(share for share, _ in shares)
+    for share, targets in shares:
+        if seed is None:
+            decay_(_local_weights(targets), share)
+            continue
+        for target in targets:
+            digest = hashlib.blake2b(f"{seed}/{target.name}".encode(), digest_size=6).digest()
+            decay_stochastic_(local_piece(target.parameter), share, seed=int.from_bytes(digest, "big"))
 
 
 METHODS: dict[str, type[DecayMethod]] = {

@@ -112,6 +112,108 @@ def test_nothing_is_recorded_for_autograd():
         assert weight.grad_fn is None
 
 
+# --- lists ----------------------------------------------------------------------------------------------------------
+
+SHARE = 0.0123
+FLOATING = [torch.float32, torch.float64, *HALF]
+
+
+def tensors(seed, large=False):
+    """Of several dtypes, shapes and layouts, some without elements; in an order that mixes them."""
+    shapes = [(), (0,), (3,), (4, 0), (5, 7), (2, 3, 4, 5), *([(300, 2000)] if large else [])]
+    drawn = [randn(1, *shape, seed=seed + i)[0] for i, shape in enumerate(shapes)]
+    drawn += [drawn[4].T, drawn[5].contiguous(memory_format=torch.channels_last), randn(6, 8, seed=seed)[::2, ::2]]
+    return [tensor.clone().to(dtype) for tensor in drawn for dtype in FLOATING]
+
+
+def by_element(weights, others, formula):
+    """The formula in float64, rounded to the dtype of the weights."""
+    return [formula(w.double(), o.double()).to(w.dtype) for w, o in zip(weights, others, strict=True)]
+
+
+def cautious(after, before, s):
+    return torch.where((before - after) * before >= 0, after - s * before, after)
+
+
+LISTS = {
+    "decay": (lambda w, o, s: decay_(w, s), lambda w, o, s: (1 - s) * w),
+    "couple": (lambda w, o, s: couple_(w, o, s), lambda w, o, s: w + s * o),
+    "cautious": (lambda w, o, s: decay_cautiously_(w, o, s), cautious),
+    "pull": (lambda w, o, s: pull_(w, o, s), lambda w, o, s: w - s * (w - o)),
+}
+each_list = pytest.mark.parametrize(("act", "formula"), LISTS.values(), ids=LISTS)
+each_share = pytest.mark.parametrize(
+    "share", [SHARE, torch.tensor(SHARE, dtype=torch.float64)], ids=["number", "tensor"]
+)
+
+
+@each_list
+@each_share
+def test_a_list_of_all_kinds(act, formula, share):
+    weights, others = tensors(0, large=True), tensors(100, large=True)
+    expected = by_element(weights, others, lambda w, o: formula(w, o, SHARE))
+    act(weights, others, share)
+    for weight, wanted in zip(weights, expected, strict=True):
+        # A result is rounded once more where a formula has two operations.
+        eps = torch.finfo(weight.dtype).eps
+        torch.testing.assert_close(weight, wanted, rtol=2 * eps, atol=2 * eps, equal_nan=True)
+
+
+@each_list
+@pytest.mark.parametrize("dtype", FLOATING, ids=str)
+def test_a_tensor_is_a_list_of_one(act, formula, dtype):
+    weights, other = [randn(7, 5).to(dtype) for _ in range(2)], randn(7, 5, seed=1).to(dtype)
+    act(weights[0], other, SHARE)
+    act([weights[1]], [other], SHARE)
+    assert_same_bits(*weights)
+
+
+@pytest.mark.parametrize("dtype", [*FLOATING, torch.complex64, torch.complex128], ids=str)
+@pytest.mark.parametrize("share", [1e-3, 0.0123, 0.2], ids=str)
+def test_lists_decay_as_torch_multiplies_one_tensor(dtype, share):
+    """Also in half precision, in which a list would round the factor first."""
+    weights = [randn(n, seed=n).to(dtype) for n in (1, 7, 8, 33, 5000)]
+    expected = [weight * (1 - share) for weight in weights]
+    decay_(weights, share)
+    for weight, wanted in zip(weights, expected, strict=True):
+        assert_same_bits(*(torch.view_as_real(t) if dtype.is_complex else t for t in (weight, wanted)))
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_a_share_in_a_tensor_is_not_rounded_to_half_precision(dtype):
+    weights = [randn(500, seed=seed).to(dtype) for seed in range(2)]
+    expected = [(weight.double() * (1 - SHARE)).to(dtype) for weight in weights]
+    decay_(weights, torch.tensor(SHARE, dtype=torch.float64))
+    for weight, wanted in zip(weights, expected, strict=True):
+        assert_same_bits(weight, wanted)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_cautious_decay_sees_signs_whose_product_float16_cannot_hold(count):
+    """The update 2e-5 moves the weight 1e-3 away from zero; their product is 0 in float16."""
+    before = [torch.full((2,), 1e-3, dtype=torch.float16) for _ in range(count)]
+    after = [b + 2e-5 for b in before]
+    expected = [a.clone() for a in after]
+    decay_cautiously_(after, before, 0.5)
+    for weight, wanted in zip(after, expected, strict=True):
+        assert_same_bits(weight, wanted)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_cautious_decay_keeps_what_is_not_finite_visible(count):
+    after = [numbers(math.nan, math.inf, 0.5) for _ in range(count)]
+    decay_cautiously_(after, [numbers(1.0, 1.0, 1.0) for _ in range(count)], 0.25)
+    for weight in after:
+        assert weight[0].isnan()
+        assert weight[1:].tolist() == [math.inf, 0.25]
+
+
+def test_empty_lists():
+    for act, _ in LISTS.values():
+        act([], [], SHARE)
+        act([], [], torch.tensor(SHARE))
+
+
 # --- stochastic rounding ------------------------------------------------------------------------------------------
 
 

@@ -278,6 +278,56 @@ def test_a_parameter_that_is_unfrozen_later_counts_by_its_own_steps():
     torch.testing.assert_close(after, [factor * w for w in before], rtol=0, atol=1e-12)
 
 
+def test_a_parameter_without_a_gradient_does_not_count_although_it_has_a_state():
+    first, second = parameters()
+    optimizer = Adam([first, second], lr=0.1)
+    stable_step(optimizer, 0)
+    second.grad, first.grad = None, torch.ones_like(first)
+    v = optimizer.state[first]["exp_avg_sq"] * 0.999 + 0.001
+    factor = 1 - 0.1 * WEIGHT_DECAY / (v / (1 - 0.999**2)).mean().sqrt()
+    before = first.detach().clone()
+    Stable(Sharding()).before(optimizer, targets(optimizer), 1)
+    torch.testing.assert_close(first.detach(), factor * before, rtol=0, atol=1e-12)
+
+
+def test_groups_of_their_own_betas_count_together():
+    weights = parameters()
+    optimizer = Adam([{"params": [w], "betas": (0.9, b)} for w, b in zip(weights, (0.9, 0.99), strict=True)], lr=0.1)
+    for gradients in ((2.0, 3.0), (0.0, 0.0)):
+        for weight, gradient in zip(weights, gradients, strict=True):
+            weight.grad = torch.full_like(weight, gradient)
+        if any(gradients):
+            optimizer.step()
+    before = [weight.detach().clone() for weight in weights]
+    Stable(Sharding()).before(optimizer, targets(optimizer), 1)
+    # In the second step v is beta (1 - beta) g^2, and the correction 1 - beta^2.
+    v_hat = [0.9 * 0.1 / (1 - 0.9**2) * 2.0**2, 0.99 * 0.01 / (1 - 0.99**2) * 3.0**2]
+    root = math.sqrt((12 * v_hat[0] + 5 * v_hat[1]) / 17)
+    for i, (weight, start) in enumerate(zip(weights, before, strict=True)):
+        expected = (1 - 0.1 * WEIGHT_DECAY / (i + 1) / root) * start
+        torch.testing.assert_close(weight.detach(), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("make_optimizer", [SGD, Adam], ids=lambda optimizer: optimizer.__name__)
+@pytest.mark.parametrize(
+    "method", [Decoupled(), Independent(), Cautious(), Stable(Sharding())], ids=lambda method: type(method).__name__
+)
+def test_no_weight_changes_if_the_share_of_another_is_too_large(method, make_optimizer):
+    weights = parameters()
+    optimizer = make_optimizer([{"params": [w], "lr": lr} for w, lr in zip(weights, (0.1, 10.0), strict=True)])
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    before = [weight.detach().clone() for weight in weights]
+    too_large = [
+        Target(str(i), weight, group, weight_decay)
+        for i, (weight, group, weight_decay) in enumerate(zip(weights, optimizer.param_groups, (0.1, 1.5), strict=True))
+    ]
+    with pytest.raises(ValueError, match=r"share in \[0, 1\]"):
+        method.before(optimizer, too_large, 0)
+    for weight, start in zip(weights, before, strict=True):
+        assert_same_bits(weight.detach(), start)
+
+
 def test_gradients_that_a_fused_optimizer_is_to_unscale_are_unscaled():
     found = []
     for scale in (None, 1024.0):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
-from lightning_regularize._sharding import local_tensor, piece_like, whole_tensor
+from lightning_regularize._sharding import local_piece, local_tensor, piece_like, whole_tensor
 from lightning_regularize._steps.clock import rate_of
 from lightning_regularize._steps.targets import Targets
 from lightning_regularize._trainer.strategies import check_not_flat, check_weights_are_the_optimizers
@@ -137,6 +137,7 @@ class AnchorDecay(Regularizer):
 
     # -- training ------------------------------------------------------------------------------------------------------
 
+    @torch.no_grad()
     def before_step(self, step: Step) -> None:
         optimizer = step.optimizer
         of_groups = zip(optimizer.param_groups, self._targets.of(optimizer), strict=True)
@@ -144,28 +145,29 @@ class AnchorDecay(Regularizer):
         for _, share in pulled:  # before any weight changes
             check_share(share)
         for targets, share in pulled:
-            moving = [(info.parameter, anchor) for info, anchor in targets if will_move(optimizer, info.parameter)]
-            weights = [local_tensor(parameter) for parameter, anchor in moving if anchor is not None]
-            for dtype in {weight.dtype for weight in weights}:
-                self._warn_of_rounding(dtype, share)
-            anchors = [anchor for _, anchor in moving if anchor is not None]
-            if any(weight.dtype in HALF for weight in weights):  # on a CPU (torch 2.13) a list rounds the share as well
-                for weight, anchor in zip(weights, anchors, strict=True):
-                    pull_(weight, anchor, share)
-            elif weights:
-                torch._foreach_lerp_(weights, anchors, share)
+            moving = [
+                (local_piece(info.parameter), anchor)
+                for info, anchor in targets
+                if anchor is not None and will_move(optimizer, info.parameter)
+            ]
+            weights, anchors = [weight for weight, _ in moving], [anchor for _, anchor in moving]
+            self._warn_of_rounding(weights, share)
+            pull_(weights, anchors, share)
 
-    def _share(self, step: Step, group: dict[str, Any]) -> float:
-        """The part of the way to the anchor that a step goes."""
+    def _share(self, step: Step, group: dict[str, Any]) -> float | Tensor:
+        """The part of the way to the anchor that a step goes; a rate on the device is not read back."""
         strength: float = self.run.value(self.schedule, group, step.number)
-        return float(rate_of(step.optimizer, group)) * strength
+        return rate_of(step.optimizer, group) * strength
 
-    def _warn_of_rounding(self, dtype: torch.dtype, share: float) -> None:
+    def _warn_of_rounding(self, weights: Sequence[Tensor], share: float | Tensor) -> None:
         """Once, if in half precision a weight stays where it is although it is pulled."""
-        if dtype in HALF and 0 < share < decay_rounding_threshold(dtype) and "rounding" not in self._warned:
+        if "rounding" in self._warned or (isinstance(share, torch.Tensor) and not share.is_cpu):
+            return
+        lost = {w.dtype for w in weights if w.dtype in HALF and 0 < share < decay_rounding_threshold(w.dtype)}
+        for dtype in lost:
             self._warned.add("rounding")
             self.warn(
-                f"AnchorDecay does next to nothing here: lr * strength is {share:.2g}, and below "
+                f"AnchorDecay does next to nothing here: lr * strength is {float(share):.2g}, and below "
                 f"{decay_rounding_threshold(dtype):.2g} {dtype} weights that are nearer to their anchor than to zero "
                 "stay as they are. Use float32 weights with precision='bf16-mixed'."
             )

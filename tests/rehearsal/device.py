@@ -77,8 +77,8 @@ class Observer(TorchDispatchMode):
                 self.seen.launched[name] += _launches(args, tensors, name) if is_of_lists else 1
             if _waits(name, args, kwargs, tensors):
                 self.seen.waited[f"{name} at {_place()}"] += 1
-        if is_of_lists and name.endswith("_") and all(on_device):
-            return None  # nothing is to be computed, and FakeTensorMode would take long for it
+        if name.startswith(("_foreach", "_fused")) and name.endswith("_") and all(on_device):
+            return None  # nothing is to be computed; FakeTensorMode would take long for it, or not know how
         if _makes_there(kwargs):  # FakeTensorMode remembers numbers that were given on the host, and would copy them
             args = tree_map_only(torch.Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype, device=t.device), args)
         try:

@@ -49,6 +49,13 @@ class _Layers(pl.LightningModule):
         return self
 
 
+def _adamw(fused, tensor_lr, parameters):
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=fused, foreach=not fused)
+    for group in optimizer.param_groups if tensor_lr else ():  # the constructor would read it
+        group["lr"] = torch.zeros((), device=NAME)
+    return optimizer
+
+
 class _LastStep(pl.Callback):
     """Observes the last batch, from before the hooks of all other callbacks until after them."""
 
@@ -76,7 +83,9 @@ def _train(observer, make_callback, layers, options):
     return train(observer, make_callback, layers, **options)
 
 
-def train(observer, make_callback, layers, *, logs=False, fused=False, scaler=False, dtype=torch.float32):
+def train(
+    observer, make_callback, layers, *, logs=False, fused=False, scaler=False, tensor_lr=False, dtype=torch.float32
+):
     """What the last of a few steps does on the device.
 
     Args:
@@ -86,6 +95,7 @@ def train(observer, make_callback, layers, *, logs=False, fused=False, scaler=Fa
         logs: Is the step logged?
         fused: AdamW's ``fused``, or else its ``foreach``.
         scaler: Train with a GradScaler, in precision 16-mixed.
+        tensor_lr: Is the learning rate a tensor on the device? Only AdamW's ``fused`` is rehearsed so.
         dtype: Of the parameters.
     """
     last_step = _LastStep(observer)
@@ -101,6 +111,5 @@ def train(observer, make_callback, layers, *, logs=False, fused=False, scaler=Fa
             strategy=SingleDeviceStrategy(torch.device(NAME, 0), _Accelerator()),
             plugins=[MixedPrecision("16-mixed", NAME, torch.amp.GradScaler(NAME))] if scaler else None,
         )
-        make_optimizer = functools.partial(torch.optim.AdamW, lr=1e-4, fused=fused, foreach=not fused)
-        trainer.fit(_Layers(layers, make_optimizer, dtype), range(STEPS))
+        trainer.fit(_Layers(layers, functools.partial(_adamw, fused, tensor_lr), dtype), range(STEPS))
     return last_step.seen

@@ -18,9 +18,9 @@ _PENALTIES = {row.name for row in ROWS if row.name.startswith(("L1", "L2", "elas
 _BALLS = {"max-norm", "Frobenius ball", "spectral ball"}
 _MONITORS = {"monitor, weight norms", "monitor, all but spectra"}
 NOT_YET = {
-    "launches": {"WeightDecay, cautious", "WeightDecay, stable", *_PENALTIES, *_BALLS, "ConstrainedDecay"},
+    "launches": {*_PENALTIES, *_BALLS, "ConstrainedDecay"},
     "launches, logged": {*_PENALTIES, *_MONITORS},
-    "waits": {"WeightDecay, stable", "spectral ball", "ConstrainedDecay"},
+    "waits": {"spectral ball", "ConstrainedDecay"},
     "waits, logged": {"monitor, all but spectra"},
 }
 
@@ -76,3 +76,10 @@ def test_no_device_is_mixed_with_another(row):
 def train_in_other_precisions(observer, make):
     for options in ({"dtype": torch.bfloat16}, {"scaler": True}, {"scaler": True, "fused": True}):
         train(observer, make, 1, **options)
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if "Decay" in row.name], ids=lambda row: row.name)
+def test_a_learning_rate_on_the_device_is_read_by_the_clock_only(row):
+    at_a_rate_on_the_host = seen(row.make, 1, fused=True).waited
+    more = seen(row.make, 1, fused=True, tensor_lr=True).waited - at_a_rate_on_the_host
+    assert not [place for place in more if "clock.py" not in place]
