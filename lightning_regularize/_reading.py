@@ -6,7 +6,6 @@ matrix, so that a single collective and a single transfer serve all quantities.
 
 from __future__ import annotations
 
-import itertools
 import math
 from typing import TYPE_CHECKING, Literal
 
@@ -25,7 +24,7 @@ from lightning_regularize.norms import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from torch import Tensor
 
@@ -42,15 +41,22 @@ class Reading:
 
     Args:
         parameters: The parameters by name; the same on every rank.
+        sizes: How many elements the whole parameters have.
         sharding: Which ranks hold pieces of them.
         needs: The names of the sums to find.
         norm_type: The exponent of the sums of powers.
     """
 
     def __init__(
-        self, parameters: Mapping[str, Tensor], sharding: Sharding, needs: Collection[str], norm_type: float
+        self,
+        parameters: Mapping[str, Tensor],
+        sizes: Sequence[int],
+        sharding: Sharding,
+        needs: Collection[str],
+        norm_type: float,
     ) -> None:
         self.names = list(parameters)
+        self.sizes = sizes
         self._parameters = list(parameters.values())
         self._sharding = sharding
         self._needs = needs
@@ -137,27 +143,30 @@ class Reading:
 
     def reduced(self) -> Tensor:
         """All numbers, over all ranks; one collective for each way in which parameters are spread."""
-        parts = []
+        found: list[Tensor] = []
         for op, columns in self._columns.items():
             if columns:
                 device = next(iter(columns.values())).device
                 matrix = torch.stack([column.to(device) for column in columns.values()], dim=1)
-                parts.append(matrix if op == "none" else self._sharding.reduce(matrix, self._parameters, op))
-        return torch.cat([part.to(parts[0].device).flatten().double() for part in parts]) if parts else torch.zeros(0)
+                matrix = matrix if op == "none" else self._sharding.reduce(matrix, self._parameters, op)
+                found.append(matrix.T.to(found[0].device if found else device).double().flatten())
+        return torch.cat(found) if found else torch.zeros(0, dtype=torch.float64)
 
     # -- on the host -------------------------------------------------------------------------------------------------
 
-    def rows(self, numbers: Iterator[float]) -> tuple[dict[str, dict[str, float]], dict[str, Histogram]]:
+    @property
+    def count(self) -> int:
+        """How many numbers :meth:`reduced` returns."""
+        return len(self.names) * sum(map(len, self._columns.values()))
+
+    def sums(self, numbers: Tensor) -> tuple[dict[str, Tensor], dict[str, Histogram]]:
         """The sums of each parameter, and histograms by key, from the numbers of :meth:`reduced`."""
-        rows: dict[str, dict[str, float]] = {name: {} for name in self.names}
-        for columns in self._columns.values():
-            for row in rows.values():
-                row.update(zip(columns, itertools.islice(numbers, len(columns)), strict=True))
+        columns = [name for columns in self._columns.values() for name in columns]
+        sums = dict(zip(columns, numbers.view(len(columns), len(self.names)).unbind(), strict=True))
         drawn = {}
         for label in self._drawn:
-            for name, row in rows.items():
-                counts = [row.pop(f"{label}_bin{i}") for i in range(BINS)]
-                drawn[f"{label}_histogram/{name}"] = as_histogram(
-                    row.pop(f"{label}_low"), row.pop(f"{label}_high"), *counts
-                )
-        return rows, drawn
+            ends_and_counts = [sums.pop(f"{label}_{side}") for side in ("low", "high")]
+            ends_and_counts += [sums.pop(f"{label}_bin{i}") for i in range(BINS)]
+            for name, row in zip(self.names, torch.stack(ends_and_counts, dim=1).tolist(), strict=True):
+                drawn[f"{label}_histogram/{name}"] = as_histogram(*row)
+        return sums, drawn

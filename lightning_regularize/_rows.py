@@ -7,6 +7,7 @@ elements of GPT-2's embedding is off by 0.2 % for L2 and by 11 % for L1.
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import torch
@@ -47,18 +48,17 @@ def dense_pieces(tensors: Sequence[Tensor], *, keeps_complex: bool = False) -> l
     Elements are in the order in which they lie in memory: ``channels_last`` and transposed tensors are not copied.
     Those that a sparse tensor does not store are left out. A complex number becomes its magnitude unless it is kept.
     """
-    return [_dense(local_piece(tensor), keeps_complex=keeps_complex) for tensor in tensors]
-
-
-def _dense(tensor: Tensor, *, keeps_complex: bool) -> Tensor:
-    if tensor.layout is not torch.strided:
-        tensor = tensor.coalesce().values()
-    if tensor.dtype not in _REAL and not (keeps_complex and tensor.is_complex()):
-        tensor = tensor.abs() if tensor.is_complex() else tensor.float()
-    dim = tensor.dim()
-    if dim and tensor.is_contiguous():
-        return tensor  # as it is, because a view takes time
-    return tensor.permute(sorted(range(dim), key=tensor.stride, reverse=True)).reshape(-1)
+    dense = []
+    for tensor in tensors:
+        piece = local_piece(tensor)
+        if piece.layout is not torch.strided:
+            piece = piece.coalesce().values()
+        if piece.dtype not in _REAL and not (keeps_complex and piece.is_complex()):
+            piece = piece.abs() if piece.is_complex() else piece.float()
+        if not (piece.is_contiguous() and piece.dim()):  # what is contiguous stays as it is, because a view takes time
+            piece = piece.permute(sorted(range(piece.dim()), key=piece.stride, reverse=True)).reshape(-1)
+        dense.append(piece)
+    return dense
 
 
 def rows_of(pieces: Sequence[Tensor], *, fill: float = 0.0, bounded: bool = True) -> Iterator[Rows]:
@@ -73,50 +73,62 @@ def rows_of(pieces: Sequence[Tensor], *, fill: float = 0.0, bounded: bool = True
     Yields:
         Rows of tensors of one device and one dtype. A large tensor may be in several of them.
     """
-    counts = [-(-piece.numel() // _ROW) for piece in pieces]
-    waiting: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    totals: dict[tuple[torch.device, torch.dtype], int] = {}
-    for i, (piece, count) in enumerate(zip(pieces, counts, strict=True)):
-        most, most_copied = (_CPU_ROWS, _CPU_ROWS // 32) if piece.is_cpu else (_DEVICE_ROWS, _DEVICE_ROWS)
-        if count > most_copied:
-            yield from _views(i, piece, most if bounded or piece.dtype in _HALF else count)
+    kinds = tuple([(piece.numel(), piece.dtype, piece.device) for piece in pieces])
+    for indices, counts, rests in _arranged(kinds):
+        first = pieces[indices[0]]
+        if rests is None:
+            yield from _views(indices[0], first, bounded=bounded)
             continue
-        key = piece.device, piece.dtype
-        indices = waiting.setdefault(key, [])
-        total = totals.get(key, 0) + count
-        if total > most:
-            yield _copies(indices, pieces, counts, fill)
-            waiting[key] = indices = []
-            total = count
+        padding = _padding(first.dtype, first.device, fill)
+        side_by_side = []
+        for i, rest in zip(indices, rests, strict=True):
+            piece = pieces[i]
+            side_by_side.append(piece if piece.dim() == 1 else piece.view(-1))  # a view takes as long as the copy
+            if rest:
+                side_by_side.append(padding[rest])
+        rows = scratch(first.new_empty(1).expand(sum(counts), _ROW), slot="rows")
+        torch.cat(side_by_side, out=rows.view(-1))
+        yield Rows(indices, counts, _computable(rows))
+
+
+@functools.lru_cache(maxsize=64)
+def _arranged(
+    kinds: tuple[tuple[int, torch.dtype, torch.device], ...],
+) -> list[tuple[list[int], list[int], list[int] | None]]:
+    """Which tensors are arranged together, from their sizes, dtypes and devices.
+
+    Returns:
+        Indices of tensors, how many rows each of them has, and by how many elements it has to be filled up. The last
+        is None for a large tensor, which stays where it is.
+    """
+    arranged: list[tuple[list[int], list[int], list[int] | None]] = []
+    waiting: dict[tuple[torch.dtype, torch.device], tuple[list[int], list[int], list[int]]] = {}
+    for i, (size, dtype, device) in enumerate(kinds):
+        count = -(-size // _ROW)
+        on_cpu = device.type == "cpu"
+        if count > (_CPU_ROWS // 32 if on_cpu else _DEVICE_ROWS):
+            arranged.append(([i], [count], None))
+            continue
+        indices, counts, rests = waiting.setdefault((dtype, device), ([], [], []))
+        if counts and sum(counts) + count > (_CPU_ROWS if on_cpu else _DEVICE_ROWS):
+            arranged.append((indices, counts, rests))
+            indices, counts, rests = waiting[dtype, device] = [], [], []
         indices.append(i)
-        totals[key] = total
-    for indices in waiting.values():
-        yield _copies(indices, pieces, counts, fill)
+        counts.append(count)
+        rests.append(count * _ROW - size)
+    return arranged + list(waiting.values())
 
 
-def _views(index: int, piece: Tensor, most: int) -> Iterator[Rows]:
+def _views(index: int, piece: Tensor, *, bounded: bool) -> Iterator[Rows]:
+    """The rows of a large tensor."""
     rest = piece.numel() % _ROW
     whole, *others = torch.split(piece.view(-1), [piece.numel() - rest, rest]) if rest else (piece,)
     whole = whole.view(-1, _ROW)
+    most = (_CPU_ROWS if piece.is_cpu else _DEVICE_ROWS) if bounded or piece.dtype in _HALF else len(whole)
     for values in torch.split(whole, most) if len(whole) > most else (whole,):
         yield Rows([index], [len(values)], _computable(values))
     for values in others:
         yield Rows([index], [1], _computable(values.view(1, rest)))
-
-
-def _copies(indices: list[int], pieces: Sequence[Tensor], counts: Sequence[int], fill: float) -> Rows:
-    first = pieces[indices[0]]
-    padding = _padding(first.dtype, first.device, fill)
-    side_by_side, lengths = [], []
-    for i in indices:
-        piece, count = pieces[i], counts[i]
-        side_by_side.append(piece if piece.dim() == 1 else piece.view(-1))  # a view takes as long as the copy
-        lengths.append(count)
-        if rest := count * _ROW - piece.numel():
-            side_by_side.append(padding[rest])
-    rows = scratch(first.new_empty(1).expand(sum(lengths), _ROW), slot="rows")
-    torch.cat(side_by_side, out=rows.view(-1))
-    return Rows(indices, lengths, _computable(rows))
 
 
 def _padding(dtype: torch.dtype, device: torch.device, fill: float) -> Sequence[Tensor]:
@@ -182,7 +194,8 @@ def _lengths_and_places(
     if is_single and is_in_order:
         return None, None
     # On a GPU one thread would reduce all rows of a tensor.
-    return None, torch.tensor(owners).repeat_interleave(torch.tensor(counts)).to(device, non_blocking=True)
+    places = torch.tensor(owners).repeat_interleave(torch.tensor(counts), output_size=sum(counts))
+    return None, places.to(device, non_blocking=True)
 
 
 _MEMORY: dict[Any, Any] = {}

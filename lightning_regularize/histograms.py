@@ -118,7 +118,8 @@ def _counts(tensors: Sequence[Tensor], ranges: Tensor, bins: int) -> Tensor:
     places = bins + 2  # the largest element is at the end of the last bin, and what is not finite is behind it
     counts = torch.zeros(len(tensors) * places, dtype=torch.int64, device=ranges.device)
     for rows in rows_of(tensors, fill=math.nan):
-        owner = torch.tensor(rows.indices).repeat_interleave(torch.tensor(rows.counts)).to(ranges.device)
+        owner = torch.tensor(rows.indices).repeat_interleave(torch.tensor(rows.counts), output_size=len(rows.values))
+        owner = owner.to(ranges.device, non_blocking=True)
         values = scratch(rows.values, dtype=ranges.dtype, slot="bins").copy_(rows.values)
         values.mul_(factor[owner, None]).sub_(low[owner, None]).mul_(scale[owner, None])
         index = scratch(values, dtype=torch.int64, slot="bins").copy_(values.nan_to_num_(bins + 1, bins + 1, bins + 1))

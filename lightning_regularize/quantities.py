@@ -1,21 +1,26 @@
-"""What is worth knowing about weights while they train?
+"""Quantities to monitor, each computed from sums over elements.
 
-Each quantity is a function of a few sums over elements, so that the sums of single parameters add up to those of a
-module, a group or a whole model, and one read of the weights serves all. Where the sums come from is no matter here.
+The sums of single parameters add up to those of a module, a group or a whole model. All of them are on the host, a
+vector for each sum with one element for each parameter, or for each part of the model.
 """
 
 from __future__ import annotations
 
+import difflib
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
 
 from lightning_regularize import theory
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    Sums = Mapping[str, float]
-    """By name, over the elements :math:`w` of some parameters, their gradients :math:`g` and changes :math:`\\delta`:
+    from torch import Tensor
+
+    Sums = Mapping[str, Tensor]
+    """By name, over the elements :math:`w` of each part, their gradients :math:`g` and changes :math:`\\delta`:
 
     ``weight_power``, ``gradient_power``, ``update_power``
         :math:`\\sum |x|^p`, or the largest magnitude.
@@ -23,14 +28,15 @@ if TYPE_CHECKING:
         :math:`\\sum x^2`.
     ``radial``
         :math:`\\sum w \\delta`.
-    ``size``, ``zeros``, ``below``, ``weight_nonfinite``, ``gradient_nonfinite``
+    ``size``, ``zeros``, ``below``, ``weight_nonfinite``, ``gradient_size``, ``gradient_nonfinite``
         Numbers of elements.
-    ``matrix_square``, ``spectral_square``
-        Of what has two dimensions or more: :math:`\\sum w^2`, and the largest :math:`\\sigma_1^2`.
+    ``matrices``, ``matrix_square``, ``spectral_square``
+        Of what has two dimensions or more: how many, :math:`\\sum w^2`, and the largest :math:`\\sigma_1^2`.
     ``decaying``, ``decay``, ``pull``
         Elements in groups with weight decay; their sum of :math:`\\eta\\lambda` and of one over the timescale.
-    ``expected_square``, ``expected_turn``
-        What theory expects of :math:`\\sum w^2`, and of the part of :math:`\\sum \\delta^2` that turns the weights.
+    ``known``, ``expected_square``, ``expected_turn``
+        Parameters that theory knows; what it expects of :math:`\\sum w^2`, and of the part of
+        :math:`\\sum \\delta^2` that turns the weights.
     """
 
 MAXIMA = {"spectral_square"}
@@ -38,22 +44,31 @@ MAXIMA = {"spectral_square"}
 
 
 class Quantity(NamedTuple):
-    """One that can be asked for.
+    """A quantity that can be asked for.
 
     Args:
         key: What its logged keys begin with.
-        needs: The names of the sums it is made of.
-        value: It, from the sums; None where there is none, such as a rank without a matrix.
+        needs: The names of the sums that have to be read for it.
+        value: Its value for each part, from the sums and the norm type.
+        is_defined: Where it has a value; by default everywhere. A ratio to nothing has none.
         expected: What theory expects of it, likewise; None where it says nothing.
     """
 
     key: str
     needs: frozenset[str]
-    value: Callable[[Sums], float | None]
-    expected: Callable[[Sums], float | None] | None
+    value: Callable[[Sums, float], Tensor]
+    is_defined: Callable[[Sums], Tensor] | None = None
+    expected: Callable[[Sums, float], Tensor | None] | None = None
 
 
-def angle(weight_square: float, update_square: float, radial: float) -> float:
+class Values(NamedTuple):
+    """A quantity of each part, and where it has a value."""
+
+    values: Tensor
+    is_defined: Tensor
+
+
+def angle(weight_square: Tensor, update_square: Tensor, radial: Tensor) -> Tensor:
     r"""By how much a change turns a vector, in radians.
 
     .. math:: \angle(w, w + \delta) = \operatorname{atan2}\bigl(\lVert\delta_\perp\rVert,
@@ -71,44 +86,47 @@ def angle(weight_square: float, update_square: float, radial: float) -> float:
         In :math:`[0, \pi]`; NaN for :math:`w = 0` and where a sum is not finite.
 
     Example:
-        >>> angle(1.0, 1.0, 0.0) == math.pi / 4
+        >>> one = torch.ones((), dtype=torch.float64)
+        >>> angle(one, one, 0 * one).item() == math.pi / 4
         True
     """
-    norm = math.sqrt(weight_square)
-    if not 0 < norm < math.inf:
-        return math.nan
+    norm = weight_square.sqrt()
     along = radial / norm
-    across = update_square - along * along  # where a power of floats would raise, this is infinite
-    return math.atan2(math.sqrt(max(across, 0.0)), norm + along) if math.isfinite(across) else math.nan
+    across = update_square - along.square()
+    turned = torch.atan2(across.clamp_min(0.0).sqrt(), norm + along)
+    return torch.where(norm.isfinite() & across.isfinite(), turned, math.nan)
 
 
-def root(value: float, norm_type: float) -> float:
+def root(power: Tensor, norm_type: float) -> Tensor:
     """A norm from its sum of powers.
 
     Example:
-        >>> root(25.0, 2.0), root(4.0, math.inf)
-        (5.0, 4.0)
+        >>> root(torch.tensor([25.0, 4.0]), 2.0)
+        tensor([5., 2.])
     """
-    return value if norm_type == 1 or math.isinf(norm_type) else float(value ** (1 / norm_type))
+    return power if norm_type == 1 or math.isinf(norm_type) else power.pow(1 / norm_type)
 
 
-def combined(rows: Iterable[Sums], norm_type: float = 2.0) -> dict[str, float]:
-    """The sums of several parameters together; ``p`` is the norm type.
+def combined(sums: Sums, parts: Sequence[int], count: int, norm_type: float = 2.0) -> dict[str, Tensor]:
+    """The sums of parts that consist of several parameters.
+
+    Args:
+        sums: Of each parameter.
+        parts: The part that each parameter belongs to, from 0.
+        count: How many parts there are.
+        norm_type: The exponent of the sums of powers.
 
     Example:
-        >>> combined([{"size": 2.0, "spectral_square": 9.0}, {"size": 1.0, "spectral_square": 4.0}])
-        {'size': 3.0, 'spectral_square': 9.0, 'p': 2.0}
+        >>> sums = {"size": torch.tensor([2.0, 1.0]), "spectral_square": torch.tensor([9.0, 4.0])}
+        >>> combined(sums, [0, 0], 1)
+        {'size': tensor([3.]), 'spectral_square': tensor([9.])}
     """
-    rows = list(rows)
-    found = dict(rows[0]) if rows else {}
-    for name in found if len(rows) > 1 else ():
-        values = [row[name] for row in rows]
-        largest = name in MAXIMA or (math.isinf(norm_type) and name.endswith("_power"))
-        if largest and not any(map(math.isnan, values)):  # max() would drop it
-            found[name] = max(values)
-        else:
-            found[name] = sum(values)
-    return found | {"p": norm_type}
+    index = torch.tensor(parts, dtype=torch.int64)
+    found = {}
+    for name, values in sums.items():
+        is_largest = name in MAXIMA or (math.isinf(norm_type) and name.endswith("_power"))
+        found[name] = values.new_zeros(count).scatter_reduce_(0, index, values, "amax" if is_largest else "sum")
+    return found
 
 
 def settings(optimizer: Any, group: Mapping[str, Any]) -> dict[str, Any]:
@@ -135,20 +153,70 @@ def settings(optimizer: Any, group: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def decay_sums(size: float, found: Mapping[str, Any]) -> dict[str, float]:
-    """The sums ``decaying``, ``decay`` and ``pull`` of a parameter in a group with these :func:`settings`.
+def known_sums(
+    sums: Sums,
+    sizes: Sequence[int],
+    settings_of: Sequence[Mapping[str, Any]] | None,
+    *,
+    expected: bool = False,
+    norm_type: float = 2.0,
+) -> dict[str, Tensor]:
+    """The sums of each parameter that are known without reading it, from those that were read.
+
+    Args:
+        sums: What was read.
+        sizes: Elements of the whole parameters.
+        settings_of: The :func:`settings` of the group of each parameter; None if no quantity needs them.
+        expected: Whether to ask theory; ``weight_square`` should have been read then.
+        norm_type: Of ``gradient_power``.
+
+    Returns:
+        ``size``, and whatever else follows.
+    """
+    known = {"size": torch.tensor(sizes, dtype=torch.float64)}
+    if settings_of is not None:
+        groups = {id(found): found for found in settings_of}
+        rates = {key: _decay_rates(found) for key, found in groups.items()}
+        shares = torch.tensor([rates[id(found)] for found in settings_of], dtype=torch.float64).view(-1, 3)
+        for name, share in zip(("decaying", "decay", "pull"), shares.unbind(dim=1), strict=True):
+            known[name] = share * known["size"]
+    if "spectral_square" in sums:
+        is_matrix = sums["spectral_square"] != 0
+        known["matrices"] = is_matrix.double()
+        known["matrix_square"] = torch.where(is_matrix, sums["weight_square"], 0.0)
+    if expected and settings_of is not None:
+        known |= _expected_sums({**sums, **known}, settings_of, norm_type)
+    return known
+
+
+def _decay_rates(found: Mapping[str, Any]) -> tuple[float, float, float]:
+    """Whether a group decays, the share that a step removes, and one over the timescale.
 
     Momentum counts in the timescale where decay passes through it, which it does in SGD.
     """
     decay = found["lr"] * found["weight_decay"]
     if not decay > 0:
-        return {"decaying": 0.0, "decay": 0.0, "pull": 0.0}
+        return 0.0, 0.0, 0.0
     momentum = found["momentum"] if found["rule"].startswith("SGD") else 0.0
-    pull = 1 / theory.timescale(found["lr"], found["weight_decay"], momentum)
-    return {"decaying": size, "decay": size * decay, "pull": size * pull}
+    return 1.0, decay, 1 / theory.timescale(found["lr"], found["weight_decay"], momentum)
 
 
-def equilibrium(found: Mapping[str, Any], sums: Sums) -> tuple[float, float] | None:
+def _expected_sums(sums: Sums, settings_of: Sequence[Mapping[str, Any]], norm_type: float) -> dict[str, Tensor]:
+    """What theory expects of each parameter; what it does not know counts as measured."""
+    names = [name for name in ("size", "weight_square", "gradient_power") if name in sums]
+    rows = []
+    for found, *values in zip(settings_of, *(sums[name].tolist() for name in names), strict=True):
+        row = dict(zip(names, values, strict=True))
+        if norm_type == 2 and "gradient_power" in row:
+            row["gradient_square"] = row["gradient_power"]
+        predicted = equilibrium(found, row)
+        square, turn = predicted or (row["weight_square"], 0.0)
+        rows.append((float(predicted is not None), square, square * turn**2))
+    columns = torch.tensor(rows, dtype=torch.float64).view(-1, 3).unbind(dim=1)
+    return dict(zip(("known", "expected_square", "expected_turn"), columns, strict=True))
+
+
+def equilibrium(found: Mapping[str, Any], sums: Mapping[str, float]) -> tuple[float, float] | None:
     """Where noise and weight decay balance, for one parameter, as :mod:`~lightning_regularize.theory` has it.
 
     Args:
@@ -174,123 +242,146 @@ def equilibrium(found: Mapping[str, Any], sums: Sums) -> tuple[float, float] | N
     return None
 
 
-def known_sums(
-    row: Sums, size: float, found: Mapping[str, Any], *, expected: bool = False, norm_type: float = 2.0
-) -> dict[str, float]:
-    """The sums of one parameter that are known without reading a tensor, from those that were read.
-
-    Args:
-        row: What was read.
-        size: Elements of the whole parameter.
-        found: The :func:`settings` of its group.
-        expected: Whether to ask theory; ``weight_square`` should have been read then.
-        norm_type: Of ``gradient_power``.
-
-    Returns:
-        ``size``, what :func:`decay_sums` tells, and whatever else follows.
-    """
-    known = {"size": size, **decay_sums(size, found)}
-    if "spectral_square" in row:
-        is_matrix = row["spectral_square"] != 0
-        known |= {"matrices": float(is_matrix), "matrix_square": row["weight_square"] if is_matrix else 0.0}
-    if expected:
-        gradient = {"gradient_square": row["gradient_power"]} if "gradient_power" in row and norm_type == 2 else {}
-        foreseen = equilibrium(found, {**row, **known, **gradient})
-        square, turn = foreseen or (row["weight_square"], 0.0)
-        known |= {"expected_square": square, "expected_turn": square * turn**2, "foreseen": float(bool(foreseen))}
-    return known
-
-
 def values_of(
-    sums: Sums, asked: Iterable[str], *, expected: bool = False, steps_per_epoch: float = math.inf
-) -> dict[str, float]:
-    """The quantities of one part, from its :func:`combined` sums.
+    sums: Sums,
+    asked: Iterable[str],
+    *,
+    norm_type: float = 2.0,
+    expected: bool = False,
+    steps_per_epoch: float = math.inf,
+) -> dict[str, Values]:
+    """The quantities of each part, from its sums.
 
     Args:
-        sums: Of the part.
+        sums: Of each part, those of :func:`known_sums` included.
         asked: Words of :data:`QUANTITIES`.
+        norm_type: The exponent of the sums of powers.
         expected: Whether to add what theory expects, as ``<key>/expected``.
         steps_per_epoch: To tell a timescale in epochs as well; infinite if unknown.
 
     Returns:
-        By key; without those that the part does not have.
+        By key.
 
     Example:
-        >>> values_of({"size": 4.0, "zeros": 1.0}, ["sparsity"])
-        {'sparsity': 0.25}
+        >>> values_of({"size": torch.tensor([4.0, 0.0]), "zeros": torch.tensor([1.0, 0.0])}, ["sparsity"])
+        {'sparsity': Values(values=tensor([0.2500,    nan]), is_defined=tensor([ True, False]))}
     """
-    values: dict[str, float] = {}
+    found: dict[str, Values] = {}
+    everywhere = torch.ones_like(sums["size"], dtype=torch.bool)
     for quantity in map(QUANTITIES.__getitem__, asked):
-        value = quantity.value(sums)
-        if value is None:
-            continue
-        values[quantity.key] = value
-        if expected and sums["foreseen"] and quantity.expected is not None:
-            foreseen = quantity.expected(sums)
-            if foreseen is not None:
-                values[f"{quantity.key}/expected"] = foreseen
+        is_defined = quantity.is_defined(sums) if quantity.is_defined else everywhere
+        found[quantity.key] = Values(quantity.value(sums, norm_type), is_defined)
+        if expected and quantity.expected is not None:
+            prediction = quantity.expected(sums, norm_type)
+            if prediction is not None:
+                is_known = is_defined & (sums["known"] > 0) & ~(prediction.isnan() & (sums["expected_square"] == 0))
+                found[f"{quantity.key}/expected"] = Values(prediction, is_known)
     if "below" in sums:
-        values["below_threshold"] = _ratio(sums["below"], sums["size"])
-    if "timescale" in values and math.isfinite(steps_per_epoch):
-        values["timescale_epochs"] = values["timescale"] / steps_per_epoch
-    return values
+        found["below_threshold"] = Values(sums["below"] / sums["size"], sums["size"] > 0)
+    if "timescale" in found and math.isfinite(steps_per_epoch):
+        found["timescale_epochs"] = found["timescale"]._replace(values=found["timescale"].values / steps_per_epoch)
+    return found
 
 
-def _ratio(numerator: float, denominator: float) -> float:
-    return numerator / denominator if denominator else math.nan
+def _norm(of: str) -> Callable[[Sums, float], Tensor]:
+    return lambda sums, norm_type: root(sums[f"{of}_power"], norm_type)
 
 
-def _norm(sums: Sums, of: str) -> float:
-    return root(sums[f"{of}_power"], sums["p"])
+def _if_l2(value: Callable[[Sums], Tensor]) -> Callable[[Sums, float], Tensor | None]:
+    return lambda sums, norm_type: value(sums) if norm_type == 2 else None
 
 
-def _if_l2(value: Callable[[Sums], float]) -> Callable[[Sums], float | None]:
-    return lambda s: value(s) if s["p"] == 2 else None
-
-
-def _expected_angle(s: Sums) -> float:
-    return math.sqrt(_ratio(s["expected_turn"], s["expected_square"]))
-
-
-def _quantity(key: str, needs: str, value: Callable[[Sums], float | None], expected: Any = None) -> Quantity:
-    return Quantity(key, frozenset(needs.split()), value, expected)
+def _has_elements(sums: Sums) -> Tensor:
+    return sums["size"] > 0
 
 
 QUANTITIES: dict[str, Quantity] = {
-    "weight": _quantity(
-        "weight_norm", "weight_power", lambda s: _norm(s, "weight"), _if_l2(lambda s: math.sqrt(s["expected_square"]))
+    "weight": Quantity(
+        "weight_norm",
+        frozenset({"weight_power"}),
+        _norm("weight"),
+        expected=_if_l2(lambda s: s["expected_square"].sqrt()),
     ),
-    "rms": _quantity(
+    "rms": Quantity(
         "rms",
-        "weight_square",
-        lambda s: math.sqrt(_ratio(s["weight_square"], s["size"])),
-        lambda s: math.sqrt(_ratio(s["expected_square"], s["size"])),
+        frozenset({"weight_square"}),
+        lambda s, _: (s["weight_square"] / s["size"]).sqrt(),
+        _has_elements,
+        lambda s, _: (s["expected_square"] / s["size"]).sqrt(),
     ),
-    "gradient": _quantity(
-        "gradient_norm", "gradient_power", lambda s: _norm(s, "gradient") if s["gradient_size"] else None
+    "gradient": Quantity(
+        "gradient_norm",
+        frozenset({"gradient_power", "gradient_size", "gradient_nonfinite"}),
+        _norm("gradient"),
+        lambda s: s["gradient_size"] > 0,
     ),
-    "update": _quantity(
-        "update_norm", "update_power", lambda s: _norm(s, "update"), _if_l2(lambda s: math.sqrt(s["expected_turn"]))
+    "update": Quantity(
+        "update_norm",
+        frozenset({"update_power"}),
+        _norm("update"),
+        expected=_if_l2(lambda s: s["expected_turn"].sqrt()),
     ),
-    "ratio": _quantity(
+    "ratio": Quantity(
         "ratio",
-        "update_power weight_power",
-        lambda s: _ratio(_norm(s, "update"), _norm(s, "weight")),
-        _if_l2(_expected_angle),
+        frozenset({"update_power", "weight_power"}),
+        lambda s, p: root(s["update_power"], p) / root(s["weight_power"], p),
+        lambda s: s["weight_power"] != 0,
+        _if_l2(lambda s: (s["expected_turn"] / s["expected_square"]).sqrt()),
     ),
-    "angle": _quantity(
+    "angle": Quantity(
         "angle",
-        "weight_square update_square",
-        lambda s: angle(s["weight_square"], s["update_square"], s["radial"]),
-        _expected_angle,
+        frozenset({"weight_square", "update_square"}),
+        lambda s, _: angle(s["weight_square"], s["update_square"], s["radial"]),
+        lambda s: s["weight_square"] != 0,
+        lambda s, _: (s["expected_turn"] / s["expected_square"]).sqrt(),
     ),
-    "sparsity": _quantity("sparsity", "zeros", lambda s: _ratio(s["zeros"], s["size"])),
-    "stable_rank": _quantity(
+    "sparsity": Quantity("sparsity", frozenset({"zeros"}), lambda s, _: s["zeros"] / s["size"], _has_elements),
+    "stable_rank": Quantity(
         "stable_rank",
-        "weight_square spectral_square",
-        lambda s: _ratio(s["matrix_square"], s["spectral_square"]) if s["matrices"] else None,
+        frozenset({"weight_square", "spectral_square"}),
+        lambda s, _: s["matrix_square"] / s["spectral_square"],
+        lambda s: s["matrices"] > 0,
     ),
-    "effective_decay": _quantity("effective_decay", "", lambda s: _ratio(s["decay"], s["decaying"] or 1.0)),
-    "timescale": _quantity("timescale", "", lambda s: _ratio(s["decaying"], s["pull"]) if s["decaying"] else None),
+    "effective_decay": Quantity(
+        "effective_decay", frozenset(), lambda s, _: s["decay"] / torch.where(s["decaying"] > 0, s["decaying"], 1.0)
+    ),
+    "timescale": Quantity(
+        "timescale", frozenset(), lambda s, _: s["decaying"] / s["pull"], lambda s: s["decaying"] > 0
+    ),
 }
 """By the word that asks for it."""
+
+
+def check_quantities(asked: Sequence[str]) -> tuple[str, ...]:
+    """Refuse what is not a list of words of :data:`QUANTITIES`; each word is returned once.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    expected = f"`quantities` should be some of {', '.join(QUANTITIES)}, got {asked!r}."
+    if isinstance(asked, str) or not asked or not all(isinstance(quantity, str) for quantity in asked):
+        raise ValueError(expected + (f" Write ({asked!r},)." if asked in list(QUANTITIES) else ""))
+    if unknown := [quantity for quantity in asked if quantity not in QUANTITIES]:
+        close = difflib.get_close_matches(str(unknown[0]), QUANTITIES, n=1)
+        raise ValueError(expected + (f" Did you mean {close[0]!r}?" if close else ""))
+    return tuple(dict.fromkeys(asked))
+
+
+def needed_sums(asked: Iterable[str], *, expected: bool = False, below: bool = False) -> set[str]:
+    """The names of the sums that have to be read for some quantities.
+
+    Args:
+        asked: Words of :data:`QUANTITIES`.
+        expected: Whether theory will be asked as well.
+        below: Whether to count what is below a threshold, which goes with ``sparsity``.
+
+    Example:
+        >>> sorted(needed_sums(["rms"]))
+        ['weight_nonfinite', 'weight_square']
+    """
+    needs = set().union(*(QUANTITIES[quantity].needs for quantity in asked))
+    if expected:
+        needs.add("weight_square")
+    if below and "zeros" in needs:
+        needs.add("below")
+    return needs | ({"weight_nonfinite"} if needs & {"weight_power", "weight_square", "zeros"} else set())

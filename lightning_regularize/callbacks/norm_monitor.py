@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import math
 import re
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_regularize import quantities
 from lightning_regularize._checks import check_number
@@ -24,13 +22,14 @@ from lightning_regularize.callbacks.weight_decay import WeightDecay
 from lightning_regularize.decay_methods import will_move
 from lightning_regularize.histograms import BINS
 from lightning_regularize.norms import check_norm_type
-from lightning_regularize.quantities import QUANTITIES
+from lightning_regularize.quantities import QUANTITIES, check_quantities, needed_sums
 from lightning_regularize.selection import require_matches
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import lightning.pytorch as pl
+    from torch import Tensor
 
     from lightning_regularize._steps.hooks import Step
     from lightning_regularize._steps.run import Run
@@ -41,9 +40,9 @@ if TYPE_CHECKING:
 _DETAILS = ("total", "group", "module", "parameter")
 _NO_SETTINGS: dict[str, Any] = {"rule": "", "lr": 0.0, "weight_decay": 0.0, "momentum": 0.0, "betas": None}
 _TOTAL = re.compile(r"(optimizer\d+ )?total")  # parts of the model may be called so as well
+_NONFINITE = ("gradient_nonfinite", "weight_nonfinite")
 _BESIDE = (  # keys that come with quantities
-    "gradient_nonfinite",
-    "weight_nonfinite",
+    *_NONFINITE,
     "below_threshold",
     "timescale_epochs",
     "weight_histogram",
@@ -135,7 +134,7 @@ class WeightNormMonitor(Regularizer):
     ) -> None:
         super().__init__(locals())
         self.every_n_steps = None if every_n_steps is None else _positive_integer(every_n_steps, "every_n_steps")
-        self.quantities = _check_quantities(quantities)
+        self.quantities = check_quantities(quantities)
         if detail not in _DETAILS:
             raise ValueError(f"`detail` should be one of {_DETAILS}, got {detail!r}.")
         check_norm_type(norm_type)
@@ -152,38 +151,27 @@ class WeightNormMonitor(Regularizer):
         self.expected = expected
         self.max_keys = _positive_integer(max_keys, "max_keys")
         self.max_histogram_megabytes = max_histogram_megabytes
-        self._needs = self._sums()
-
-    def _sums(self) -> set[str]:
-        """The names of the sums that the quantities are made of."""
-        needs = set().union(*(QUANTITIES[quantity].needs for quantity in self.quantities))
-        if self.expected:
-            needs.add("weight_square")
-        if self.threshold is not None and "sparsity" in self.quantities:
-            needs.add("below")
-        if needs & {"weight_power", "weight_square", "zeros"}:
-            needs.add("weight_nonfinite")
-        return needs
+        self._needs = needed_sums(self.quantities, expected=expected, below=threshold is not None)
 
     # -- when ----------------------------------------------------------------------------------------------------------
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        if stage != "fit":
+    def check(self, run: Run) -> None:
+        self._seen: set[int] = set()  # indices of optimizers that stepped
+        self._batches = 0
+        self._readings: dict[int, tuple[Watch, Reading, list[dict[str, Any]] | None]] = {}
+        self._histogram_bytes = 0
+        trainer = run.trainer
+        if trainer is None:
+            raise TypeError("WeightNormMonitor logs to the loggers of a Trainer, and cannot be attached without one.")
+        if trainer.fast_dev_run:
             return
         if not trainer.loggers:
-            raise MisconfigurationException(
-                "WeightNormMonitor has nowhere to log to: give the Trainer a logger, or take the callback out."
+            self.warn(
+                "The Trainer has no logger: WeightNormMonitor puts totals into `trainer.callback_metrics`, where other "
+                "callbacks find them, and writes nothing."
             )
-
-    def check(self, run: Run) -> None:
-        self._seen: set[int] = set()
-        self._readings: dict[int, tuple[Watch, Reading, dict[str, dict[str, Any]]]] = {}
-        self._histogram_bytes = 0
-        if run.trainer is None:
-            raise TypeError("WeightNormMonitor logs to the loggers of a Trainer, and cannot be attached without one.")
-        if self.histograms and not any(map(loggers.shows_histograms, run.trainer.loggers)):
-            names = ", ".join(type(logger).__name__ for logger in run.trainer.loggers)
+        elif self.histograms and not any(map(loggers.shows_histograms, trainer.loggers)):
+            names = ", ".join(type(logger).__name__ for logger in trainer.loggers)
             self.warn(f"WeightNormMonitor draws no histograms: {names} has no place for them.")
 
     def begin(self, run: Run) -> None:
@@ -206,11 +194,11 @@ class WeightNormMonitor(Regularizer):
         """Gradients are complete here, and not yet clipped."""
         watch, trainer = step.watch, self.run.trainer
         self._seen.add(watch.index)
-        if not logs_now(trainer, self.every_n_steps):
-            return
-        if watch.index not in self._readings:  # LBFGS evaluates its closure again: the first time counts
+        # LBFGS evaluates its closure again: the first time counts.
+        if logs_now(trainer, self.every_n_steps) and watch.index not in self._readings:
             self._logged[watch.index] = watch.steps
-            self._readings[watch.index] = watch, self._read(trainer, step), self._settings(trainer, watch)
+            infos = self._of_optimizer(watch)
+            self._readings[watch.index] = watch, self._read(infos, step), self._settings(infos, trainer, watch)
 
     def after_step(self, step: Step, *, is_real: bool) -> None:
         """Of several inner optimizers the last one completes the change."""
@@ -219,29 +207,46 @@ class WeightNormMonitor(Regularizer):
 
     def after_batch(self, trainer: pl.Trainer) -> None:
         """All optimizers have stepped: one transfer to the host, and one row, for all."""
+        self._batches += 1
         if not self._readings:
             return
-        readings, self._readings = self._readings, {}
-        for _, reading, _settings in readings.values():
+        readings, self._readings = list(self._readings.values()), {}
+        for _, reading, _settings in readings:
             # DeepSpeed writes the module's weights after its optimizer's step; of a step that was skipped: no change.
             reading.read_changes()
-        numbers = iter(torch.cat([reading.reduced() for _, reading, _settings in readings.values()]).tolist())
+        numbers = torch.cat([reading.reduced() for _, reading, _settings in readings]).cpu()
+        of_readings = torch.split(numbers, [reading.count for _, reading, _settings in readings])
         totals: dict[str, float] = {}
         details: dict[str, float] = {}
         drawn: dict[str, Histogram] = {}
-        for watch, reading, settings in readings.values():
-            sums, pictures = reading.rows(numbers)
-            self._complete(sums, settings)
-            self._name(watch, sums, totals, details)
+        taken: set[str] = set()
+        for (watch, reading, settings), own in zip(readings, of_readings, strict=True):
+            sums, pictures = reading.sums(own)
+            sums |= quantities.known_sums(
+                sums, reading.sizes, settings, expected=self.expected, norm_type=self.norm_type
+            )
+            totals |= self._totals(watch, sums)
+            details |= self._details(watch, reading.names, sums, taken)
             drawn |= pictures
         loggers.gather(trainer, totals, details=self._at_most(details), histograms=self._affordable(drawn))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Optimizers that take turns may all have stepped on other batches than those that are logged."""
+        """Tell of optimizers that never stepped on a batch that is logged, or at all."""
+        if self.run is None or trainer.fast_dev_run or not self._batches:  # type: ignore[attr-defined]
+            return
+        interval = self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
+        name = "every_n_steps" if self.every_n_steps else "log_every_n_steps"
+        if not self._seen:
+            self.warn("WeightNormMonitor logged nothing: no optimizer of the Trainer made a step.")
+        elif not self._logged:
+            self.warn(
+                f"WeightNormMonitor logged nothing: no step in {self._batches} batches was one of those that are "
+                f"logged, which are every {interval} steps. Choose a smaller `{name}`."
+            )
         for index in sorted(self._seen - set(self._logged)) if self._logged else ():
             self.warn(
                 f"WeightNormMonitor logged nothing of optimizer {index}, which never stepped on a batch that is "
-                "logged: choose another `every_n_steps`."
+                f"logged: choose another `{name}`."
             )
 
     def end(self, run: Run) -> None:
@@ -249,16 +254,16 @@ class WeightNormMonitor(Regularizer):
 
     # -- on what -----------------------------------------------------------------------------------------------------
 
-    def _read(self, trainer: pl.Trainer, step: Step) -> Reading:
+    def _read(self, infos: list[ParameterInfo], step: Step) -> Reading:
         """Whatever can be known before the step; nothing waits for the device."""
-        infos = self._of_optimizer(step.watch)
         parameters = {info.name: info.parameter for info in infos}
-        reading = Reading(parameters, self._sharding, self._needs, self.norm_type)
+        sizes = [math.prod(info.shape) for info in infos]
+        reading = Reading(parameters, sizes, self._sharding, self._needs, self.norm_type)
         reading.read_weights(self.threshold)
         if self.histograms:
             reading.draw("weight", list(parameters.values()))
         if "gradient" in self.quantities:
-            is_hidden = hides_gradients(trainer)
+            is_hidden = hides_gradients(self.run.trainer)
             gradients = [None if is_hidden else gradient_of(parameter) for parameter in parameters.values()]
             reading.read_gradients(gradients, step.scale)
             if self.histograms:
@@ -292,8 +297,10 @@ class WeightNormMonitor(Regularizer):
             return False
         return True
 
-    def _settings(self, trainer: pl.Trainer, watch: Watch) -> dict[str, dict[str, Any]]:
-        """What the optimizer's groups say of each parameter, and what WeightDecay says."""
+    def _settings(self, infos: list[ParameterInfo], trainer: pl.Trainer, watch: Watch) -> list[dict[str, Any]] | None:
+        """What the optimizer's groups say of each parameter, and what WeightDecay says; None if nobody asks."""
+        if not self.expected and not {"effective_decay", "timescale"} & set(self.quantities):
+            return None
         if deepspeed_keeper(trainer):  # which has the gradients to itself
             optimizer, held = torch_optimizer(watch.optimizer), held_parameters(trainer.optimizers[watch.index])
             of_groups = zip(trainer.optimizers[watch.index].param_groups, held, strict=True)
@@ -308,75 +315,85 @@ class WeightNormMonitor(Regularizer):
                 for p in group["params"]
                 if will_move(leaf, p) or not p.numel()
             }
-        named = {info.name: by_id[id(info.parameter)] for info in self._targets if id(info.parameter) in by_id}
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if not isinstance(callback, WeightDecay):
                 continue
             method = callback.decay_method
             for info, _, _, value, _, _ in callback.by_parameter():
+                key = id(info.parameter)
                 if not method.knows_share:
-                    named.pop(info.name, None)
-                elif info.name in named:
-                    found = named[info.name]
-                    named[info.name] = found | {"weight_decay": value, "lr": method.rate(found["lr"])}
-        return named
-
-    def _complete(self, rows: dict[str, dict[str, float]], settings: dict[str, dict[str, Any]]) -> None:
-        """Add the sums that are known without reading a tensor."""
-        shapes = {info.name: info.shape for info in self._targets}
-        for name, row in rows.items():
-            size, found = float(math.prod(shapes[name])), settings.get(name, _NO_SETTINGS)
-            row |= quantities.known_sums(row, size, found, expected=self.expected, norm_type=self.norm_type)
+                    by_id.pop(key, None)
+                elif key in by_id:
+                    by_id[key] = by_id[key] | {"weight_decay": value, "lr": method.rate(by_id[key]["lr"])}
+        return [by_id.get(id(info.parameter), _NO_SETTINGS) for info in infos]
 
     # -- under which names -------------------------------------------------------------------------------------------
 
-    def _name(
-        self, watch: Watch, sums: dict[str, dict[str, float]], totals: dict[str, float], details: dict[str, float]
-    ) -> None:
-        trainer, prefix = self.run.trainer, f"{label} " if (label := self.run.label(watch)) else ""
-        total = quantities.combined(sums.values(), self.norm_type)
-        if not sums:
+    def _totals(self, watch: Watch, sums: dict[str, Tensor]) -> dict[str, float]:
+        """The values of all parameters of an optimizer together, by key."""
+        count = len(sums["size"])
+        if not count:
             self.warn(
                 f"WeightNormMonitor logs nothing of optimizer {watch.index}: it holds no parameter that is watched."
             )
-            return
-        if "gradient" in self.quantities and not total["gradient_size"]:
+            return {}
+        total = quantities.combined(sums, [0] * count, 1, self.norm_type)
+        part = f"{label} total" if (label := self.run.label(watch)) else "total"
+        values = self._values([part], total)
+        counted = {name: total[name].tolist()[0] for name in ("gradient_size", *_NONFINITE) if name in total}
+        if counted.get("gradient_size") == 0:
             self.warn("WeightNormMonitor logs no gradient norm: no parameter that it watches has a gradient.")
-        totals |= self._values(f"{prefix}total", total, trainer)
-        if total.get("gradient_size"):
-            totals[f"gradient_nonfinite/{prefix}total"] = total["gradient_nonfinite"]
-        if total.get("weight_nonfinite"):
-            totals[f"weight_nonfinite/{prefix}total"] = total["weight_nonfinite"]
-        for part, names in self._parts(watch, list(sums)).items():
-            values = self._values(part, quantities.combined((sums[name] for name in names), self.norm_type), trainer)
-            taken = any(key in details for key in values)  # by another optimizer with a part of that name
-            details |= {f"{key.replace('/', f'/{prefix}', 1)}": v for key, v in values.items()} if taken else values
+            del counted["gradient_nonfinite"]
+        if not counted.get("weight_nonfinite"):
+            counted.pop("weight_nonfinite", None)
+        return values | {f"{name}/{part}": counted[name] for name in _NONFINITE if name in counted}
 
-    def _values(self, part: str, sums: dict[str, float], trainer: pl.Trainer) -> dict[str, float]:
-        """Keys and values of one part."""
-        steps = _steps_per_epoch(trainer)
-        found = quantities.values_of(sums, self.quantities, expected=self.expected, steps_per_epoch=steps)
-        return {key.replace("/", f"/{part}/", 1) if "/" in key else f"{key}/{part}": v for key, v in found.items()}
+    def _details(self, watch: Watch, names: list[str], sums: dict[str, Tensor], taken: set[str]) -> dict[str, float]:
+        """The values of the parts that ``detail`` asks for, by key; ``taken`` are parts of other optimizers."""
+        part_of = self._parts(watch, names)
+        parts = list(dict.fromkeys(part_of.values()))
+        if not parts:
+            return {}
+        places = {part: i for i, part in enumerate(parts)}
+        index = [places[part_of[name]] if name in part_of else len(parts) for name in names]
+        of_parts = quantities.combined(sums, index, len(parts) + 1, self.norm_type)
+        labels = [f"{self.run.label(watch)} {part}" if part in taken else part for part in parts]
+        taken |= set(parts)
+        return self._values(labels, {name: values[:-1] for name, values in of_parts.items()})
 
-    def _parts(self, watch: Watch, names: list[str]) -> dict[str, list[str]]:
-        """The names of the parameters behind each part that ``detail`` asks for."""
+    def _parts(self, watch: Watch, names: list[str]) -> dict[str, str]:
+        """The part of the model that each parameter belongs to, by its name."""
         if self.detail == "total":
             return {}
         if self.detail == "parameter":
-            of = {name: name for name in names}
+            parts = {name: name for name in names}
         elif self.detail == "module":
-            of = {name: _owner(name) for name in names}
+            parts = {name: _owner(name) for name in names}
         else:
             labels = group_labels(watch.optimizer, self.run.label(watch))
             of_groups = zip(labels, held_parameters(watch.optimizer), strict=True)
             by_id = {id(p): label for label, parameters in of_groups for p in parameters}
-            infos = [info for info in self._targets if info.name in names and id(info.parameter) in by_id]
-            of = {info.name: by_id[id(info.parameter)] for info in infos}
-        parts: dict[str, list[str]] = {}
-        for name, part in of.items():
-            own = f"{part} ({self.detail})" if _TOTAL.fullmatch(part) else part
-            parts.setdefault(own, []).append(name)
-        return parts
+            held = [info for info in self._targets if id(info.parameter) in by_id]
+            parts = {info.name: by_id[id(info.parameter)] for info in held}
+        called_total = {part for part in set(parts.values()) if _TOTAL.fullmatch(part)}
+        return {name: f"{part} ({self.detail})" if part in called_total else part for name, part in parts.items()}
+
+    def _values(self, parts: list[str], sums: dict[str, Tensor]) -> dict[str, float]:
+        """The quantities of parts by key, without those that a part does not have."""
+        steps = _steps_per_epoch(self.run.trainer)
+        found = quantities.values_of(
+            sums, self.quantities, norm_type=self.norm_type, expected=self.expected, steps_per_epoch=steps
+        )
+        columns = []
+        for key, (values, is_defined) in found.items():
+            name, slash, suffix = key.partition("/")
+            columns.append((name, slash + suffix, values.tolist(), is_defined.tolist()))
+        return {
+            f"{name}/{part}{suffix}": values[i]
+            for i, part in enumerate(parts)
+            for name, suffix, values, is_defined in columns
+            if is_defined[i]
+        }
 
     # -- within limits -----------------------------------------------------------------------------------------------
 
@@ -408,16 +425,6 @@ def _owner(name: str) -> str:
 def _steps_per_epoch(trainer: pl.Trainer) -> float:
     batches = trainer.num_training_batches
     return batches if math.isinf(batches) else math.ceil(batches / trainer.accumulate_grad_batches)
-
-
-def _check_quantities(asked: Sequence[str]) -> tuple[str, ...]:
-    expected = f"`quantities` should be some of {', '.join(QUANTITIES)}, got {asked!r}."
-    if isinstance(asked, str) or not asked or not all(isinstance(quantity, str) for quantity in asked):
-        raise ValueError(expected + (f" Write ({asked!r},)." if asked in list(QUANTITIES) else ""))
-    if unknown := [quantity for quantity in asked if quantity not in QUANTITIES]:
-        close = difflib.get_close_matches(str(unknown[0]), QUANTITIES, n=1)
-        raise ValueError(expected + (f" Did you mean {close[0]!r}?" if close else ""))
-    return tuple(dict.fromkeys(asked))
 
 
 def _positive_integer(value: object, name: str) -> int:

@@ -8,7 +8,6 @@ import lightning.pytorch as L
 import numpy as np
 import pytest
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.plugins import MixedPrecision
@@ -125,7 +124,7 @@ def by_hand(quantity, before, gradients, after, p=2.0):
         "weight": lambda: norm(w),
         "rms": lambda: w.square().mean().sqrt().item(),
         "update": lambda: norm(v - w),
-        "ratio": lambda: norm(v - w) / norm(w) if w.any() else math.nan,
+        "ratio": lambda: norm(v - w) / norm(w),
         "angle": lambda: exact_angle(w, v),
         "sparsity": lambda: (w == 0).double().mean().item(),
     }[quantity]()
@@ -133,8 +132,6 @@ def by_hand(quantity, before, gradients, after, p=2.0):
 
 def exact_angle(w, v):
     """Kahan's formula: half the angle is the arc tangent of the ratio of a rhombus' diagonals."""
-    if not w.any():
-        return math.nan
     a, b = w * v.norm(), v * w.norm()
     return 2 * math.atan2((a - b).norm().item(), (a + b).norm().item())
 
@@ -150,13 +147,17 @@ def test_each_quantity_equals_its_definition(model, detail):
         for part in {PARTS[detail](name) for name in states[0]} | {"total"}:
             own = [{n: x for n, x in state.items() if part in {PARTS[detail](n), "total"}} for state in states]
             for quantity in asked:
+                key = f"{QUANTITIES[quantity].key}/{part}"
                 if quantity == "gradient" and not own[1]:
-                    assert f"gradient_norm/{part}" not in logged
+                    assert key not in logged
                     continue
-                found = logged[f"{QUANTITIES[quantity].key}/{part}"][step]
+                if quantity in ("ratio", "angle") and not any(w.any() for w in own[0].values()):
+                    assert step not in logged.get(key, {})
+                    continue
+                found = logged[key][step]
                 # Of a change along the weights, float32 leaves a share of about 1e-4 across them.
                 tolerance = 1e-5 if quantity == "angle" else 1e-9
-                assert found == pytest.approx(by_hand(quantity, *own), rel=1e-5, abs=tolerance, nan_ok=True)
+                assert found == pytest.approx(by_hand(quantity, *own), rel=1e-5, abs=tolerance)
 
 
 @pytest.mark.parametrize("norm_type", [1.0, 3.0, math.inf])
@@ -384,6 +385,70 @@ def test_groups_of_one_name_do_not_write_over_each_other():
     assert logged["weight_norm/optimizer1 all"][0] == logged["weight_norm/optimizer1 total"][0]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "options", "cause"),
+    [
+        ({"every_n_steps": 100}, {}, "no step in 3 batches .* every 100 steps. Choose a smaller `every_n_steps`"),
+        ({}, {"log_every_n_steps": 50}, "every 50 steps. Choose a smaller `log_every_n_steps`"),
+        ({"every_n_steps": 2}, {"accumulate_grad_batches": 3}, "every 2 steps"),
+        ({"every_n_steps": 4, "histograms": True}, {}, "every 4 steps"),
+    ],
+    ids=["every_n_steps", "log_every_n_steps", "accumulation", "histograms"],
+)
+# lightning/pytorch/loops/fit_loop.py says so as well where an epoch is shorter than the interval
+@pytest.mark.filterwarnings("ignore:The number of training batches .* is smaller than the logging interval:UserWarning")
+def test_a_run_that_is_shorter_than_the_interval_is_warned_of(arguments, options, cause, tmp_path):
+    logger = TensorBoardLogger(tmp_path)
+    with pytest.warns(UserWarning, match=f"WeightNormMonitor logged nothing: .*{cause}") as caught:
+        fit(WeightNormMonitor(**arguments), logger=logger, **options)
+    assert sum("WeightNormMonitor" in str(w.message) for w in caught) == 1
+
+
+class NeverSteps(Regression):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        self.manual_backward(self.loss(batch))
+
+
+class OverriddenStep(Regression):
+    """Leaves out the step."""
+
+    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
+        optimizer_closure()
+
+
+@pytest.mark.parametrize("module", [NeverSteps, OverriddenStep])
+def test_a_run_without_a_step_is_warned_of(module):
+    with pytest.warns(UserWarning, match="logged nothing: no optimizer of the Trainer made a step") as caught:
+        fit(WeightNormMonitor(), module=module())
+    assert sum("WeightNormMonitor" in str(w.message) for w in caught) == 1
+
+
+class StepsTheRawOptimizer(Regression):
+    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
+        optimizer_closure()
+        optimizer.optimizer.step()
+
+
+def test_a_raw_optimizer_that_the_module_steps_is_logged():
+    logged = fit(WeightNormMonitor(quantities=("weight", "update")), module=StepsTheRawOptimizer()).logged()
+    assert list(logged["update_norm/total"]) == [0, 1, 2]
+    assert all(value > 0 for value in logged["update_norm/total"].values())
+
+
+@pytest.mark.parametrize(
+    "arguments", [{}, {"every_n_steps": 100}, {"histograms": True}, {"quantities": EVERYTHING}], ids=str
+)
+@pytest.mark.parametrize("logger", [True, False])
+def test_a_fast_run_in_development_is_silent(arguments, logger, recwarn):
+    trainer = make_trainer(WeightNormMonitor(**arguments), fast_dev_run=2, logger=logger)
+    trainer.fit(Regression(), Batches())
+    assert not [w for w in recwarn if "WeightNormMonitor" in str(w.message)]
+
+
 def test_an_optimizer_that_is_never_logged_is_warned_of():
     with pytest.warns(UserWarning, match="logged nothing of optimizer 1, which never stepped on a batch"):
         logged = fit(WeightNormMonitor(every_n_steps=2), module=EveryOther(), steps=6).logged()
@@ -454,13 +519,72 @@ def test_a_run_that_diverges_goes_on_with_the_monitor():
     assert math.isnan(logged["angle/total"][6])
 
 
-def test_an_empty_parameter_has_no_share_below_a_threshold():
-    module = Regression()
+def zero_output(module):
+    """As LoRA begins."""
+    nn.init.zeros_(module.output.weight)
+    nn.init.zeros_(module.output.bias)
+
+
+def empty_parameter(module):
     module.empty = nn.Parameter(torch.zeros(0, 3, dtype=torch.float64))
+
+
+def huge_weights(module):
+    """Squares of float32 are infinite, and so are sums of more than three of these weights."""
+    module.huge = nn.Parameter(torch.full((1000,), 1e38))
+
+
+def tiny_weights(module):
+    """Squares of float32 are 0."""
+    module.tiny = nn.Parameter(torch.full((1000,), 1e-30))
+
+
+@pytest.mark.parametrize("change", [zero_output, empty_parameter, huge_weights, tiny_weights])
+@pytest.mark.parametrize("norm_type", [1.0, 2.0, math.inf])
+@pytest.mark.parametrize("detail", ["module", "parameter"])
+def test_what_is_logged_is_finite(change, norm_type, detail):
+    """What has no value, such as the ratio to weights that are 0, is left out."""
+    module = Regression(decay_and_no_decay(torch.optim.AdamW, lr=0.01))
+    change(module)
+    monitor = WeightNormMonitor(
+        quantities=EVERYTHING, detail=detail, norm_type=norm_type, threshold=0.1, expected=True, every_n_steps=1
+    )
+    logged = fit(monitor, module=module).logged()
+    assert {key: steps for key, steps in logged.items() if not all(map(math.isfinite, steps.values()))} == {}
+    assert len(logged) > 20
+
+
+def test_quantities_of_weights_that_are_zero_begin_with_the_second_step():
+    module = Regression()
+    zero_output(module)
+    logged = fit(WeightNormMonitor(quantities=("weight", "ratio", "angle"), detail="parameter"), module=module).logged()
+    assert list(logged["weight_norm/output.weight"]) == [0, 1, 2]
+    assert list(logged["ratio/output.weight"]) == list(logged["angle/output.weight"]) == [1, 2]
+    assert list(logged["ratio/hidden.weight"]) == [0, 1, 2]
+
+
+def test_an_empty_parameter_has_no_shares_and_no_mean():
+    module = Regression()
+    empty_parameter(module)
     monitor = WeightNormMonitor(quantities=EVERYTHING, detail="parameter", threshold=0.1)
     logged = fit(monitor, module=module).logged()
-    assert math.isnan(logged["below_threshold/empty"][0])
+    parts = {key.partition("/")[0] for key in logged if key.endswith("/empty")}
+    assert parts == {"weight_norm", "update_norm", "effective_decay"}
     assert 0 <= logged["below_threshold/total"][0] <= 1
+
+
+def test_a_change_of_huge_weights_is_measured():
+    module = Regression(lambda parameters: torch.optim.SGD(parameters, lr=0.0))
+    huge_weights(module)
+
+    class Step(L.Callback):
+        def on_before_zero_grad(self, trainer, pl_module, optimizer):
+            pl_module.huge.data.mul_(1.5)
+
+    monitor = WeightNormMonitor(quantities=("ratio", "angle"), include=("*huge",))
+    module.huge.grad = torch.zeros(1000)
+    logged = fit(monitor, Step(), module=module, steps=1).logged()
+    assert logged["angle/total"][0] == pytest.approx(0, rel=0, abs=1e-7)
 
 
 class ComplexGain(Regression):
@@ -651,9 +775,27 @@ def test_bad_arguments_are_refused(arguments, message):
         WeightNormMonitor(**arguments)
 
 
-def test_a_monitor_without_a_logger_is_refused():
-    with pytest.raises(MisconfigurationException, match="nowhere to log to"):
-        fit(WeightNormMonitor(), logger=False)
+@pytest.mark.parametrize("detail", ["total", "parameter"])
+def test_without_a_logger_totals_are_there_for_other_callbacks(detail, tmp_path):
+    monitor = WeightNormMonitor(quantities=("weight", "gradient"), detail=detail)
+    checkpoint = L.callbacks.ModelCheckpoint(tmp_path, monitor="weight_norm/total", save_on_train_epoch_end=True)
+    stopping = L.callbacks.EarlyStopping(
+        "gradient_norm/total", mode="max", stopping_threshold=0.0, check_on_train_epoch_end=True
+    )
+    trainer = make_trainer(
+        monitor, checkpoint, stopping, logger=False, max_epochs=3, limit_train_batches=2, enable_checkpointing=True
+    )
+    module = Regression()
+    with pytest.warns(UserWarning, match="The Trainer has no logger: WeightNormMonitor puts totals") as caught:
+        trainer.fit(module, Batches())
+    assert sum("WeightNormMonitor" in str(w.message) for w in caught) == 1
+    assert {key for key in trainer.callback_metrics if "/" in key} == {
+        "weight_norm/total",
+        "gradient_norm/total",
+        "gradient_nonfinite/total",
+    }
+    assert checkpoint.best_model_score == trainer.callback_metrics["weight_norm/total"]
+    assert trainer.current_epoch == 1  # above the threshold, so that training has stopped after an epoch
 
 
 # -- runs ------------------------------------------------------------------------------------------------------------
