@@ -470,14 +470,15 @@ def norm_dims(
     RNN, LSTM, GRU, their cells           (gates * hidden, in)        in            gate of a unit
     Bilinear                              (out, in1, in2)             in1, in2      output feature
     Conv1D of transformers                (in, out)                   in            output feature
-    any with ``in_features`` and          (out, in, ...)              in, ...       output feature
-    ``out_features``, or                  (in, out, ...)              in, ...       output feature
-    ``in_channels`` and ...               (relations, in, out)        in            output of each
+    any that tells its sizes              (out, in, ...)              in, ...       output feature
+    the same                              (in, out, ...)              in, ...       output feature
+    the same                              (relations, in, out)        in            output of a relation
     any other, ``weight`` in its name     (out, ...)                  ...           entry of dim 0
     ====================================  ==========================  ============  =================
 
-    The attributes of a layer decide, whatever its class, if the two numbers differ. The last row is a guess, see
-    :func:`units_are_known`.
+    A layer tells its sizes by attributes such as ``in_features`` and ``out_features``, or ``in_channels`` and
+    ``out_channels``. If the two differ and occur in the shape, they decide, whatever the class. The last row is a
+    guess, see :func:`units_are_known`.
 
     Args:
         owner: The module that has the parameter.
