@@ -10,6 +10,7 @@ import re
 import types
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -156,7 +157,7 @@ class DropoutSchedule(Regularizer):
                 "reads them. Name those that are rates in `attributes`."
             )
         largest = max(rate.original for rate in self._rates)
-        self._shares = [1.0 if self.same or not largest else rate.original / largest for rate in self._rates]
+        self._shares = [1.0 if self.same or not largest else _ratio(rate.original, largest) for rate in self._rates]
 
     def _check_not_shared(self, other: DropoutSchedule) -> None:
         """Of two schedules for one rate the later would win.
@@ -349,6 +350,14 @@ def _is_compiled(module: nn.Module) -> bool:
     return wrapped or any(
         isinstance(m, torch._dynamo.OptimizedModule) or m._compiled_call_impl is not None for m in module.modules()
     )
+
+
+def _ratio(rate: float, largest: float) -> float:
+    """``rate / largest``; of rates that ``torch.linspace`` has rounded to float32, as before the rounding."""
+    ratio = rate / largest
+    simple = float(Fraction(ratio).limit_denominator(256))  # such as 3 / 11
+    is_rounded = all(torch.tensor(p, dtype=torch.float32).item() == p for p in (rate, largest))
+    return simple if is_rounded and math.isclose(ratio, simple, rel_tol=1e-6) else ratio
 
 
 def _is_list(value: object) -> bool:

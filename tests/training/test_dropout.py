@@ -235,6 +235,39 @@ def test_rates_keep_their_ratios(schedule, values, kind):
     assert [block.rate for block in module.blocks] == list(np.linspace(0, 0.5, 12))
 
 
+def test_rates_of_float32_keep_the_ratios_that_were_meant():
+    """Beit of transformers has its rates from ``torch.linspace``."""
+    from transformers import BeitConfig, BeitModel
+
+    config = BeitConfig(
+        hidden_size=8, num_hidden_layers=12, num_attention_heads=2, intermediate_size=8, image_size=8, patch_size=4,
+        drop_path_rate=0.5,
+    )  # fmt: skip
+    seen = []
+
+    class Image(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model = BeitModel(config, add_pooling_layer=False)
+
+        def training_step(self, batch, batch_idx):
+            seen.append([m.drop_prob for m in self.model.modules() if type(m).__name__ == "BeitDropPath"])
+            return self.model(torch.zeros(1, 3, 8, 8)).last_hidden_state.square().mean()
+
+        def configure_optimizers(self):
+            return SGD(self.parameters(), lr=0.01)
+
+    fit(Image(), DropoutSchedule(Linear(0.5, 0.0), include=("type:BeitDropPath",)))
+    assert seen == [pytest.approx(np.linspace(0, p, 12)[1:], rel=0, abs=1e-12) for p in np.linspace(0.5, 0, 7)]
+
+
+@pytest.mark.parametrize("rates", [[0.1234567, 0.7654321], [0.1, 0.3], [0.05, 0.1, 0.15]], ids=str)
+def test_other_ratios_are_what_they_are(rates):
+    module = Deep(rates, "layer")
+    fit(module, DropoutSchedule(0.6), limit_train_batches=1)
+    assert module.seen[0] == pytest.approx([0.6 * p / rates[-1] for p in rates], rel=0, abs=1e-12)
+
+
 @pytest.mark.parametrize(
     ("rates", "options", "expected"),
     [
