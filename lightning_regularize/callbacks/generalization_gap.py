@@ -92,8 +92,9 @@ class GeneralizationGapMonitor(Regularizer):
         """Callbacks that look at the gap come after this one, as Lightning itself has checkpoints come last."""
         super().setup(trainer, pl_module, stage)
         self._reset()
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        trainer.callbacks = sorted(callbacks, key=lambda c: not isinstance(c, GeneralizationGapMonitor))  # type: ignore[attr-defined]
+        if stage == "fit":
+            callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+            trainer.callbacks = sorted(callbacks, key=lambda c: not isinstance(c, GeneralizationGapMonitor))  # type: ignore[attr-defined]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)

@@ -1,5 +1,6 @@
 """Do the layers drop at the rate of the schedule while they train, and at their own before and after?"""
 
+import functools
 import pickle
 import warnings
 
@@ -447,6 +448,20 @@ def test_numbers_that_are_no_rates_of_ours_are_not_told(parts, include):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         fit(Attending(*parts), DropoutSchedule(0.4, include=(include,)), limit_train_batches=1)
+
+
+def test_a_number_that_only_the_constructor_reads_is_told():
+    class Prepared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.dropout_p, self.other = 0.2, nn.Dropout(0.1)
+            self.drop = functools.partial(F.dropout, p=self.dropout_p)
+
+        def forward(self, x):
+            return self.other(self.drop(x))
+
+    with pytest.warns(UserWarning, match=r"leaves \['parts\.0\.dropout_p'\] alone"):
+        fit(Attending(Prepared()), DropoutSchedule(0.4), limit_train_batches=1)
 
 
 def test_with_unknown_numbers_alone_the_error_names_them():

@@ -164,3 +164,58 @@ def test_a_dim_that_is_given_is_used_and_nothing_is_told(layer):
         module = fit(Layered(layer), WeightConstraint(UnitNorm(dim=0)))
     outputs = module.layers[0].weight.shape[1]
     assert module.layers[0].weight.norm(dim=0).tolist() == pytest.approx([1.0] * outputs, rel=1e-5, abs=0)
+
+
+class SparseAutoencoder(nn.Module):
+    """Its matrices are parameters of its own, which no layer describes."""
+
+    def __init__(self):
+        super().__init__()
+        self.W_enc, self.W_dec = nn.Parameter(randn(4, 6)), nn.Parameter(randn(6, 4))
+        self.b_enc = nn.Parameter(torch.zeros(6))
+
+    def forward(self, x):
+        return torch.relu(x @ self.W_enc + self.b_enc) @ self.W_dec
+
+
+def test_a_matrix_that_no_layer_describes_asks_for_its_dim():
+    message = r"'layers\.0\.W_enc': .* Leave it out, as by `exclude=\(\"\*W_enc\",\)`, or say by `dim` what a unit is"
+    with pytest.raises(ValueError, match=message):
+        fit(Layered(SparseAutoencoder()), WeightConstraint(UnitNorm()))
+    module = fit(Layered(SparseAutoencoder()), WeightConstraint(UnitNorm(dim=1), include=("*.W_dec",)))
+    assert module.layers[0].W_dec.norm(dim=1).tolist() == pytest.approx([1.0] * 6, rel=1e-5, abs=0)
+
+
+def test_an_embedding_that_is_the_output_layer_too_is_constrained_per_word():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    class Language(GPT2):
+        def __init__(self):
+            super().__init__()
+            self.model = GPT2LMHeadModel(GPT2Config(vocab_size=11, n_embd=8, n_layer=1, n_head=2, n_positions=16))
+
+        def training_step(self, batch, batch_idx):
+            return self.model(input_ids=torch.arange(10).view(2, 5)).logits.square().mean()
+
+    module = fit(Language(), WeightConstraint(UnitNorm(), include=("*.wte.weight",)))
+    head = module.model.lm_head.weight
+    assert head is module.model.transformer.wte.weight
+    assert head.norm(dim=1).tolist() == pytest.approx([1.0] * 11, rel=1e-5, abs=0)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"kdim": 3, "vdim": 5}], ids=["packed", "separate"])
+def test_the_projections_of_attention_are_constrained_per_output(sizes):
+    class Attending(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(4, 2, **sizes)
+
+        def forward(self, x):
+            key, value = (torch.ones(2, sizes.get(size, 4)) for size in ("kdim", "vdim"))
+            return self.attention(x, key, value)[0]
+
+    module = fit(Layered(Attending()), WeightConstraint(UnitNorm()))
+    matrices = [p for name, p in module.named_parameters() if "weight" in name]
+    assert len(matrices) == (2 if not sizes else 4)
+    for weight in matrices:
+        assert weight.norm(dim=1).tolist() == pytest.approx([1.0] * len(weight), rel=1e-5, abs=0)
