@@ -62,6 +62,8 @@ class DecayMethod(ABC):  # noqa: B024 each method does one of three things, none
     """Is it known before a step which share of a weight that removes?"""
     needs_real_weights = False
     """Does it compare signs or sizes, which complex weights do not have?"""
+    needs_dense_gradients = False
+    """Does decay meet the gradient, which has to have all elements then?"""
     rounds_like_a_product = True
     """Are half-precision weights multiplied by a factor that may round to 1?"""
 
@@ -110,6 +112,7 @@ class ByOptimizer(DecayMethod):
     """The optimizer decays by itself; its groups are split while it steps."""
 
     uses_optimizer = True
+    needs_dense_gradients = True
 
     def refuse(self, optimizer: Optimizer) -> str:
         """LBFGS, Rprop and others have no weight decay."""
@@ -127,6 +130,7 @@ class Coupled(DecayMethod):
     r"""As the gradient of an L2 penalty: :math:`g \leftarrow g + \lambda w`, then the step."""
 
     adds_to_gradients = True
+    needs_dense_gradients = True
     rounds_like_a_product = False
 
     def on_gradients(self, targets: Sequence[Target], scale: Tensor | None) -> None:

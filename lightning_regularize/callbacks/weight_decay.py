@@ -44,6 +44,19 @@ class _Decision:
     rule: str
 
 
+_INSTEAD = {
+    "adamw": " AdamW's own decay is method='optimizer'; for another optimizer it is method='decoupled'.",
+    "sgdw": " It is method='decoupled'.",
+    "l2": " It is method='coupled'.",
+    "cpr": " It is the callback ConstrainedDecay.",
+    "swd": " It is method='stable'.",
+}
+_OF_SPARSE = (
+    "have sparse gradients, beside which torch's optimizers cannot decay. Leave them out, by "
+    "`exclude=(*DEFAULT_EXCLUDE, \"embedding\")`, use `sparse=False`, or WeightDecay(..., method='decoupled')."
+)
+
+
 class WeightDecay(Regularizer):
     r"""Sets the optimizer's weight decay, on a schedule if you like, without decaying biases and norms.
 
@@ -112,7 +125,8 @@ class WeightDecay(Regularizer):
         self.grouping = Grouping(exclude, {} if factors is None else factors)
         self.total_steps = check_total_steps(total_steps)
         if method not in METHODS:
-            raise ValueError(f"`method` should be one of {tuple(METHODS)}, got {method!r}.")
+            instead = _INSTEAD.get(str(method).lower(), "")
+            raise ValueError(f"`method` should be one of {tuple(METHODS)}, got {method!r}.{instead}")
         if weight_decay is None and method != "optimizer":
             raise ValueError(
                 f"`weight_decay=None` keeps the optimizer's own decay, it needs method='optimizer', got {method!r}."
@@ -209,6 +223,13 @@ class WeightDecay(Regularizer):
         needs_none = self.decay_method.uses_optimizer and not has_decay and self.schedule in (None, Constant(0.0))
         if not needs_none and any(decision.factor for decision in decisions):
             reason = reason or self.decay_method.refuse(leaf)
+        if self.decay_method.needs_dense_gradients and self.schedule not in (None, Constant(0.0)):
+            sparse = [
+                d.info.name
+                for d in decisions
+                if d.factor and d.info.parameter.requires_grad and getattr(d.info.owner, "sparse", False)
+            ]
+            reason = reason or (f"{sparse} {_OF_SPARSE}" if sparse else "")
         if reason:
             raise MisconfigurationException(reason)
 
