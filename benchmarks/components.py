@@ -85,11 +85,11 @@ def measure(shapes: list[tuple[int, ...]], rounds: int) -> None:
     }
     gradient_cases: dict[str, Callable[[], object]] = {
         "g.add_(w.sign()) a tensor": for_each(lambda g, w: g.add_(w.sign(), alpha=1e-4), gradients, weights),
-        "L1": for_each(lambda g, w: L1().add_gradient_(g, w, 1e-4), gradients, weights),
-        "L1, strength on the device": for_each(lambda g, w: L1().add_gradient_(g, w, strength), gradients, weights),
-        "L2": for_each(lambda g, w: L2().add_gradient_(g, w, 1e-4), gradients, weights),
-        "ElasticNet": for_each(lambda g, w: ElasticNet(0.5).add_gradient_(g, w, 1e-4), gradients, weights),
-        "GroupLasso": for_each(lambda g, w: GroupLasso().add_gradient_(g, w, 1e-4), row_gradients, rows),
+        "L1": lambda: L1().add_gradient_(gradients, weights, 1e-4),
+        "L1, strength on the device": lambda: L1().add_gradient_(gradients, weights, strength),
+        "L2": lambda: L2().add_gradient_(gradients, weights, 1e-4),
+        "ElasticNet": lambda: ElasticNet(0.5).add_gradient_(gradients, weights, 1e-4),
+        "GroupLasso": lambda: GroupLasso().add_gradient_(row_gradients, rows, 1e-4),
     }
     report("gradient of a penalty", add | gradient_cases, rounds)
 
@@ -97,11 +97,11 @@ def measure(shapes: list[tuple[int, ...]], rounds: int) -> None:
     softshrink = torch.nn.functional.softshrink
     proximal_cases = {
         "w.copy_(softshrink(w)) a tensor": for_each(lambda w: w.copy_(softshrink(w, 1e-9)), weights),
-        "L1": for_each(lambda w: L1().proximal_(w, 1e-9), weights),
-        "L1, elementwise threshold": for_each(lambda w, t: L1().proximal_(w, t), weights, thresholds),
-        "L2": for_each(lambda w: L2().proximal_(w, 1e-9), weights),
-        "ElasticNet": for_each(lambda w: ElasticNet(0.5).proximal_(w, 1e-9), weights),
-        "GroupLasso": for_each(lambda w: GroupLasso().proximal_(w, 1e-9), rows),
+        "L1": lambda: L1().proximal_(weights, 1e-9),
+        "L1, elementwise threshold": lambda: L1().proximal_(weights, thresholds),
+        "L2": lambda: L2().proximal_(weights, 1e-9),
+        "ElasticNet": lambda: ElasticNet(0.5).proximal_(weights, 1e-9),
+        "GroupLasso": lambda: GroupLasso().proximal_(rows, 1e-9),
     }
     report("proximal step", mul | proximal_cases, rounds)
 
@@ -109,16 +109,16 @@ def measure(shapes: list[tuple[int, ...]], rounds: int) -> None:
     outside = [row.clone() for row in rows]
 
     def max_norm_of_rows_outside() -> None:
-        for_each(MaxNorm(next(bounds)).project_, outside)()
+        MaxNorm(next(bounds)).project_(outside)
 
     projection_cases = {
         "w.copy_(w.renorm(2, 0, c)) a tensor": for_each(lambda w: w.copy_(w.renorm(2, 0, 100.0)), rows),
-        "MaxNorm, all rows inside": for_each(MaxNorm(1000.0).project_, rows),
+        "MaxNorm, all rows inside": lambda: MaxNorm(1000.0).project_(rows),
         "MaxNorm, all rows outside": max_norm_of_rows_outside,
-        "UnitNorm": for_each(UnitNorm().project_, rows),
-        "FrobeniusBall": for_each(FrobeniusBall(1e6).project_, rows),
-        "Box": for_each(Box(-10.0, 10.0).project_, weights),
-        "NonNegative": for_each(NonNegative().project_, weights),
+        "UnitNorm": lambda: UnitNorm().project_(rows),
+        "FrobeniusBall": lambda: FrobeniusBall(1e6).project_(rows),
+        "Box": lambda: Box(-10.0, 10.0).project_(weights),
+        "NonNegative": lambda: NonNegative().project_(weights),
     }
     report("projection", mul | projection_cases, rounds)
 

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from lightning_regularize._checks import check_is_number
 from lightning_regularize._sharding import local_piece
-from lightning_regularize._steps.buckets import buckets, copies, new, put_back_, scratch, stacked
+from lightning_regularize._steps.buckets import Tensors, buckets, copies, listed, new, put_back_, scratch, stacked
 from lightning_regularize.norms import norms
 from lightning_regularize.projections import (
     norms_of_units,
@@ -45,8 +45,6 @@ __all__ = ["Penalty", "L1", "L2", "ElasticNet", "GroupLasso"]
 
 _STEPS_ON_CPU = 10  # of Newton's method, at most
 _STEPS_ELSEWHERE = 7  # always: to ask a device whether fewer suffice would wait for it
-
-Tensors = Tensor | Sequence[Tensor]
 
 
 class Penalty(ABC):
@@ -142,7 +140,7 @@ class L1(Penalty):
     ) -> Tensor:
         """Return ``strength`` times the sum of magnitudes, see :meth:`Penalty.value`."""
         _check("strength", strength)
-        return norms(_listed(weight), 1.0).sum() * strength
+        return norms(listed(weight), 1.0).sum() * strength
 
     @torch.no_grad()
     def add_gradient_(
@@ -186,7 +184,7 @@ class L2(Penalty):
     ) -> Tensor:
         """Return ``strength`` times half the sum of squares, see :meth:`Penalty.value`."""
         _check("strength", strength)
-        return norms(_listed(weight)).square().sum() * (0.5 * strength)
+        return norms(listed(weight)).square().sum() * (0.5 * strength)
 
     @torch.no_grad()
     def add_gradient_(
@@ -316,7 +314,7 @@ class GroupLasso(Penalty):
         """Return ``strength`` times the sum over groups, see :meth:`Penalty.value`."""
         _check("strength", strength)
         dim = self.dim if dim is None else dim
-        values = [_value_of_groups(each, unit_dims(each, dim)) for each in _listed(weight)]
+        values = [_value_of_groups(each, unit_dims(each, dim)) for each in listed(weight)]
         return torch.stack([value.to(values[0].device) for value in values]).sum() * strength
 
     @torch.no_grad()
@@ -325,7 +323,7 @@ class GroupLasso(Penalty):
     ) -> None:
         """Add ``strength * sqrt(|g|)`` in the direction of each group, see :meth:`Penalty.add_gradient_`."""
         _check("strength", strength)
-        weights = _listed(weight)
+        weights = listed(weight)
         dims = [unit_dims(each, self.dim if dim is None else dim) for each in weights]
         for indices, (w, g) in unit_buckets(dims, weights, _dense(gradient)):
             units, inner = stacked(w), dims[indices[0]]
@@ -343,7 +341,7 @@ class GroupLasso(Penalty):
             ValueError: If ``threshold`` is a number and negative or not finite, or a tensor with neither one element a
                 group nor one a weight.
         """
-        weights, thresholds = _listed(weight), _checked(threshold)
+        weights, thresholds = listed(weight), _checked(threshold)
         dims = [unit_dims(each, self.dim if dim is None else dim) for each in weights]
         columns = [list(map(_as_groups, thresholds, weights, dims))] if isinstance(thresholds, list) else []
         for indices, (w, *t) in unit_buckets(dims, weights, *columns):
@@ -363,12 +361,8 @@ class GroupLasso(Penalty):
             put_back_(w, units)
 
 
-def _listed(tensors: Tensors) -> list[Tensor]:
-    return [tensors] if isinstance(tensors, Tensor) else list(tensors)
-
-
 def _dense(gradient: Tensors) -> list[Tensor]:
-    gradients = _listed(gradient)
+    gradients = listed(gradient)
     for each in gradients:
         if each.layout is not torch.strided:
             raise ValueError(
@@ -404,7 +398,7 @@ def _with_gradients(
     """Lists of gradients and of weights on this rank."""
     gradients = _dense(gradient)
     _check("strength", strength)
-    for bucket in buckets(list(map(local_piece, _listed(weight))), list(map(local_piece, gradients))):
+    for bucket in buckets(list(map(local_piece, listed(weight))), list(map(local_piece, gradients))):
         yield bucket.columns[1], bucket.columns[0]
 
 
@@ -425,7 +419,7 @@ def _with_thresholds(
     Raises:
         ValueError: A threshold is a tensor of another shape.
     """
-    weights, thresholds = _listed(weight), _checked(threshold)
+    weights, thresholds = listed(weight), _checked(threshold)
     columns = [weights, thresholds] if isinstance(thresholds, list) else [weights]
     for row in zip(*columns, strict=True):
         if row[-1].shape not in (row[0].shape, local_piece(row[0]).shape):

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from lightning_regularize._checks import check_is_number, is_named
 from lightning_regularize._sharding import local_piece, local_tensor
-from lightning_regularize._steps.buckets import Bucket, buckets, put_back_, stacked
+from lightning_regularize._steps.buckets import Bucket, Tensors, buckets, listed, put_back_, stacked
 
 if dist.is_available():
     from torch.distributed.tensor import DTensor, Partial, Replicate
@@ -53,7 +53,6 @@ _SIZES = (
 )  # fmt: skip
 
 
-Tensors = Tensor | Sequence[Tensor]
 Factors = Callable[[Tensor, torch.dtype], tuple[Tensor, Tensor]]  # of norms: which are to change, and by what factor
 
 
@@ -412,8 +411,8 @@ class SpectralBall(Projection):
         Returns:
             Whether anything was changed, a 0-d bool tensor.
         """
-        weights = _listed(weight)
-        vectors = None if vector is None else _listed(vector)
+        weights = listed(weight)
+        vectors = None if vector is None else listed(vector)
         dims = [unit_dims(each, self.dim if dim is None else dim) for each in weights]
         matrices = [_matrix(each, of_units) for each, of_units in zip(weights, dims, strict=True)]
         alike = [(each.shape, each.dtype, _spread(each), of) for each, of in zip(weights, dims, strict=True)]
@@ -780,18 +779,14 @@ def _margin(dtype: torch.dtype) -> float:
     return eps / 2 if dtype in (torch.float16, torch.bfloat16) else 32 * eps
 
 
-def _listed(tensors: Tensors) -> list[Tensor]:
-    return [tensors] if isinstance(tensors, Tensor) else list(tensors)
-
-
 def _rescale_units_(weight: Tensors, dim: int | Sequence[int] | None, to: Factors) -> Tensor:
-    weights = _listed(weight)
+    weights = listed(weight)
     return _rescale_(weights, [unit_dims(each, dim) for each in weights], to)
 
 
 def _rescale_whole_(weight: Tensors, to: Factors) -> Tensor:
     # With a dim at least: a 0-d factor would be rounded to the weight's own low precision before it multiplies.
-    weights = [each if each.dim() else each.view(1) for each in _listed(weight)]
+    weights = [each if each.dim() else each.view(1) for each in listed(weight)]
     return _rescale_(weights, [tuple(range(each.dim())) for each in weights], to)
 
 
@@ -834,7 +829,7 @@ def _any(changed: list[Tensor], weights: Sequence[Tensor]) -> Tensor:
 
 
 def _into_interval_(weight: Tensors, low: float, high: float) -> Tensor:
-    weights = [local for each in _listed(weight) if (local := local_piece(each)).numel()]
+    weights = [local for each in listed(weight) if (local := local_piece(each)).numel()]
     changed = []
     for _, (those,) in buckets(weights):
         if those[0].is_cpu:
@@ -848,7 +843,7 @@ def _into_interval_(weight: Tensors, low: float, high: float) -> Tensor:
             torch._foreach_clamp_min_(those, low)
             torch._foreach_clamp_max_(those, high)
         changed.append(((smallest < low) | (largest > high)).any())
-    return _any(changed, _listed(weight))
+    return _any(changed, listed(weight))
 
 
 def _matrix(weight: Tensor, dims: tuple[int, ...]) -> Tensor:

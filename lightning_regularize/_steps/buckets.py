@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Sequence
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,11 +19,18 @@ from torch import Tensor
 from lightning_regularize._sharding import local_piece
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterable, Iterator, Sequence
+    from collections.abc import Hashable, Iterable, Iterator
 
 _CPU_BYTES = 2**22  # measured: what is smaller costs more to start than it gains in the cache
 _DEVICE_BYTES = 2**26
 _SMALL_BYTES = 2**16  # on a CPU; glibc's allocator keeps what is below 128 KiB, and may return what is above
+
+Tensors = Tensor | Sequence[Tensor]
+
+
+def listed(tensors: Tensors) -> list[Tensor]:
+    """A list of tensors, of one if it is a tensor."""
+    return [tensors] if isinstance(tensors, Tensor) else list(tensors)
 
 
 class Bucket(NamedTuple):
