@@ -53,6 +53,17 @@ def check_number(value: object, what: str) -> float:
     return value if isinstance(value, int) else float(value)
 
 
+def check_positive_integer(value: object, what: str) -> int:
+    """Refuse what is not an integer of at least 1; a boolean is none.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{what} should be a positive integer, got {value!r}.")
+    return value
+
+
 def check_layer_decay(layer_decay: object) -> None:
     """Refuse what is not a number in (0, 1].
 

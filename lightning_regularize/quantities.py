@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import difflib
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-
-from lightning_regularize import theory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -129,119 +127,6 @@ def combined(sums: Sums, parts: Sequence[int], count: int, norm_type: float = 2.
     return found
 
 
-def settings(optimizer: Any, group: Mapping[str, Any]) -> dict[str, Any]:
-    """What matters here of a parameter group, as it is now: LR schedulers change it right after the step.
-
-    Example:
-        >>> import torch
-        >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1, weight_decay=0.5)
-        >>> settings(optimizer, optimizer.param_groups[0])
-        {'rule': 'SGD', 'lr': 0.1, 'weight_decay': 0.5, 'momentum': 0.0, 'betas': None}
-    """
-    classes = [cls.__name__ for cls in type(optimizer).__mro__]
-    rule = next((name for name in ("AdamW", "Adam", "Lion", "SGD") if name in classes), classes[0])
-    if rule == "Adam" and group.get("decoupled_weight_decay"):
-        rule = "AdamW"
-    if rule == "SGD" and (group.get("nesterov") or group.get("dampening")):
-        rule = "SGD with Nesterov's momentum or dampening"
-    return {
-        "rule": rule,
-        "lr": float(group.get("lr") or 0.0),  # None where the optimizer finds its own
-        "weight_decay": float(group.get("weight_decay") or 0.0),
-        "momentum": float(group.get("momentum", 0.0)),
-        "betas": tuple(map(float, group["betas"])) if "betas" in group else None,
-    }
-
-
-def known_sums(
-    sums: Sums,
-    sizes: Sequence[int],
-    settings_of: Sequence[Mapping[str, Any]] | None,
-    *,
-    expected: bool = False,
-    norm_type: float = 2.0,
-) -> dict[str, Tensor]:
-    """The sums of each parameter that are known without reading it, from those that were read.
-
-    Args:
-        sums: What was read.
-        sizes: Elements of the whole parameters.
-        settings_of: The :func:`settings` of the group of each parameter; None if no quantity needs them.
-        expected: Whether to ask theory; ``weight_square`` should have been read then.
-        norm_type: Of ``gradient_power``.
-
-    Returns:
-        ``size``, and whatever else follows.
-    """
-    known = {"size": torch.tensor(sizes, dtype=torch.float64)}
-    if settings_of is not None:
-        groups = {id(found): found for found in settings_of}
-        rates = {key: _decay_rates(found) for key, found in groups.items()}
-        shares = torch.tensor([rates[id(found)] for found in settings_of], dtype=torch.float64).view(-1, 3)
-        for name, share in zip(("decaying", "decay", "pull"), shares.unbind(dim=1), strict=True):
-            known[name] = share * known["size"]
-    if "spectral_square" in sums:
-        is_matrix = sums["spectral_square"] != 0
-        known["matrices"] = is_matrix.double()
-        known["matrix_square"] = torch.where(is_matrix, sums["weight_square"], 0.0)
-    if expected and settings_of is not None:
-        known |= _expected_sums({**sums, **known}, settings_of, norm_type)
-    return known
-
-
-def _decay_rates(found: Mapping[str, Any]) -> tuple[float, float, float]:
-    """Whether a group decays, the share that a step removes, and one over the timescale.
-
-    Momentum counts in the timescale where decay passes through it, which it does in SGD.
-    """
-    decay = found["lr"] * found["weight_decay"]
-    if not decay > 0:
-        return 0.0, 0.0, 0.0
-    momentum = found["momentum"] if found["rule"].startswith("SGD") else 0.0
-    return 1.0, decay, 1 / theory.timescale(found["lr"], found["weight_decay"], momentum)
-
-
-def _expected_sums(sums: Sums, settings_of: Sequence[Mapping[str, Any]], norm_type: float) -> dict[str, Tensor]:
-    """What theory expects of each parameter; what it does not know counts as measured."""
-    names = [name for name in ("size", "weight_square", "gradient_power") if name in sums]
-    rows = []
-    for found, *values in zip(settings_of, *(sums[name].tolist() for name in names), strict=True):
-        row = dict(zip(names, values, strict=True))
-        if norm_type == 2 and "gradient_power" in row:
-            row["gradient_square"] = row["gradient_power"]
-        predicted = equilibrium(found, row)
-        square, turn = predicted or (row["weight_square"], 0.0)
-        rows.append((float(predicted is not None), square, square * turn**2))
-    columns = torch.tensor(rows, dtype=torch.float64).view(-1, 3).unbind(dim=1)
-    return dict(zip(("known", "expected_square", "expected_turn"), columns, strict=True))
-
-
-def equilibrium(found: Mapping[str, Any], sums: Mapping[str, float]) -> tuple[float, float] | None:
-    """Where noise and weight decay balance, for one parameter, as :mod:`~lightning_regularize.theory` has it.
-
-    Args:
-        found: The :func:`settings` of its group; theory knows AdamW, Lion, and SGD.
-        sums: Of the parameter: ``size``, for SGD also ``weight_square`` and ``gradient_square``.
-
-    Returns:
-        Squared norm of the weights and angle of a step; None where theory has nothing to say.
-    """
-    lr, weight_decay, rule = found["lr"], found["weight_decay"], found["rule"]
-    if not (lr > 0 and weight_decay > 0):
-        return None
-    if rule == "AdamW":
-        angle = theory.equilibrium_angle_adamw(lr, weight_decay, found["betas"][0])
-        return sums["size"] * theory.equilibrium_rms_adamw(lr, weight_decay) ** 2, angle
-    if rule == "Lion" and found["betas"] is not None:
-        angle = theory.equilibrium_angle_lion(lr, weight_decay, *found["betas"])
-        return sums["size"] * theory.equilibrium_rms_lion(lr, weight_decay, *found["betas"]) ** 2, angle
-    if rule == "SGD" and "gradient_square" in sums:
-        gradient = math.sqrt(sums["gradient_square"] * sums["weight_square"])
-        norm = theory.equilibrium_norm_sgd(lr, weight_decay, found["momentum"], gradient)
-        return norm * norm, theory.equilibrium_angle_sgd(lr, weight_decay, found["momentum"])
-    return None
-
-
 def values_of(
     sums: Sums,
     asked: Iterable[str],
@@ -253,7 +138,7 @@ def values_of(
     """The quantities of each part, from its sums.
 
     Args:
-        sums: Of each part, those of :func:`known_sums` included.
+        sums: Of each part, those of :func:`~lightning_regularize.group_settings.known_sums` included.
         asked: Words of :data:`QUANTITIES`.
         norm_type: The exponent of the sums of powers.
         expected: Whether to add what theory expects, as ``<key>/expected``.
@@ -281,6 +166,30 @@ def values_of(
     if "timescale" in found and math.isfinite(steps_per_epoch):
         found["timescale_epochs"] = found["timescale"]._replace(values=found["timescale"].values / steps_per_epoch)
     return found
+
+
+def by_key(found: Mapping[str, Values], parts: Sequence[str]) -> dict[str, float]:
+    """Values by the key under which they are logged, without those that a part does not have.
+
+    Args:
+        found: What :func:`values_of` returns.
+        parts: The names of the parts.
+
+    Example:
+        >>> known = torch.tensor([True, False])
+        >>> by_key({"rms/expected": Values(torch.tensor([0.5, 1.0]), known)}, ["net.0", "net.1"])
+        {'rms/net.0/expected': 0.5}
+    """
+    columns = []
+    for key, (values, is_defined) in found.items():
+        name, slash, suffix = key.partition("/")
+        columns.append((name, slash + suffix, values.tolist(), is_defined.tolist()))
+    return {
+        f"{name}/{part}{suffix}": values[i]
+        for i, part in enumerate(parts)
+        for name, suffix, values, is_defined in columns
+        if is_defined[i]
+    }
 
 
 def _norm(of: str) -> Callable[[Sums, float], Tensor]:
@@ -350,6 +259,17 @@ QUANTITIES: dict[str, Quantity] = {
     ),
 }
 """By the word that asks for it."""
+
+
+def module_of(name: str) -> str:
+    """The module that a parameter belongs to; a parametrization's, the module that is parametrized.
+
+    Example:
+        >>> module_of("net.0.weight"), module_of("net.0.parametrizations.weight.original"), module_of("scale")
+        ('net.0', 'net.0', '_root_')
+    """
+    module, _, parametrization = name.partition("parametrizations.")
+    return (module.rstrip(".") if parametrization else name.rpartition(".")[0]) or "_root_"
 
 
 def check_quantities(asked: Sequence[str]) -> tuple[str, ...]:

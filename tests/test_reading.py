@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_regularize._reading import Reading
 from lightning_regularize._sharding import Sharding
-from lightning_regularize.quantities import QUANTITIES, known_sums, needed_sums, values_of
+from lightning_regularize.group_settings import known_sums
+from lightning_regularize.quantities import QUANTITIES, needed_sums, values_of
 from tests.models import randn
 
 NO_LAUNCHES = (

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from lightning_regularize import quantities
-from lightning_regularize._checks import check_number
+from lightning_regularize import group_settings, quantities
+from lightning_regularize._checks import check_number, check_positive_integer
 from lightning_regularize._reading import Reading
 from lightning_regularize._sharding import gradient_of, is_elsewhere
 from lightning_regularize._steps.targets import Targets
@@ -38,16 +38,10 @@ if TYPE_CHECKING:
     from lightning_regularize.selection import ParameterInfo, Rule
 
 _DETAILS = ("total", "group", "module", "parameter")
-_NO_SETTINGS: dict[str, Any] = {"rule": "", "lr": 0.0, "weight_decay": 0.0, "momentum": 0.0, "betas": None}
 _TOTAL = re.compile(r"(optimizer\d+ )?total")  # parts of the model may be called so as well
 _NONFINITE = ("gradient_nonfinite", "weight_nonfinite")
-_BESIDE = (  # keys that come with quantities
-    *_NONFINITE,
-    "below_threshold",
-    "timescale_epochs",
-    "weight_histogram",
-    "gradient_histogram",
-)
+# Keys that come with quantities.
+_BESIDE = (*_NONFINITE, "below_threshold", "timescale_epochs", "weight_histogram", "gradient_histogram")
 _BYTES = 16 * BINS  # of a histogram on disk: a count and an edge a bin
 
 
@@ -79,9 +73,10 @@ class WeightNormMonitor(Regularizer):
     Beside them: ``gradient_nonfinite/total`` and, where there are any, ``weight_nonfinite/total`` count elements that
     are NaN or infinite; ``below_threshold`` goes with ``sparsity``, and ``timescale_epochs`` with ``timescale``. The
     stable rank of several matrices is that of a matrix with these as diagonal blocks. Effective decay and timescale
-    are means over the elements that decay at all.
+    are means over the elements that decay at all. What a part does not have, such as the ratio to weights that are all
+    0 or the mean of no elements, is left out.
 
-    All but two cost one read of weights or gradients; ``update``, ``ratio`` and ``angle`` keep a copy of the weights
+    Most cost one read of weights or gradients; ``update``, ``ratio`` and ``angle`` keep a copy of the weights
     during a logged step, and ``stable_rank`` reads each matrix 64 times and gathers it where it is sharded.
 
     Args:
@@ -133,7 +128,7 @@ class WeightNormMonitor(Regularizer):
         max_histogram_megabytes: float = 100.0,
     ) -> None:
         super().__init__(locals())
-        self.every_n_steps = None if every_n_steps is None else _positive_integer(every_n_steps, "every_n_steps")
+        self.every_n_steps = None if every_n_steps is None else check_positive_integer(every_n_steps, "`every_n_steps`")
         self.quantities = check_quantities(quantities)
         if detail not in _DETAILS:
             raise ValueError(f"`detail` should be one of {_DETAILS}, got {detail!r}.")
@@ -149,7 +144,7 @@ class WeightNormMonitor(Regularizer):
         self.histograms = histograms
         self.threshold = threshold
         self.expected = expected
-        self.max_keys = _positive_integer(max_keys, "max_keys")
+        self.max_keys = check_positive_integer(max_keys, "`max_keys`")
         self.max_histogram_megabytes = max_histogram_megabytes
         self._needs = needed_sums(self.quantities, expected=expected, below=threshold is not None)
 
@@ -214,7 +209,8 @@ class WeightNormMonitor(Regularizer):
         for _, reading, _settings in readings:
             # DeepSpeed writes the module's weights after its optimizer's step; of a step that was skipped: no change.
             reading.read_changes()
-        numbers = torch.cat([reading.reduced() for _, reading, _settings in readings]).cpu()
+        reduced = [reading.reduced() for _, reading, _settings in readings]
+        numbers = torch.cat([each.to(reduced[0].device) for each in reduced]).cpu()
         of_readings = torch.split(numbers, [reading.count for _, reading, _settings in readings])
         totals: dict[str, float] = {}
         details: dict[str, float] = {}
@@ -222,9 +218,7 @@ class WeightNormMonitor(Regularizer):
         taken: set[str] = set()
         for (watch, reading, settings), own in zip(readings, of_readings, strict=True):
             sums, pictures = reading.sums(own)
-            sums |= quantities.known_sums(
-                sums, reading.sizes, settings, expected=self.expected, norm_type=self.norm_type
-            )
+            sums |= group_settings.known_sums(sums, reading.sizes, settings, self.norm_type, expected=self.expected)
             totals |= self._totals(watch, sums)
             details |= self._details(watch, reading.names, sums, taken)
             drawn |= pictures
@@ -256,8 +250,7 @@ class WeightNormMonitor(Regularizer):
 
     def _read(self, infos: list[ParameterInfo], step: Step) -> Reading:
         """Whatever can be known before the step; nothing waits for the device."""
-        parameters = {info.name: info.parameter for info in infos}
-        sizes = [math.prod(info.shape) for info in infos]
+        parameters, sizes = {info.name: info.parameter for info in infos}, [math.prod(info.shape) for info in infos]
         reading = Reading(parameters, sizes, self._sharding, self._needs, self.norm_type)
         reading.read_weights(self.threshold)
         if self.histograms:
@@ -304,14 +297,14 @@ class WeightNormMonitor(Regularizer):
         if deepspeed_keeper(trainer):  # which has the gradients to itself
             optimizer, held = torch_optimizer(watch.optimizer), held_parameters(trainer.optimizers[watch.index])
             of_groups = zip(trainer.optimizers[watch.index].param_groups, held, strict=True)
-            by_id = {id(p): quantities.settings(optimizer, group) for group, params in of_groups for p in params}
+            by_id = {id(p): group_settings.settings(optimizer, group) for group, params in of_groups for p in params}
         else:
             # What has no gradient neither moves nor decays; the piece of a parameter that is empty need not have one.
             by_id = {
                 id(p): found
                 for leaf in watch.leaves
                 for group in leaf.param_groups
-                for found in [quantities.settings(leaf, group)]
+                for found in [group_settings.settings(leaf, group)]
                 for p in group["params"]
                 if will_move(leaf, p) or not p.numel()
             }
@@ -325,7 +318,7 @@ class WeightNormMonitor(Regularizer):
                     by_id.pop(key, None)
                 elif key in by_id:
                     by_id[key] = by_id[key] | {"weight_decay": value, "lr": method.rate(by_id[key]["lr"])}
-        return [by_id.get(id(info.parameter), _NO_SETTINGS) for info in infos]
+        return [by_id.get(id(info.parameter), group_settings.NO_SETTINGS) for info in infos]
 
     # -- under which names -------------------------------------------------------------------------------------------
 
@@ -344,8 +337,8 @@ class WeightNormMonitor(Regularizer):
         if counted.get("gradient_size") == 0:
             self.warn("WeightNormMonitor logs no gradient norm: no parameter that it watches has a gradient.")
             del counted["gradient_nonfinite"]
-        if not counted.get("weight_nonfinite"):
-            counted.pop("weight_nonfinite", None)
+        if counted.get("weight_nonfinite") == 0:
+            del counted["weight_nonfinite"]
         return values | {f"{name}/{part}": counted[name] for name in _NONFINITE if name in counted}
 
     def _details(self, watch: Watch, names: list[str], sums: dict[str, Tensor], taken: set[str]) -> dict[str, float]:
@@ -368,7 +361,7 @@ class WeightNormMonitor(Regularizer):
         if self.detail == "parameter":
             parts = {name: name for name in names}
         elif self.detail == "module":
-            parts = {name: _owner(name) for name in names}
+            parts = {name: quantities.module_of(name) for name in names}
         else:
             labels = group_labels(watch.optimizer, self.run.label(watch))
             of_groups = zip(labels, held_parameters(watch.optimizer), strict=True)
@@ -380,20 +373,12 @@ class WeightNormMonitor(Regularizer):
 
     def _values(self, parts: list[str], sums: dict[str, Tensor]) -> dict[str, float]:
         """The quantities of parts by key, without those that a part does not have."""
-        steps = _steps_per_epoch(self.run.trainer)
+        batches, accumulated = self.run.trainer.num_training_batches, self.run.trainer.accumulate_grad_batches
+        steps = batches if math.isinf(batches) else math.ceil(batches / accumulated)
         found = quantities.values_of(
             sums, self.quantities, norm_type=self.norm_type, expected=self.expected, steps_per_epoch=steps
         )
-        columns = []
-        for key, (values, is_defined) in found.items():
-            name, slash, suffix = key.partition("/")
-            columns.append((name, slash + suffix, values.tolist(), is_defined.tolist()))
-        return {
-            f"{name}/{part}{suffix}": values[i]
-            for i, part in enumerate(parts)
-            for name, suffix, values, is_defined in columns
-            if is_defined[i]
-        }
+        return quantities.by_key(found, parts)
 
     # -- within limits -----------------------------------------------------------------------------------------------
 
@@ -414,20 +399,3 @@ class WeightNormMonitor(Regularizer):
             return {}
         self._histogram_bytes += len(drawn) * _BYTES
         return dict(itertools.islice(drawn.items(), self.max_keys))
-
-
-def _owner(name: str) -> str:
-    """The module that a parameter belongs to; a parametrization's, to the module that is parametrized."""
-    module, _, parametrization = name.partition("parametrizations.")
-    return (module.rstrip(".") if parametrization else name.rpartition(".")[0]) or "_root_"
-
-
-def _steps_per_epoch(trainer: pl.Trainer) -> float:
-    batches = trainer.num_training_batches
-    return batches if math.isinf(batches) else math.ceil(batches / trainer.accumulate_grad_batches)
-
-
-def _positive_integer(value: object, name: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"`{name}` should be a positive integer, got {value!r}.")
-    return value

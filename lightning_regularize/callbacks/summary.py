@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lightning_regularize import quantities
+from lightning_regularize import group_settings
 from lightning_regularize._trainer.run import group_labels, steps_per_epoch, total_steps
 from lightning_regularize._trainer.strategies import has_optimizer, held_parameters, model_root, torch_optimizer
 from lightning_regularize.advice import DecayingGroup, advise
@@ -161,7 +161,7 @@ def _peak(group: dict[str, Any]) -> float:
 def _group_advice(
     label: str, optimizer: Any, group: dict[str, Any], weight_decay: float, is_decoupled: bool
 ) -> DecayingGroup | None:
-    found = quantities.settings(optimizer, group)
+    found = group_settings.settings(optimizer, group)
     if not (_peak(group) > 0 and weight_decay > 0):
         return None
     return DecayingGroup(
@@ -177,7 +177,7 @@ def _group_advice(
 
 
 def _is_coupled(optimizer: Any, group: dict[str, Any]) -> bool:
-    rule = quantities.settings(optimizer, group)["rule"]
+    rule = group_settings.settings(optimizer, group)["rule"]
     return rule not in ("AdamW", "Lion", "Muon", "Adafactor") and not group.get("decoupled_weight_decay")
 
 
