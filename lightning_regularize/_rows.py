@@ -203,16 +203,14 @@ _MEMORY: dict[Any, Any] = {}
 
 def _remembered(key: Any, make: Callable[[], T]) -> T:
     """What ``make`` makes, once for each key: to make a small tensor takes longer than to compute with it."""
-    made: T
-    if key not in _MEMORY:
+    made: T | None = _MEMORY.get(key)
+    if made is None:
         with torch.inference_mode(False):
             made = make()
-        if any(type(tensor) not in (Tensor, type(None)) for tensor in made):  # fake ones
-            return made
-        if len(_MEMORY) >= 256:
-            _MEMORY.clear()
-        _MEMORY[key] = made
-    made = _MEMORY[key]
+        if all(type(tensor) in (Tensor, type(None)) for tensor in made):  # no fake ones
+            if len(_MEMORY) >= 256:
+                _MEMORY.clear()
+            _MEMORY[key] = made
     return made
 
 

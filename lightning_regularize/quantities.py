@@ -116,14 +116,21 @@ def combined(sums: Sums, parts: Sequence[int], count: int, norm_type: float = 2.
 
     Example:
         >>> sums = {"size": torch.tensor([2.0, 1.0]), "spectral_square": torch.tensor([9.0, 4.0])}
-        >>> combined(sums, [0, 0], 1)
-        {'size': tensor([3.]), 'spectral_square': tensor([9.])}
+        >>> found = combined(sums, [0, 0], 1)
+        >>> found["size"], found["spectral_square"]
+        (tensor([3.]), tensor([9.]))
     """
+    if list(parts) == list(range(count)):
+        return dict(sums)
     index = torch.tensor(parts, dtype=torch.int64)
-    found = {}
-    for name, values in sums.items():
-        is_largest = name in MAXIMA or (math.isinf(norm_type) and name.endswith("_power"))
-        found[name] = values.new_zeros(count).scatter_reduce_(0, index, values, "amax" if is_largest else "sum")
+    found: dict[str, Tensor] = {}
+    largest = {name for name in sums if name in MAXIMA or (math.isinf(norm_type) and name.endswith("_power"))}
+    for names, reduce in ((sums.keys() - largest, "sum"), (largest, "amax")):
+        if names:  # all at once
+            values = torch.stack([sums[name] for name in names])
+            of_parts = values.new_zeros(len(names), count)
+            of_parts.scatter_reduce_(1, index.expand_as(values), values, reduce)
+            found |= dict(zip(names, of_parts.unbind(), strict=True))
     return found
 
 

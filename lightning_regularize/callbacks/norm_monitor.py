@@ -348,11 +348,11 @@ class WeightNormMonitor(Regularizer):
         if not parts:
             return {}
         places = {part: i for i, part in enumerate(parts)}
-        index = [places[part_of[name]] if name in part_of else len(parts) for name in names]
-        of_parts = quantities.combined(sums, index, len(parts) + 1, self.norm_type)
+        index = [places.get(part_of.get(name, ""), len(parts)) for name in names]  # the last is of no part
+        of_parts = quantities.combined(sums, index, max(index) + 1, self.norm_type)
         labels = [f"{self.run.label(watch)} {part}" if part in taken else part for part in parts]
         taken |= set(parts)
-        return self._values(labels, {name: values[:-1] for name, values in of_parts.items()})
+        return self._values(labels, {name: values[: len(parts)] for name, values in of_parts.items()})
 
     def _parts(self, watch: Watch, names: list[str]) -> dict[str, str]:
         """The part of the model that each parameter belongs to, by its name."""
