@@ -283,9 +283,8 @@ class Stable(DecayMethod):
         scale = getattr(optimizer, "grad_scale", None)
         if scale is not None:
             rows[:, 0] /= scale.to(rows) ** 2
-        of_groups = torch.split(rows, [len(group["params"]) for group in groups])
-        pairs = zip(of_groups, groups, strict=True)
-        total = functools.reduce(torch.add, [_sum_of_v_hat(rows, group["betas"][1]) for rows, group in pairs])
+        of_groups = zip(torch.split(rows, [len(group["params"]) for group in groups]), groups, strict=True)
+        total = functools.reduce(torch.add, [_sum_of_v_hat(part, group["betas"][1]) for part, group in of_groups])
         # Where all gradients are zero Adam does not move either, so nothing decays.
         return (rows[:, 3].sum() / total).sqrt().nan_to_num(nan=0.0, posinf=0.0)
 
@@ -311,10 +310,12 @@ def _sum_of_v_hat(rows: Tensor, beta: float | Tensor) -> Tensor:
 def _of_adam(optimizer: Optimizer, parameter: Tensor) -> tuple[Tensor, Tensor, float | Tensor]:
     """Of a parameter here: its gradient, Adam's average of squared gradients, and the steps made; empty without one."""
     gradient = gradient_of(parameter)
-    state = {} if gradient is None else optimizer.state.get(parameter, {})
-    found = [gradient, state.get("exp_avg_sq")]
-    gradient, average = [local_piece(parameter).new_empty(0) if each is None else local_piece(each) for each in found]
-    return gradient, average, state.get("step", 0.0)
+    if gradient is None:
+        nothing = local_piece(parameter).new_empty(0)
+        return nothing, nothing, 0.0
+    gradient, state = local_piece(gradient), optimizer.state.get(parameter, {})
+    average = state.get("exp_avg_sq")
+    return gradient, gradient.new_empty(0) if average is None else local_piece(average), state.get("step", 0.0)
 
 
 def _counts(steps: Sequence[float | Tensor], numel: Tensor, like: Tensor) -> tuple[Tensor, ...]:
