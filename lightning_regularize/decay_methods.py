@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
+    from lightning_regularize.selection import ParameterInfo
+
 
 class Target(NamedTuple):
     """A parameter that decays in this step.
@@ -62,8 +64,6 @@ class DecayMethod(ABC):  # noqa: B024 each method does one of three things, none
     """Is it known before a step which share of a weight that removes?"""
     needs_real_weights = False
     """Does it compare signs or sizes, which complex weights do not have?"""
-    needs_dense_gradients = False
-    """Does decay meet the gradient, which has to have all elements then?"""
     rounds_like_a_product = True
     """Are half-precision weights multiplied by a factor that may round to 1?"""
 
@@ -83,6 +83,16 @@ class DecayMethod(ABC):  # noqa: B024 each method does one of three things, none
         return (
             f"{type(optimizer).__name__} has lr=None and chooses its learning rate by itself, and "
             f"{type(self).__name__.lower()} weight decay needs it: give it a rate, or use method='independent'."
+        )
+
+    def refuse_sparse(self, infos: Sequence[ParameterInfo]) -> str:
+        """Why this method cannot let ``infos`` decay, if the gradients of one of them are sparse; otherwise empty."""
+        sparse = [i.name for i in infos if i.parameter.requires_grad and getattr(i.owner, "sparse", False)]
+        if not sparse or not (self.uses_optimizer or self.adds_to_gradients):
+            return ""
+        return (
+            f"{sparse} have sparse gradients, to which no decay can be added. Leave them out, by "
+            "`exclude=(*DEFAULT_EXCLUDE, \"embedding\")`, use `sparse=False`, or WeightDecay(..., method='decoupled')."
         )
 
     def rate(self, lr: float) -> float:
@@ -112,7 +122,6 @@ class ByOptimizer(DecayMethod):
     """The optimizer decays by itself; its groups are split while it steps."""
 
     uses_optimizer = True
-    needs_dense_gradients = True
 
     def refuse(self, optimizer: Optimizer) -> str:
         """LBFGS, Rprop and others have no weight decay."""
@@ -130,7 +139,6 @@ class Coupled(DecayMethod):
     r"""As the gradient of an L2 penalty: :math:`g \leftarrow g + \lambda w`, then the step."""
 
     adds_to_gradients = True
-    needs_dense_gradients = True
     rounds_like_a_product = False
 
     def on_gradients(self, targets: Sequence[Target], scale: Tensor | None) -> None:
@@ -374,3 +382,16 @@ METHODS: dict[str, type[DecayMethod]] = {
     "stable": Stable,
 }
 """By the word that asks for it."""
+
+_INSTEAD = {"adamw": " AdamW's is 'optimizer' with AdamW itself, else 'decoupled'.", "l2": " It is 'coupled'."}
+
+
+def check_method(method: object) -> None:
+    """Refuse what is not a word of :data:`METHODS`.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    if method not in METHODS:
+        instead = _INSTEAD.get(str(method).lower(), "")
+        raise ValueError(f"`method` should be one of {tuple(METHODS)}, got {method!r}.{instead}")

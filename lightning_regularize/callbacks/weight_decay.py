@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -20,7 +20,7 @@ from lightning_regularize._trainer.run import group_labels
 from lightning_regularize._trainer.strategies import check_gradients_are_the_modules, check_weights_are_the_optimizers
 from lightning_regularize.callbacks._base import Regularizer
 from lightning_regularize.decay import HALF
-from lightning_regularize.decay_methods import METHODS, DecayMethod, Decoupled, Independent, Stable, Target, will_move
+from lightning_regularize.decay_methods import METHODS, DecayMethod, Target, check_method, will_move
 from lightning_regularize.groups import Grouping, check_something_decays
 from lightning_regularize.schedules import Constant, Schedule, Timescale, as_schedule, check_total_steps
 from lightning_regularize.selection import DEFAULT_EXCLUDE, FOREIGN, ParameterInfo, Rule, foreign_info
@@ -42,19 +42,6 @@ class _Decision:
     info: ParameterInfo
     factor: float
     rule: str
-
-
-_INSTEAD = {
-    "adamw": " AdamW's own decay is method='optimizer'; for another optimizer it is method='decoupled'.",
-    "sgdw": " It is method='decoupled'.",
-    "l2": " It is method='coupled'.",
-    "cpr": " It is the callback ConstrainedDecay.",
-    "swd": " It is method='stable'.",
-}
-_OF_SPARSE = (
-    "have sparse gradients, beside which torch's optimizers cannot decay. Leave them out, by "
-    "`exclude=(*DEFAULT_EXCLUDE, \"embedding\")`, use `sparse=False`, or WeightDecay(..., method='decoupled')."
-)
 
 
 class WeightDecay(Regularizer):
@@ -124,9 +111,7 @@ class WeightDecay(Regularizer):
         self.schedule = None if weight_decay is None else as_schedule(weight_decay, name="weight_decay")
         self.grouping = Grouping(exclude, {} if factors is None else factors)
         self.total_steps = check_total_steps(total_steps)
-        if method not in METHODS:
-            instead = _INSTEAD.get(str(method).lower(), "")
-            raise ValueError(f"`method` should be one of {tuple(METHODS)}, got {method!r}.{instead}")
+        check_method(method)
         if weight_decay is None and method != "optimizer":
             raise ValueError(
                 f"`weight_decay=None` keeps the optimizer's own decay, it needs method='optimizer', got {method!r}."
@@ -223,13 +208,8 @@ class WeightDecay(Regularizer):
         needs_none = self.decay_method.uses_optimizer and not has_decay and self.schedule in (None, Constant(0.0))
         if not needs_none and any(decision.factor for decision in decisions):
             reason = reason or self.decay_method.refuse(leaf)
-        if self.decay_method.needs_dense_gradients and self.schedule not in (None, Constant(0.0)):
-            sparse = [
-                d.info.name
-                for d in decisions
-                if d.factor and d.info.parameter.requires_grad and getattr(d.info.owner, "sparse", False)
-            ]
-            reason = reason or (f"{sparse} {_OF_SPARSE}" if sparse else "")
+            if self.schedule != Constant(0.0) and self.schedule is not None:
+                reason = reason or self.decay_method.refuse_sparse([d.info for d in decisions if d.factor])
         if reason:
             raise MisconfigurationException(reason)
 
@@ -251,9 +231,8 @@ class WeightDecay(Regularizer):
 
     def _make_method(self, run: Run) -> DecayMethod:
         kind = METHODS[self.method]
-        if issubclass(kind, (Decoupled, Independent)):
-            return kind(stochastic=self.rounding == "stochastic", seed=self.seed)
-        return Stable(run.sharding()) if issubclass(kind, Stable) else kind()
+        known = {"stochastic": self.rounding == "stochastic", "seed": self.seed, "sharding": run.sharding()}
+        return kind(**{field.name: known[field.name] for field in fields(kind)})  # type: ignore[arg-type]
 
     def _learn(self, info: ParameterInfo) -> _Decision:
         return _Decision(info, *self.grouping.decide(info))

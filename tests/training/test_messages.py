@@ -31,6 +31,7 @@ from lightning_regularize import (
 from lightning_regularize.callbacks.generalization_gap import GeneralizationGapMonitor
 from lightning_regularize.projections import FrobeniusBall, FrobeniusSphere, MaxNorm, SpectralBall, UnitNorm
 from lightning_regularize.schedules import Cosine, FromLRScheduler, Join, Linear, Steps, Warmup
+from lightning_regularize.selection import DEFAULT_EXCLUDE
 from tests.models import VisionTransformer
 from tests.training.support import QUIET, Batches, Regression, make_trainer
 
@@ -70,6 +71,15 @@ ARGUMENTS = {
         lambda: AnchorDecay(0.1, exclude={"bias"}),
         r"AnchorDecay: `exclude` should be a sequence of rules, got {'bias'}; a list or a tuple is one\.",
     ),
+    "AdamW's decay": (
+        lambda: WeightDecay(0.1, method="adamw"),
+        r"WeightDecay: `method` .* got 'adamw'\. AdamW's is 'optimizer' with AdamW itself, else 'decoupled'\.$",
+    ),
+    "a decay as L2": (
+        lambda: WeightDecay(0.1, method="L2"),
+        r"WeightDecay: `method` .* got 'L2'\. It is 'coupled'\.$",
+    ),
+    "another method": (lambda: WeightDecay(0.1, method="strong"), r"WeightDecay: `method` .* got 'strong'\.$"),
     "factors in a list": (
         lambda: WeightDecay(0.1, factors=["bias"]),
         r"WeightDecay: `factors` should map rules to numbers, got \['bias'\]\. Write, for example, {",
@@ -339,3 +349,58 @@ def test_what_is_defined_in_a_module_can_be_pickled():
     anchor = {"weight": torch.ones(2, 2)}
     for callback in (WeightDecay(of_own_position), L1Penalty(schedule), AnchorDecay(0.1, anchor=anchor)):
         assert type(pickle.loads(pickle.dumps(callback))) is type(callback)
+
+
+# -- sparse gradients --------------------------------------------------------------------------------------------------
+
+
+class Sparse(Regression):
+    """Its embedding has gradients for the rows that were looked up."""
+
+    def __init__(self, make_optimizer, kind=nn.Embedding):
+        super().__init__(make_optimizer)
+        self.embedding = kind(6, 4, sparse=True).double()
+
+    def loss(self, batch):
+        return super().loss(batch) + self.embedding(torch.tensor([[0, 3]])).sum()
+
+
+class Embeddings(nn.EmbeddingBag):
+    """A class of one's own."""
+
+
+SPARSE = {
+    "SGD": (functools.partial(SGD, lr=0.1), nn.Embedding),
+    "Adagrad": (functools.partial(torch.optim.Adagrad, lr=0.1), nn.Embedding),
+    "a bag": (functools.partial(SGD, lr=0.1), Embeddings),
+}
+
+
+@pytest.mark.parametrize(("make", "kind"), SPARSE.values(), ids=SPARSE)
+@pytest.mark.parametrize("method", ["optimizer", "coupled"])
+def test_sparse_gradients_are_named_before_any_weight_changes(make, kind, method):
+    module = Sparse(make, kind)
+    before = module.embedding.weight.detach().clone()
+    message = r"\['embedding\.weight'\] have sparse gradients.*`exclude=\(\*DEFAULT_EXCLUDE, \"embedding\"\)`"
+    with pytest.raises(MisconfigurationException, match=message):
+        make_trainer(WeightDecay(0.1, method=method), max_steps=2).fit(module, Batches())
+    assert torch.equal(module.embedding.weight, before)
+
+
+ALLOWED = {
+    "excluded": WeightDecay(0.1, exclude=(*DEFAULT_EXCLUDE, "embedding")),
+    "decoupled": WeightDecay(0.1, method="decoupled"),
+    "none": WeightDecay(0.0),
+    "as given": WeightDecay(None),
+}
+
+
+@pytest.mark.parametrize("callback", ALLOWED.values(), ids=ALLOWED)
+def test_sparse_gradients_to_which_nothing_is_added(callback):
+    make_trainer(copy.copy(callback), max_steps=2).fit(Sparse(functools.partial(SGD, lr=0.1)), Batches())
+
+
+def test_a_sparse_embedding_that_is_frozen():
+    module = Sparse(functools.partial(SGD, lr=0.1))
+    module.embedding.requires_grad_(False)
+    make_trainer(WeightDecay(0.1), max_steps=2).fit(module, Batches())

@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
+from torch._subclasses.fake_tensor import is_fake
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_regularize import WeightDecay, WeightNormMonitor, schedules
@@ -1064,7 +1065,8 @@ class Alive(L.Callback):
             self.after_batch = self.count()
 
     def count(self):
-        storages = [t.untyped_storage() for t in gc.get_objects() if issubclass(type(t), torch.Tensor)]
+        tensors = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor) and not is_fake(t)]
+        storages = [tensor.untyped_storage() for tensor in tensors]
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
