@@ -755,6 +755,19 @@ def _of_torch_scheduler(value: object) -> str:
     return f" Of a torch scheduler write FromLRScheduler(functools.partial({kind.__name__}, ...))."
 
 
+def timescales_in(schedule: object) -> list[Timescale]:
+    """The :class:`Timescale` that a schedule is, or that it is made of.
+
+    Example:
+        >>> timescales_in(Warmup(Timescale(steps=10), steps=3))
+        [Timescale(epochs=None, steps=10, fraction=None, schedule=None)]
+    """
+    if isinstance(schedule, Timescale):
+        return [schedule]
+    parts = [getattr(schedule, "schedule", None), *getattr(schedule, "schedules", ())]
+    return [found for part in parts if part is not None for found in timescales_in(part)]
+
+
 def _needs_total_steps(schedule: ScheduleLike) -> bool:
     return isinstance(schedule, Schedule) and schedule.needs_total_steps
 

@@ -19,7 +19,7 @@ from lightning_regularize._steps.parts import user_groups
 from lightning_regularize._steps.targets import held_by
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, MutableMapping, Sequence
+    from collections.abc import Callable, MutableMapping, Sequence
 
     from lightning_regularize._steps.targets import Held
 
@@ -28,15 +28,16 @@ if TYPE_CHECKING:
 
 
 _UNWRITTEN = object()
+_DECAY = "weight_decay"
 
 
 @dataclass(eq=False)
 class Given:
     """What the user gave a group."""
 
-    value: float | None  # None where torch has filled in a default
-    before: float | None  # what is to be put back; None where there was no weight decay yet
-    written: Any = _UNWRITTEN  # what stands there meanwhile, as :func:`_stamp`
+    value: float | None  # None where torch has filled in its default
+    original: float | None  # what is put back, a default too; None where there was no weight decay yet
+    written: Any = _UNWRITTEN  # by us, see :func:`_stamp`
 
 
 @dataclass(eq=False)
@@ -45,12 +46,12 @@ class _Leaf:
 
     held: Held
     groups: list[dict[str, Any]] = field(default_factory=list)
-    at: tuple[Any, ...] = ()
+    position: tuple[Any, ...] = ()
     values: list[Any] = field(default_factory=list)
     written: list[Any] | None = None
     ratios: list[float] | None = None
-    largest: list[float] = field(default_factory=list)
-    version: int = 0
+    largest_factors: list[float] = field(default_factory=list)
+    held_version: int = 0
 
 
 class GroupDecay:
@@ -63,7 +64,8 @@ class GroupDecay:
         value_of: The weight decay of a group; None to leave the groups as they are.
         factors_of: The factors of the parameters in each group of an optimizer.
         shows_value: Does a group show its value? It shows 0 where something else than the optimizer decays.
-        known: What is known of groups, by parameter: an optimizer may be made of another one's groups in mid-run.
+        of_run: What is known of all groups in the run, by parameter: an optimizer may be made of another one's groups.
+        warn: Says that somebody else writes into the groups.
     """
 
     def __init__(
@@ -73,68 +75,65 @@ class GroupDecay:
         factors_of: Callable[[Any], list[list[float]]],
         *,
         shows_value: bool,
-        known: MutableMapping[Tensor, Given],
+        of_run: MutableMapping[Tensor, list[Given]],
+        warn: Callable[[str], None],
     ) -> None:
         self._optimizer, self._value_of = ref(optimizer), value_of
-        self._factors_of, self._shows_value = factors_of, shows_value
-        self._known_to_all = known
+        self._factors_of, self._shows_value, self._warn = factors_of, shows_value, warn
+        self._of_run = of_run
         # With the group, which keeps its identity from being used twice.
-        self._known: dict[int, tuple[dict[str, Any], Given]] = {}
+        self._of_group: dict[int, tuple[dict[str, Any], Given]] = {}
         self._of_parameter: MutableMapping[Tensor, Given] = WeakTensorKeyDictionary()
         self._leaves: WeakKeyDictionary[Any, _Leaf] = WeakKeyDictionary()
         self._groups: list[dict[str, Any]] = []
         self._ids: list[int] = []
         self._is_warned = False
         for group in user_groups(optimizer):
-            given = _find(known, group)
-            if given is None or given.written is not group.get("weight_decay"):
-                given = _given(group)
-            self._learn(group, replace(given, written=_UNWRITTEN))
+            before = [given for parameter in group["params"] for given in of_run.get(parameter, ())]
+            given = next((each for each in before if _is_written(each, group)), None)
+            self._learn(group, _read(group) if given is None else replace(given, written=_UNWRITTEN))
         self.look()
 
     # -- what the user gave --------------------------------------------------------------------------------------------
 
-    def look(self) -> bool:
-        """Learn groups that were added, and dictionaries that were replaced; forget those that are gone.
-
-        Returns:
-            Has anything changed?
-        """
+    def look(self) -> None:
+        """Learn groups that were added, and dictionaries that were replaced; forget those that are gone."""
         optimizer = self._optimizer()
         groups = user_groups(optimizer)
         ids = list(map(id, groups))
         if ids == self._ids:
-            return False
+            return
         self._groups, self._ids = list(groups), ids
         held = {id(group) for each in (optimizer, *self._leaves) for group in user_groups(each)}
-        for key in self._known.keys() - held:
-            del self._known[key]
+        for key in self._of_group.keys() - held:
+            del self._of_group[key]
         for group in groups:
             self._given(group)
         self._leaves.clear()
-        return True
 
     def _given(self, group: dict[str, Any]) -> Given:
-        if id(group) in self._known:
-            return self._known[id(group)][1]
-        if known := _find(self._of_parameter, group):
+        if id(group) in self._of_group:
+            return self._of_group[id(group)][1]
+        known = next((self._of_parameter[p] for p in group["params"] if p in self._of_parameter), None)
+        if known is not None:
             return self._learn(group, replace(known, written=_UNWRITTEN))
-        found, defaults = _given(group), getattr(self._optimizer(), "defaults", {})
+        given, defaults = _read(group), getattr(self._optimizer(), "defaults", {})
         # A default of a group that is added in mid-run was not given by the user.
-        return self._learn(group, replace(found, value=None) if found.value == _value(defaults) else found)
+        return self._learn(group, replace(given, value=None) if given.value == _value(defaults) else given)
 
     def _learn(self, group: dict[str, Any], given: Given) -> Given:
-        self._known[id(group)] = group, given
+        self._of_group[id(group)] = group, given
         for parameter in group["params"]:
-            self._of_parameter[parameter] = self._known_to_all[parameter] = given
+            self._of_parameter[parameter] = given
+            self._of_run.setdefault(parameter, []).append(given)
         return given
 
     def restore(self, saved: Sequence[float | None]) -> None:
         """Use the values of :meth:`state`, if there are as many groups."""
         self.look()
         if len(saved) == len(self._groups):
-            for group, given in zip(self._groups, saved, strict=True):
-                self._learn(group, Given(given, _value(group) if given is None else given))
+            for group, value in zip(self._groups, saved, strict=True):
+                self._learn(group, Given(value, _value(group) if value is None else value))
             self._leaves.clear()
 
     def state(self) -> list[float | None]:
@@ -162,13 +161,13 @@ class GroupDecay:
             found = self._leaves[leaf] = _Leaf(held_by(leaf))
         found.groups = groups = self._groups if leaf is self._optimizer() else user_groups(leaf)
         if self._value_of is None:
-            found.values = [group.get("weight_decay", 0.0) for group in groups]
+            found.values = [group.get(_DECAY, 0.0) for group in groups]
             return found
-        at = number, epoch, *[group.get("lr") for group in groups]
-        if found.at != at or Tensor in map(type, at):
+        position = number, epoch, *[group.get("lr") for group in groups]
+        if found.position != position or Tensor in map(type, position):
             if found.ratios is None or len(found.ratios) != len(groups):
                 found.ratios = list(map(self.ratio, groups))
-            found.at = at
+            found.position = position
             found.values = [self._value_of(group, number, r) for group, r in zip(groups, found.ratios, strict=True)]
         return found
 
@@ -177,10 +176,10 @@ class GroupDecay:
         return self._shown(leaf, self._computed(leaf, number, epoch))
 
     def _shown(self, leaf: Any, found: _Leaf) -> list[Any]:
-        if found.version != found.held.version or not found.version:
-            found.largest = self._largest_factors(leaf)
-            found.version = found.held.version
-        return list(map(mul, found.values, found.largest))
+        if found.held_version != found.held.version or not found.held_version:
+            found.largest_factors = self._largest_factors(leaf)
+            found.held_version = found.held.version
+        return list(map(mul, found.values, found.largest_factors))
 
     def _largest_factors(self, leaf: Any) -> list[float]:
         largest = [max(factors, default=1.0) for factors in self._factors_of(leaf)]
@@ -202,47 +201,45 @@ class GroupDecay:
             The :meth:`values` of that step.
         """
         found = self._computed(leaf, number, epoch)
-        if self._value_of is None or found.written is found.values:
+        if self._value_of is None or (found.written is found.values and not any(map(self._is_changed, found.groups))):
             return found.values
-        self._write(found.groups, self._shown(leaf, found))
+        self._write(leaf, found.groups, self._shown(leaf, found))
         outer = self._optimizer()
         if leaf is not outer:
             own = set(map(id, found.groups))
             shown = zip(self._groups, self.shown(outer, number, epoch), strict=True)
             others = [(group, value) for group, value in shown if id(group) not in own]
-            self._write([group for group, _ in others], [value for _, value in others])
+            self._write(outer, [group for group, _ in others], [value for _, value in others])
         found.written = found.values
         return found.values
 
-    def _write(self, groups: Sequence[dict[str, Any]], values: Sequence[float]) -> None:
-        for group, value in zip(groups, values, strict=True):
-            if "weight_decay" in group:
-                given = self._given(group)
-                if given.before is None:  # ZeroRedundancyOptimizer has copied the key from its inner optimizer
-                    befores = (self._of_parameter[p].before for p in group["params"])
-                    given.before = next((b for b in befores if b is not None), _value(group))
-                given.written = _set(group, value if self._shows_value else 0.0)
+    def _is_changed(self, group: dict[str, Any]) -> bool:
+        return _DECAY in group and not _is_written(self._given(group), group)
 
-    def check_unchanged(self, leaf: Any, warn: Callable[[str], None]) -> None:
-        """Write again, and warn once, where somebody else has written; a new dictionary is no such case."""
-        for i, group in enumerate(leaf.param_groups, start=1):
-            written = self._known[id(group)][1].written if id(group) in self._known else _UNWRITTEN
-            if written == _stamp(group.get("weight_decay")):
-                continue
-            if leaf in self._leaves:
-                self._leaves[leaf].written = None
-            if written is not _UNWRITTEN and not self._is_warned:
+    def _write(self, optimizer: Any, groups: Sequence[dict[str, Any]], values: Sequence[float]) -> None:
+        decaying = [(group, self._given(group), v) for group, v in zip(groups, values, strict=True) if _DECAY in group]
+        for group, given, _ in decaying:
+            if given.original is None:  # ZeroRedundancyOptimizer has copied the key from its inner optimizer
+                originals = (self._of_parameter[p].original for p in group["params"])
+                given.original = next((each for each in originals if each is not None), _value(group))
+            if given.written is not _UNWRITTEN and not self._is_warned and not _is_written(given, group):
                 self._is_warned = True
-                warn(
-                    f"Somebody has set weight_decay={_value(group):g} in group {group.get('name') or f'pg{i}'!r} of "
-                    f"{type(leaf).__name__} during training. WeightDecay overrides it by its own value."
+                name = group.get("name") or f"pg{1 + next(i for i, each in enumerate(groups) if each is group)}"
+                self._warn(
+                    f"Somebody has set weight_decay={_value(group):g} in group {name!r} of {type(optimizer).__name__} "
+                    "during training. WeightDecay overrides it by its own value."
                 )
+        # Several groups may hold one tensor, as torch makes it of a default.
+        for group, _, value in decaying:
+            _set(group, value if self._shows_value else 0.0)
+        for group, given, _ in decaying:
+            given.written = _stamp(group[_DECAY])
 
     def put_back(self) -> None:
         """Write the values that the groups had before."""
-        for group, given in self._known.values():
+        for group, given in self._of_group.values():
             if given.written is not _UNWRITTEN:
-                _set(group, given.before or 0.0)
+                _set(group, given.original or 0.0)
                 given.written = _UNWRITTEN
 
 
@@ -260,25 +257,28 @@ def check_given(given: Any) -> None:
         )
 
 
-def _find(known: Mapping[Tensor, Given], group: dict[str, Any]) -> Given | None:
-    return next((known[p] for p in group["params"] if p in known), None)
-
-
-def _given(group: dict[str, Any]) -> Given:
-    return Given(_value(group), _value(group) if "weight_decay" in group else None)
-
-
-def _set(group: dict[str, Any], value: float) -> Any:
-    """Write ``weight_decay``, and return its stamp. Captured graphs and compiled steps hold the tensor in its place."""
-    if isinstance(group["weight_decay"], Tensor):
-        return _stamp(group["weight_decay"].fill_(value))
-    group["weight_decay"] = value
-    return value
+def _read(group: dict[str, Any]) -> Given:
+    return Given(_value(group), _value(group) if _DECAY in group else None)
 
 
 def _value(group: dict[str, Any]) -> float:
-    return float(group.get("weight_decay") or 0.0)
+    return float(group.get(_DECAY) or 0.0)
+
+
+def _set(group: dict[str, Any], value: float) -> None:
+    """Captured graphs and compiled steps hold a tensor that stands there."""
+    if isinstance(group[_DECAY], Tensor):
+        group[_DECAY].fill_(value)
+    else:
+        group[_DECAY] = value
 
 
 def _stamp(value: Any) -> Any:
+    """What tells a value from one that somebody else writes: of a tensor, which may be written into, its version."""
     return (id(value), value._version) if isinstance(value, Tensor) else value
+
+
+def _is_written(given: Given, group: dict[str, Any]) -> bool:
+    """Is the weight decay of a group what was written there? An equal number may be somebody else's."""
+    value = group.get(_DECAY)
+    return bool(given.written == _stamp(value)) if isinstance(value, Tensor) else given.written is value

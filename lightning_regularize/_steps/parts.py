@@ -62,7 +62,12 @@ class _Noted:
 
 
 def _contents(value: Any) -> Any:
-    return value._version if isinstance(value, Tensor) else value.copy()
+    """What can be compared with what a value holds later. Tensors have no single answer to that, but a version."""
+    if isinstance(value, Tensor):
+        return id(value), value._version
+    if type(value) is dict:
+        return {key: _contents(each) for key, each in value.items()}
+    return [_contents(each) for each in value] if type(value) in (list, tuple) else value
 
 
 @dataclass
@@ -207,7 +212,7 @@ def _part(group: dict[str, Any], places: list[int]) -> dict[str, Any]:
 def _copy_to_parts(group: dict[str, Any], division: _Division) -> None:
     for key in division.in_group.changed(group):
         for part in division.parts:
-            _set_value(part, key, group[key], own=len(division.parts) > 1)
+            _set_value(part, key, group[key])
         division.in_group.note(key, group[key])
     for key in division.in_group.forget_missing(group):
         for part in division.parts:
@@ -218,19 +223,19 @@ def _copy_from_parts(group: dict[str, Any], division: _Division) -> None:
     first = division.parts[0]
     for key in division.in_part.changed(first):
         if key not in group or first[key] is not group[key]:
-            _set_value(group, key, first[key], own=len(division.parts) > 1)
+            _set_value(group, key, first[key])
         division.in_group.note(key, group[key])
 
 
-def _set_value(target: dict[str, Any], key: str, value: Any, *, own: bool = False) -> None:
-    """Write a value. A tensor that is there keeps its identity, which compiled steps and captured graphs hold."""
+def _set_value(target: dict[str, Any], key: str, value: Any) -> None:
+    """Write a value that nobody shares. A tensor that is there stays: compiled steps and captured graphs hold it."""
     known = target.get(key)
     if isinstance(known, Tensor) and known is not value and (not isinstance(value, Tensor) or _is_alike(known, value)):
         known.fill_(value) if not isinstance(value, Tensor) else known.copy_(value)
-    elif own and isinstance(value, Tensor):
+    elif isinstance(value, Tensor):
         target[key] = value.clone()
     else:
-        target[key] = type(value)(value) if own and type(value) in (dict, list) else value
+        target[key] = type(value)(value) if type(value) in (dict, list) else value
 
 
 def _is_alike(a: Tensor, b: Tensor) -> bool:
@@ -246,6 +251,10 @@ def _differing(division: _Division) -> list[dict[str, Any]]:
 def _is_equal(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         return isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b)
+    if type(a) is type(b) is dict:
+        return a.keys() == b.keys() and all(_is_equal(a[key], b[key]) for key in a)
+    if type(a) is type(b) and isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(_is_equal, a, b))
     return bool(a == b)
 
 

@@ -54,8 +54,6 @@ class Watch:
         self._steps: dict[Optimizer, int] = {}  # of each
         self._announced: set[Optimizer] = set()
         self._start, self._is_pending, self._is_counted = steps, False, False
-        self.memory: Any = None
-        """What ``work`` keeps for this optimizer, for as long as it watches it."""
         self.refresh()
 
     @property

@@ -55,6 +55,11 @@ def gather(
     row.histograms.update(histograms or {})
 
 
+def forget(trainer: pl.Trainer) -> None:
+    """Log nothing of a batch that an exception has ended."""
+    _ROWS.pop(trainer, None)
+
+
 def is_waiting(trainer: pl.Trainer) -> bool:
     """Is there something to log?"""
     return bool(_ROWS) and trainer in _ROWS

@@ -46,7 +46,7 @@ class TrainerRun(Run):
         self.trainer, self.lightning_module, self._work = trainer, module, work
         self._steps: list[int] = []
         self._deepspeed = getattr(trainer.strategy, "deepspeed_engine", None)
-        self._scaler: Any = getattr(trainer.precision_plugin, "scaler", None)
+        self._scaler: Any = None
 
     def _now(self) -> list[Any]:
         return list(self.trainer.optimizers) if has_optimizer(self.trainer) else []  # or a mock
@@ -94,6 +94,7 @@ class TrainerRun(Run):
     def refresh(self) -> None:
         """Watch the optimizers that the Trainer has now; one that replaces another goes on with its count."""
         self.clock.epoch = self.trainer.current_epoch
+        self._scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         optimizers = self.optimizers
         known = {watch.index: watch for watch in self.watches}
         for i, optimizer in enumerate(optimizers):
@@ -167,8 +168,9 @@ def logs_now(trainer: pl.Trainer, every_n_steps: int | None = None) -> bool:
     """Is this a step on which Lightning logs, or with ``every_n_steps`` every such one?"""
     # As `trainer._logger_connector.should_update_logs`, which calls ten functions to learn that this is a `fit`.
     every: int = every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
-    is_due = every > 0 and (logged_step(trainer) + 1) % every == 0
-    return is_due or (every_n_steps is None and every > 0 and trainer.should_stop)
+    if not every:
+        return False
+    return (logged_step(trainer) + 1) % every == 0 or (every_n_steps is None and trainer.should_stop)
 
 
 def logged_step(trainer: pl.Trainer) -> int:
@@ -195,7 +197,7 @@ def total_steps(trainer: pl.Trainer) -> float:
         _ = trainer.estimated_stepping_batches  # sets the data up
     epochs, steps = _training_epochs(trainer), math.inf
     if epochs is not None:
-        steps = sum(_steps_of_epoch(trainer, epoch) for epoch in range(epochs))
+        steps = _steps_of_epochs(trainer, epochs)
     if trainer.max_steps != -1:
         # Under manual optimization it counts the steps of all optimizers together.
         steps = min(steps, math.ceil(trainer.max_steps / max(len(trainer.optimizers), 1)))
@@ -203,15 +205,20 @@ def total_steps(trainer: pl.Trainer) -> float:
 
 
 def steps_per_epoch(trainer: pl.Trainer) -> float:
-    """The same of an epoch, in the mean over the run. What is not known under manual optimization is infinite."""
-    epochs = range(_training_epochs(trainer) or 1)
-    is_known = trainer.lightning_module.automatic_optimization
-    return sum(_steps_of_epoch(trainer, epoch) for epoch in epochs) / len(epochs) if is_known else math.inf
+    """The mean number of steps that each optimizer makes in an epoch; infinite in manual optimization."""
+    epochs = _training_epochs(trainer) or 1
+    return _steps_of_epochs(trainer, epochs) / epochs if trainer.lightning_module.automatic_optimization else math.inf
 
 
-def _steps_of_epoch(trainer: pl.Trainer, epoch: int) -> float:
+def _steps_of_epochs(trainer: pl.Trainer, epochs: int) -> float:
     batches = trainer.num_training_batches
-    return math.inf if batches == math.inf else math.ceil(batches / _accumulated_batches(trainer, epoch))
+    if batches == math.inf:
+        return math.inf
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if is_named(callback, "GradientAccumulationScheduler"):
+            accumulated = map(callback.get_accumulate_grad_batches, range(epochs))
+            return float(sum(math.ceil(batches / number) for number in accumulated))
+    return epochs * math.ceil(batches / trainer.accumulate_grad_batches)
 
 
 def _training_epochs(trainer: pl.Trainer) -> int | None:
@@ -227,10 +234,3 @@ def is_extended(trainer: pl.Trainer) -> bool:
         and getattr(callback, "_max_epochs", None) == (trainer.max_epochs or 0) - 1
         for callback in trainer.callbacks  # type: ignore[attr-defined]
     )
-
-
-def _accumulated_batches(trainer: pl.Trainer, epoch: int) -> int:
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if is_named(callback, "GradientAccumulationScheduler"):
-            return int(callback.get_accumulate_grad_batches(epoch))
-    return trainer.accumulate_grad_batches

@@ -18,7 +18,7 @@ from lightning_regularize._steps.watch import stepping_optimizers
 from lightning_regularize._trainer import loggers
 from lightning_regularize._trainer.run import TrainerRun, is_extended, logged_step, steps_per_epoch, total_steps
 from lightning_regularize.callbacks._selective import Selective
-from lightning_regularize.schedules import Constant, check_total_steps
+from lightning_regularize.schedules import Constant, check_total_steps, timescales_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -105,6 +105,7 @@ class Regularizer(Selective, Work):
         continues = trainer.global_step > 0 and self._kept_of is not None and self._kept_of() is pl_module
         self._saved = self._kept if continues else {}
         self._warned, self._logged = set(), {}
+        loggers.forget(trainer)
 
     @_misconfiguration
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -125,6 +126,7 @@ class Regularizer(Selective, Work):
             self._most_steps = horizon + is_extended(trainer)
             advice = "give `total_steps`, or set `max_steps` or `max_epochs` with data of known length"
             self._check_horizon(horizon, MisconfigurationException, advice)
+            self._check_epochs_are_known(self.run.clock.steps_per_epoch)
         if self.acts_on_steps:
             self.run.start(self._saved.get("steps"))
         self._prepare(self.begin)
@@ -141,7 +143,7 @@ class Regularizer(Selective, Work):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Callbacks behind this one may have changed something since. What changes later is seen at the step."""
+        """In the first batch: callbacks behind this one may have changed groups in ``on_train_epoch_start``."""
         if batch_idx == 0:
             Regularizer.on_train_epoch_start(self, trainer, pl_module)
 
@@ -153,6 +155,7 @@ class Regularizer(Selective, Work):
         if self.acts_on_steps and self.run is not None and self.run.watches:
             self.run.announce(optimizer)
 
+    @_misconfiguration
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """All optimizers have stepped, and LR schedulers have set the rates of the next step."""
         if self.run is None:  # added to the Trainer in mid-run
@@ -330,6 +333,14 @@ class Regularizer(Selective, Work):
     def _ending_schedules(self) -> list[ScheduleLike]:
         """The schedules that need to know when the run ends."""
         return [schedule for schedule in self.schedules if getattr(schedule, "needs_total_steps", False)]
+
+    def _check_epochs_are_known(self, steps_per_epoch: float) -> None:
+        for schedule in self.schedules if math.isinf(steps_per_epoch) else ():
+            if any(timescale.epochs is not None for timescale in timescales_in(schedule)):
+                raise MisconfigurationException(
+                    f"{type(self).__name__}: {schedule!r} needs to know how many steps an epoch has, and Lightning "
+                    "does not: give `steps` instead of `epochs`."
+                )
 
     def _check_horizon(self, horizon: float, error: type[Exception], advice: str) -> None:
         if math.isinf(horizon) and (ending := self._ending_schedules()):

@@ -11,7 +11,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_regularize._checks import is_named
 from lightning_regularize._steps.group_decay import Given, GroupDecay, check_given
-from lightning_regularize._steps.hooks import Step, hooks_of
+from lightning_regularize._steps.hooks import ATTRIBUTE, Step, hooks_of
 from lightning_regularize._steps.parts import Parts, refusal
 from lightning_regularize._steps.targets import Targets
 from lightning_regularize._steps.watch import Watch, stepping_optimizers
@@ -22,7 +22,7 @@ from lightning_regularize.callbacks._base import Regularizer
 from lightning_regularize.decay import HALF
 from lightning_regularize.decay_methods import METHODS, DecayMethod, Target, check_method, will_move
 from lightning_regularize.groups import Grouping, check_something_decays
-from lightning_regularize.schedules import Constant, Schedule, Timescale, as_schedule, check_total_steps
+from lightning_regularize.schedules import Constant, Schedule, as_schedule, check_total_steps, timescales_in
 from lightning_regularize.selection import DEFAULT_EXCLUDE, FOREIGN, ParameterInfo, Rule, foreign_info
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ class WeightDecay(Regularizer):
             raise ValueError(
                 f"`weight_decay=None` keeps the optimizer's own decay, it needs method='optimizer', got {method!r}."
             )
-        if method == "independent" and isinstance(self.schedule, Timescale):
+        if method == "independent" and timescales_in(self.schedule):
             raise ValueError("A Timescale counts on decay by lr * weight_decay, got method='independent'.")
         if rounding not in ("nearest", "stochastic"):
             raise ValueError(f"`rounding` should be 'nearest' or 'stochastic', got {rounding!r}.")
@@ -172,7 +172,7 @@ class WeightDecay(Regularizer):
         )
         self._parts: WeakKeyDictionary[Optimizer, Parts] = WeakKeyDictionary()
         self._groups: WeakKeyDictionary[Any, GroupDecay] = WeakKeyDictionary()
-        self._given: MutableMapping[Any, Given] = WeakTensorKeyDictionary()
+        self._given: MutableMapping[Any, list[Given]] = WeakTensorKeyDictionary()
         self._decaying: dict[Any, list[Target]] = {}  # between the beginning and the end of a step
         # Under automatic optimization a batch ends with the step, and LR schedulers set the next rate before that.
         self._shows_at_end = run.trainer is not None and run.module.automatic_optimization
@@ -217,7 +217,7 @@ class WeightDecay(Regularizer):
         if not self.decay_method.uses_optimizer or self.schedule in (None, Constant(0.0)):
             return
         factors = [
-            self._groups_of(watch).ratio(group) * decision.factor
+            self._groups_of(watch.optimizer).ratio(group) * decision.factor
             for watch in run.watches
             for group, decisions in zip(watch.optimizer.param_groups, self._targets.of(watch.optimizer), strict=True)
             for decision in decisions
@@ -240,7 +240,7 @@ class WeightDecay(Regularizer):
     def begin(self, run: Run) -> None:
         given = self._saved.get("given", [])
         for watch, saved in zip(run.watches, given, strict=False):
-            self._groups_of(watch).restore(saved)
+            self._groups_of(watch.optimizer).restore(saved)
         saved = self._saved.get("parts", [])
         self._misses_parts = not saved and any(watch.steps for watch in run.watches)
         leaves = [leaf for watch in run.watches for leaf in watch.leaves]
@@ -249,14 +249,15 @@ class WeightDecay(Regularizer):
             self._install_parts(leaf, saved[i] if i < len(saved) else [])
         self.show_next()
 
-    def _groups_of(self, watch: Watch) -> GroupDecay:
+    def _groups_of(self, optimizer: Any) -> GroupDecay:
         """The weight decay of an optimizer's groups, which have the user's values when they are first seen."""
-        if watch.memory is None:
+        groups = self._groups.get(optimizer)
+        if groups is None:
             value_of = None if self.schedule is None else self._value_of
-            options: dict[str, Any] = {"shows_value": self.decay_method.uses_optimizer, "known": self._given}
-            watch.memory = GroupDecay(watch.optimizer, value_of, self._factors_of, **options)
-            self._groups[watch.optimizer] = watch.memory
-        return watch.memory  # type: ignore[no-any-return]
+            options = {"shows_value": self.decay_method.uses_optimizer, "of_run": self._given, "warn": self.warn}
+            groups = GroupDecay(optimizer, value_of, self._factors_of, **options)  # type: ignore[arg-type]
+            self._groups[optimizer] = groups
+        return groups
 
     def _value_of(self, group: dict[str, Any], step: int, ratio: float) -> float:
         value = ratio * self.run.clock.value(self.schedule, group, step) if ratio else 0.0
@@ -298,14 +299,14 @@ class WeightDecay(Regularizer):
             self._log(step.watch)
 
     def before_step(self, step: Step) -> None:
-        leaf, groups = step.optimizer, self._groups_of(step.watch)
+        leaf, groups = step.optimizer, self._groups_of(step.watch.optimizer)
         if leaf not in self._checked:  # made since the last step
             self._check_optimizer(leaf, step.watch.optimizer)
             self._install_parts(leaf)
-        groups.check_unchanged(leaf, self.warn)
-        values = groups.show(leaf, step.number, self.run.clock.epoch)
-        if leaf in self._parts:
-            self._parts[leaf].values = values
+        values, parts = groups.show(leaf, step.number, self.run.clock.epoch), self._parts.get(leaf)
+        if parts is not None:
+            parts.values = values
+            hooks_of(leaf).parts = parts  # an optimizer that comes back has new hooks
         if not self.decay_method.uses_optimizer:
             self._decaying[leaf] = self._find_decaying(step)
             self.decay_method.before(leaf, self._decaying[leaf], step.number)
@@ -330,7 +331,7 @@ class WeightDecay(Regularizer):
             self._show_next(watch)
 
     def _show_next(self, watch: Watch) -> None:
-        groups, clock = self._groups_of(watch), self.run.clock
+        groups, clock = self._groups_of(watch.optimizer), self.run.clock
         for leaf in watch.leaves:
             number = watch.number(leaf)
             if number < clock.total_steps:
@@ -338,7 +339,7 @@ class WeightDecay(Regularizer):
 
     def _values(self, watch: Watch, leaf: Any, number: int) -> list[Any]:
         """The weight decay of factor 1 in each group of an optimizer."""
-        return self._groups_of(watch).values(leaf, number, self.run.clock.epoch)
+        return self._groups_of(watch.optimizer).values(leaf, number, self.run.clock.epoch)
 
     def _find_decaying(self, step: Step) -> list[Target]:
         """What decays in a step: parameters with a gradient, as for the optimizers themselves."""
@@ -353,7 +354,8 @@ class WeightDecay(Regularizer):
 
     def _log(self, watch: Watch) -> None:
         optimizer = watch.optimizer
-        values = self._groups_of(watch).shown(optimizer, watch.steps, self.run.clock.epoch)
+        self._targets.of(optimizer)  # parameters may have been appended just now
+        values = self._groups_of(watch.optimizer).shown(optimizer, watch.steps, self.run.clock.epoch)
         labels = group_labels(optimizer, self.run.label(watch))
         if len(labels) == 1 and len(self.run.watches) == 1:
             self.run.log({"weight_decay": values[0]})
@@ -367,7 +369,7 @@ class WeightDecay(Regularizer):
         """
         for watch in self.run.watches:
             optimizer = watch.optimizer
-            groups, values = self._groups_of(watch), self._values(watch, optimizer, watch.steps)
+            groups, values = self._groups_of(watch.optimizer), self._values(watch, optimizer, watch.steps)
             of_groups = zip(optimizer.param_groups, self._targets.of(optimizer), values, strict=True)
             for i, (group, decisions, value) in enumerate(of_groups):
                 for d in decisions:
@@ -383,7 +385,8 @@ class WeightDecay(Regularizer):
         self._twin = None
         for leaf, parts in getattr(self, "_parts", {}).items():
             parts.hide(leaf)
-            hooks_of(leaf).parts = None
+            if ATTRIBUTE in vars(leaf):
+                hooks_of(leaf).parts = None
         for groups in getattr(self, "_groups", {}).values():
             groups.put_back()
 
@@ -391,7 +394,7 @@ class WeightDecay(Regularizer):
         """The weight decay that the user gave each group, and values in which parts of a group differ."""
         if not self.run.watches:
             return {}
-        given = [self._groups_of(watch).state() for watch in self.run.watches]
+        given = [self._groups_of(watch.optimizer).state() for watch in self.run.watches]
         leaves = [leaf for watch in self.run.watches for leaf in watch.leaves]
         parts = [self._parts[leaf].state_dict() if leaf in self._parts else [] for leaf in leaves]
         return {"given": given, **({"parts": parts} if any(parts) else {})}

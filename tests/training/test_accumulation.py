@@ -7,7 +7,7 @@ from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationSched
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_regularize import WeightDecay
-from lightning_regularize.schedules import Cosine, FollowLR, Linear, Steps, Timescale, Warmup
+from lightning_regularize.schedules import Cosine, FollowLR, Join, Linear, Steps, Timescale, Warmup
 from tests.training.matrix import Kept
 from tests.training.support import (
     QUIET,
@@ -248,11 +248,12 @@ def test_a_timescale_in_epochs_counts_optimizer_steps(options, steps_per_epoch, 
 def test_a_timescale_in_epochs_needs_epochs_of_known_length():
     module = Regression(adamw)
     before = weights(module)
-    with pytest.raises(ValueError, match=r"how many steps an epoch or the run has: give `steps`"):
+    with pytest.raises(MisconfigurationException, match=r"WeightDecay: .* how many steps an epoch has.*give `steps`"):
         train(module, WeightDecay(Timescale(epochs=2)), data=UncountedBatches(), max_epochs=-1, max_steps=3)
     assert_identical_weights(weights(module), before)
 
 
-def test_a_timescale_does_not_fit_a_decay_whatever_the_rate():
+@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: Warmup(s, steps=5), lambda s: Join([0.1, s], [3])])
+def test_a_timescale_does_not_fit_a_decay_whatever_the_rate(wrap):
     with pytest.raises(ValueError, match="Timescale counts on decay by lr"):
-        WeightDecay(Timescale(steps=10), method="independent")
+        WeightDecay(wrap(Timescale(steps=10)), method="independent")
