@@ -66,7 +66,9 @@ class Position:
         if self.total_steps == math.inf:
             raise ValueError(_UNKNOWN_HORIZON)
         last_step = self.total_steps - 1
-        return min(max(self.step / last_step, 0.0), 1.0) if last_step > 0 else 0.0
+        if self.step <= 0 or last_step <= 0:
+            return 0.0
+        return 1.0 if self.step >= last_step else self.step / last_step
 
 
 class Schedule(ABC):
@@ -138,10 +140,14 @@ class _Curve(Schedule):
 
     def __call__(self, at: Position) -> float:
         """The point of the curve at ``at.fraction``."""
-        fraction = at.fraction
-        if fraction in {0, 1}:
-            return self.end if fraction else self.start
-        return sorted((self.start, self._inner(fraction), self.end))[1]
+        fraction, start, end = at.fraction, self.start, self.end
+        if fraction == 0:
+            return start
+        if fraction == 1:
+            return end
+        value = self._inner(fraction)
+        low, high = (start, end) if start < end else (end, start)
+        return low if value < low else high if value > high else value
 
     @abstractmethod
     def _inner(self, fraction: float) -> float: ...
@@ -665,6 +671,8 @@ def value_at(schedule: ScheduleLike, at: Position) -> float:
             f"{schedule!r} should take a `Position`, and failed with one: {error}. Of the step write "
             "`lambda at: ... at.step ...`, of the part of the run that is done `at.fraction`."
         ) from error
+    if type(value) is float and 0 <= value < math.inf:
+        return value
     if not is_number(value) or not 0 <= value < math.inf:
         raise ValueError(f"{schedule!r} should give a finite number that is not negative, got {value!r} at {at!r}.")
     return float(value)

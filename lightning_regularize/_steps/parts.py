@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass, field
+from operator import is_
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,14 +41,16 @@ class _Noted:
     def changed(self, target: dict[str, Any]) -> list[str]:
         """Keys of values that are another object than they were, or were written into. An equal object may be new."""
         noted, contents = self._values, self._contents
-        keys = [key for key, value in target.items() if noted.get(key, noted) is not value and key not in _OURS]
+        if not contents and len(noted) == len(target) and all(map(is_, target.values(), noted.values())):
+            return []  # as it is at most steps
+        keys = [key for key, value in target.items() if noted.get(key, noted) is not value]
         if contents:
             keys += [k for k in contents if k in target and k not in keys and contents[k] != _contents(target[k])]
         return keys
 
     def note(self, key: str, value: Any) -> None:
         self._values[key] = value
-        if isinstance(value, Tensor) or type(value) in (list, dict):
+        if key not in _OURS and (isinstance(value, Tensor) or type(value) in (list, dict)):
             self._contents[key] = _contents(value)
         else:
             self._contents.pop(key, None)
@@ -211,7 +214,7 @@ def _part(group: dict[str, Any], places: list[int]) -> dict[str, Any]:
 
 def _copy_to_parts(group: dict[str, Any], division: _Division) -> None:
     for key in division.in_group.changed(group):
-        for part in division.parts:
+        for part in division.parts if key not in _OURS else ():
             _set_value(part, key, group[key])
         division.in_group.note(key, group[key])
     for key in division.in_group.forget_missing(group):
@@ -222,6 +225,8 @@ def _copy_to_parts(group: dict[str, Any], division: _Division) -> None:
 def _copy_from_parts(group: dict[str, Any], division: _Division) -> None:
     first = division.parts[0]
     for key in division.in_part.changed(first):
+        if key in _OURS:
+            continue
         if key not in group or first[key] is not group[key]:
             _set_value(group, key, first[key])
         division.in_group.note(key, group[key])
