@@ -108,10 +108,12 @@ class Parts:
         for group, division, value in zip(optimizer.param_groups, self._divisions, self.values, strict=True):
             _copy_to_parts(group, division)
             if "weight_decay" in group:
+                given = group["weight_decay"]
                 for factor, part in zip(division.factors, division.parts, strict=True):
-                    if isinstance(group["weight_decay"], Tensor):
-                        part.setdefault("weight_decay", torch.empty_like(group["weight_decay"]))
-                    _set_value(part, "weight_decay", value * factor)
+                    own = value * factor
+                    if isinstance(given, Tensor) and not isinstance(own, Tensor):
+                        own = torch.full_like(given, own)
+                    _set_value(part, "weight_decay", own)
         return [part for division in self._divisions for part in division.parts]
 
     def show(self, optimizer: Optimizer, *, check_read: bool = False) -> None:
@@ -235,12 +237,12 @@ def _copy_from_parts(group: dict[str, Any], division: _Division) -> None:
 def _set_value(target: dict[str, Any], key: str, value: Any) -> None:
     """Write a value that nobody shares. A tensor that is there stays: compiled steps and captured graphs hold it."""
     known = target.get(key)
-    if isinstance(known, Tensor) and known is not value and (not isinstance(value, Tensor) or _is_alike(known, value)):
-        known.fill_(value) if not isinstance(value, Tensor) else known.copy_(value)
-    elif isinstance(value, Tensor):
-        target[key] = value.clone()
-    else:
+    if not isinstance(value, Tensor):
         target[key] = type(value)(value) if type(value) in (dict, list) else value
+    elif known is not value and isinstance(known, Tensor) and _is_alike(known, value):
+        known.copy_(value)
+    else:
+        target[key] = value.clone()
 
 
 def _is_alike(a: Tensor, b: Tensor) -> bool:

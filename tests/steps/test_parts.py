@@ -1024,3 +1024,88 @@ def test_schedule_free_equals_hand_made_groups(name):
     optimizer.eval()
     hand_made.eval()
     assert_identical(weights(net), weights(twin))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Tensors that groups share
+
+
+def another_tensor(optimizer):
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.001)
+
+
+def a_number(optimizer):
+    optimizer.param_groups[0]["lr"] = 0.001
+
+
+def in_place(optimizer):
+    optimizer.param_groups[0]["lr"].fill_(0.02)
+
+
+@pytest.mark.parametrize("change", [another_tensor, a_number, in_place])
+@pytest.mark.parametrize("exclude", [(), ("bias",)], ids=["one part", "parts"])
+def test_a_rate_that_groups_share(change, exclude):
+    """torch gives all groups the same default tensor: what is written to one group of them stays there."""
+
+    def run(net, callback):
+        given = torch.tensor(0.1)
+        groups = [{"params": list(net.hidden.parameters())}, {"params": list(net.output.parameters())}]
+        optimizer = optim.SGD(groups, lr=given, weight_decay=0.0)
+        attachment = callback.attach(optimizer, net) if callback else None
+        train(net, optimizer, (), last=2)
+        change(optimizer)
+        train(net, optimizer, (), first=2)
+        if attachment:
+            attachment.remove()
+        return weights(net), [float(group["lr"]) for group in optimizer.param_groups], float(given)
+
+    found, rates, given = run(Net(), WeightDecay(0.0, exclude=exclude))
+    expected, expected_rates, expected_given = run(Net(), None)
+    assert (rates, given) == (expected_rates, expected_given)
+    assert_identical(found, expected)
+
+
+def test_a_weight_decay_that_groups_share_is_no_override(recwarn):
+    net = Net()
+    groups = [{"params": list(net.hidden.parameters())}, {"params": list(net.output.parameters())}]
+    optimizer = optim.SGD(groups, lr=0.1, weight_decay=torch.tensor(0.01))
+    with decay().attach(optimizer, net):
+        train(net, optimizer, ())
+    assert not [str(warning.message) for warning in recwarn if "Somebody" in str(warning.message)]
+    assert [float(group["weight_decay"]) for group in optimizer.param_groups] == [
+        pytest.approx(0.01, rel=1e-6, abs=0)
+    ] * 2
+
+
+class KeepsHistory(Plain):
+    """Replaces a tensor in a list that its group holds."""
+
+    def step(self, closure=None):
+        loss = super().step(closure)
+        for group in self.param_groups:
+            history = group.setdefault("history", [torch.zeros(2)])
+            history[0] = history[0] + 1
+        return loss
+
+
+class KeepsCounts(Plain):
+    """Counts in a dictionary within a dictionary."""
+
+    def step(self, closure=None):
+        loss = super().step(closure)
+        for group in self.param_groups:
+            group.setdefault("counts", {"of": {"steps": 0}})["of"]["steps"] += 1
+        return loss
+
+
+@pytest.mark.parametrize(("cls", "key"), [(KeepsHistory, "history"), (KeepsCounts, "counts")])
+@pytest.mark.parametrize("exclude", [(), ("bias",)], ids=["one part", "parts"])
+def test_what_an_optimizer_writes_into_lists_and_dictionaries_of_a_group(cls, key, exclude):
+    net = Net()
+    optimizer = cls(net.parameters())
+    callback = WeightDecay(0.1, exclude=exclude)
+    with callback.attach(optimizer, net):
+        train(net, optimizer, ())
+        callback.state_dict()
+        found = optimizer.param_groups[0][key]
+    assert found[0].tolist() == [STEPS] * 2 if key == "history" else found == {"of": {"steps": STEPS}}

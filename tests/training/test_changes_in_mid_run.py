@@ -1231,3 +1231,100 @@ def test_what_was_given_is_known_to_an_optimizer_made_of_the_groups(groups_of, i
     trainer.fit(module, Batches(count=BATCHES))
     assert all(second == pytest.approx(first / 2, rel=1e-12, abs=0) for first, second in shown)
     assert [group["weight_decay"] for group in trainer.optimizers[0].param_groups] == [0.2, 0.1]
+
+
+# -- optimizers that come back -----------------------------------------------------------------------------------------
+
+
+class Alternates(L.Callback):
+    """Lets two optimizers take turns by epoch."""
+
+    def __init__(self, make):
+        self.make = make
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == 0:
+            self.both = trainer.strategy.optimizers[0], self.make(pl_module.parameters())
+        trainer.strategy.optimizers = [self.both[trainer.current_epoch % 2]]
+
+
+@pytest.mark.parametrize("rule", [sgd, adam, functools.partial(RMSprop, lr=0.01)], ids=["SGD", "Adam", "RMSprop"])
+def test_an_optimizer_that_comes_back_decays_as_before(rule):
+    def make(parameters):
+        first, *rest = parameters
+        return rule([{"params": [first]}, {"params": rest}], weight_decay=0.01)
+
+    def by_hand(parameters):
+        parameters = list(parameters)
+        decays = [0.05, *(0.5 if p.dim() > 1 else 0.0 for p in parameters[1:])]
+        return rule([{"params": [p], "weight_decay": d} for p, d in zip(parameters, decays, strict=True)])
+
+    module, twin, alternates = Regression(make), Regression(by_hand), Alternates(make)
+    callbacks = [alternates, WeightDecay(0.5, factors={"hidden.weight": 0.1})]
+    make_trainer(*callbacks, max_epochs=4).fit(module, Batches(count=BATCHES))
+    make_trainer(Alternates(by_hand), max_epochs=4).fit(twin, Batches(count=BATCHES))
+    assert_identical_weights(weights(module), weights(twin))
+    for optimizer in alternates.both:
+        assert [group["weight_decay"] for group in optimizer.param_groups] == [0.01, 0.01]
+        assert "_regularizer" not in vars(optimizer)
+
+
+# -- somebody else writes between steps --------------------------------------------------------------------------------
+
+
+class WritesDecay(torch.optim.lr_scheduler.LRScheduler):
+    """Schedules a weight decay of its own."""
+
+    def get_lr(self):
+        for group in self.optimizer.param_groups:
+            group["weight_decay"] = 0.9
+        return [group["lr"] for group in self.optimizer.param_groups]
+
+
+class WritesAtBatchEnd(L.Callback):
+    def on_train_batch_end(self, trainer, *_):
+        trainer.optimizers[0].param_groups[0]["weight_decay"] = 0.9
+
+
+class WritesAtEpochEnd(L.Callback):
+    def on_train_epoch_end(self, trainer, *_):
+        trainer.optimizers[0].param_groups[0]["weight_decay"] = 0.9
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "callbacks"),
+    [(WritesDecay, []), (None, [WritesAtBatchEnd()]), (None, [WritesAtEpochEnd()])],
+    ids=["a scheduler", "at the end of a batch", "at the end of an epoch"],
+)
+def test_what_somebody_writes_between_steps_is_told(scheduler, callbacks):
+    module, twin = Regression(sgd, scheduler), Regression(sgd)
+    with pytest.warns(UserWarning, match=r"Somebody has set weight_decay=0\.9 in group 'pg1' of SGD"):
+        make_trainer(*callbacks, WeightDecay(Linear(0.5, 0.1)), max_epochs=2).fit(module, Batches(count=BATCHES))
+    make_trainer(WeightDecay(Linear(0.5, 0.1)), max_epochs=2).fit(twin, Batches(count=BATCHES))
+    assert_identical_weights(weights(module), weights(twin))
+
+
+# -- a batch that an exception ends ------------------------------------------------------------------------------------
+
+
+class FailsOnce(Regression):
+    has_failed = False
+
+    def optimizer_step(self, *args, **kwargs):
+        super().optimizer_step(*args, **kwargs)
+        if self.trainer.global_step == 2 and not self.has_failed:
+            self.has_failed = True
+            raise RuntimeError("on purpose")
+
+
+def test_values_of_a_batch_that_failed_are_not_logged_by_the_next_run():
+    module, kept = FailsOnce(sgd), Kept()
+    trainer = make_trainer(L1Penalty(0.1), WeightDecay(0.5), max_epochs=1, logger=kept)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        trainer.fit(module, Batches(count=BATCHES))
+    trainer.callbacks = [callback for callback in trainer.callbacks if not isinstance(callback, L1Penalty)]
+    trainer.fit_loop.max_epochs = 2
+    kept.values.clear()
+    trainer.fit(module, Batches(count=BATCHES))
+    assert "weight_decay" in kept.values
+    assert "penalty/l1" not in kept.values
