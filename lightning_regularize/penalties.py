@@ -33,13 +33,7 @@ from lightning_regularize._checks import check_is_number
 from lightning_regularize._sharding import local_piece
 from lightning_regularize._steps.buckets import Tensors, buckets, copies, listed, new, put_back_, scratch, stacked
 from lightning_regularize.norms import norms
-from lightning_regularize.projections import (
-    norms_of_units,
-    sum_over_ranks,
-    unit_buckets,
-    unit_dims,
-    unit_norms,
-)
+from lightning_regularize.units import norms_of_units, sum_over_ranks, unit_buckets, unit_dims, unit_norms
 
 __all__ = ["Penalty", "L1", "L2", "ElasticNet", "GroupLasso"]
 
@@ -55,7 +49,7 @@ class Penalty(ABC):
     """
 
     per_unit: ClassVar[bool] = False
-    """Whether output units are groups, so that :func:`~lightning_regularize.projections.norm_dims` has to say them."""
+    """Whether output units are groups, so that :func:`~lightning_regularize.units.norm_dims` has to say them."""
 
     takes_lists: ClassVar[bool] = False
     """Whether ``weight``, ``gradient`` and a threshold that is a tensor may be lists, for one call instead of many."""
@@ -286,7 +280,7 @@ class GroupLasso(Penalty):
 
     Args:
         dim: The dims that hold the incoming weights of a unit; None takes what the layer says, see
-            :func:`~lightning_regularize.projections.norm_dims`.
+            :func:`~lightning_regularize.units.norm_dims`.
 
     Example:
         >>> weight = torch.tensor([[3.0, 4.0], [0.3, 0.4]])

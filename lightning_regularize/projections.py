@@ -15,43 +15,41 @@ or infinite are left alone too: the first have no direction, the others should b
 import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, TypeGuard, final
+from typing import ClassVar, final
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_regularize._checks import check_is_number, is_named
-from lightning_regularize._sharding import local_piece, local_tensor
-from lightning_regularize._steps.buckets import Bucket, Tensors, buckets, listed, put_back_, stacked
+from lightning_regularize._checks import check_is_number
+from lightning_regularize._sharding import local_piece
+from lightning_regularize._steps.buckets import Tensors, buckets, listed, put_back_, stacked
+from lightning_regularize.units import (
+    at_least_float32,
+    in_float64,
+    norm_dims,
+    norms_of_units,
+    spread_of,
+    sum_over_ranks,
+    unit_buckets,
+    unit_dims,
+    unit_norms,
+)
 
 if dist.is_available():
-    from torch.distributed.tensor import DTensor, Partial, Replicate
+    from torch.distributed.tensor import DTensor, Replicate
 
 __all__ = [
     "Projection",
     "MaxNorm", "UnitNorm", "NonNegative", "Box", "FrobeniusBall", "FrobeniusSphere", "SpectralBall",
-    "norm_dims", "units_are_known", "unit_dims", "unit_buckets", "unit_norms", "norms_of_units", "sum_over_ranks",
+    "norm_dims", "unit_dims", "unit_norms", "sum_over_ranks",
 ]  # fmt: skip
 
-_BLOCK = 256  # elements reduced in float32 before float64 takes over: an error below 12 eps, even if all are equal
 _EXACT_RANK = 64  # up to this many singular values are computed, mostly in milliseconds; more is slow for every step
 _COLD_ITERATIONS = 30  # 0.6 % below the largest singular value of Gaussian 256x128 matrices; 5 % after 5
-
-_TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_LAYERS_OF_TORCH = (
-    nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.Embedding, nn.EmbeddingBag, nn.MultiheadAttention, nn.RNNBase,
-    nn.RNNCellBase,
-)  # fmt: skip
-# What layers call the numbers of their inputs and outputs: torch, PyTorch Geometric, DGL, and many others.
-_SIZES = (
-    ("in_features", "out_features"), ("in_channels", "out_channels"), ("_in_feats", "_out_feats"),
-    ("in_dim", "out_dim"), ("input_dim", "output_dim"),
-)  # fmt: skip
-
 
 Factors = Callable[[Tensor, torch.dtype], tuple[Tensor, Tensor]]  # of norms: which are to change, and by what factor
 
@@ -415,7 +413,7 @@ class SpectralBall(Projection):
         vectors = None if vector is None else listed(vector)
         dims = [unit_dims(each, self.dim if dim is None else dim) for each in weights]
         matrices = [_matrix(each, of_units) for each, of_units in zip(weights, dims, strict=True)]
-        alike = [(each.shape, each.dtype, _spread(each), of) for each, of in zip(weights, dims, strict=True)]
+        alike = [(each.shape, each.dtype, spread_of(each), of) for each, of in zip(weights, dims, strict=True)]
         changed = []
         for indices, (found,) in buckets(matrices, alike=alike, dims=[None] * len(matrices)):
             those, inner, matrix = [weights[i] for i in indices], dims[indices[0]], stacked(found)
@@ -428,7 +426,7 @@ class SpectralBall(Projection):
                 kept = [vectors[i] for i in indices]
                 sigma, direction = _power_iteration(matrix, torch.stack(kept), self.iterations)
                 torch._foreach_copy_(kept, direction.unbind())
-            sigma = _wide(sigma).view([-1] + [1] * those[0].dim())
+            sigma = in_float64(sigma).view([-1] + [1] * those[0].dim())
             changed.append(_scale_(those, stacked(those), *_into_ball(sigma, those[0].dtype, bound=self.max_sigma)))
         return _any(changed, weights)
 
@@ -451,260 +449,6 @@ class SpectralBall(Projection):
         return _power_iteration(matrix[None], _longest_row(matrix[None]), _COLD_ITERATIONS)[1][0]
 
 
-def norm_dims(
-    owner: nn.Module, name: str, shape: Sequence[int], *, dim: int | Sequence[int] | None = None
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return how to view a parameter, and along which dims, so that each norm is that of one output unit's input.
-
-    ====================================  ==========================  ============  =================
-    Layer                                 Weight                      Norm over     One norm a
-    ====================================  ==========================  ============  =================
-    Linear                                (out, in)                   in            output feature
-    Conv1d to Conv3d, also grouped        (out, in / groups, k, ...)  in, k, ...    output channel
-    ConvTranspose1d to 3d                 (in, out, k, ...)           in, k, ...    output channel
-    the same, grouped                     (in, out / groups, k, ...)  in of the     output channel
-                                                                      group, k, ...
-    Embedding, EmbeddingBag               (number, features)          features      embedding
-    MultiheadAttention, in and out        (out, in)                   in            query, key, ...
-    RNN, LSTM, GRU, their cells           (gates * hidden, in)        in            gate of a unit
-    Bilinear                              (out, in1, in2)             in1, in2      output feature
-    Conv1D of transformers                (in, out)                   in            output feature
-    any that tells its sizes              (out, in, ...)              in, ...       output feature
-    the same                              (in, out, ...)              in, ...       output feature
-    the same                              (relations, in, out)        in            output of a relation
-    any other, ``weight`` in its name     (out, ...)                  ...           entry of dim 0
-    ====================================  ==========================  ============  =================
-
-    A layer tells its sizes by attributes such as ``in_features`` and ``out_features``, or ``in_channels`` and
-    ``out_channels``. If the two differ and occur in the shape, they decide, whatever the class. The last row is a
-    guess, see :func:`units_are_known`.
-
-    Args:
-        owner: The module that has the parameter.
-        name: The parameter's name, as its owner or as the whole model says it.
-        shape: The parameter's shape, of the whole tensor where ranks hold pieces.
-        dim: What the user asks for, instead of all this.
-
-    Returns:
-        ``view, dim``: ``weight.view(view)`` shares its memory, and ``dim`` are dims of it, counted from the front.
-
-    Raises:
-        ValueError: If ``dim`` lacks, is empty or repeats itself; or if it is not given and cannot be told.
-
-    Example:
-        >>> norm_dims(nn.Conv2d(8, 6, 3), "weight", (6, 8, 3, 3))
-        ((6, 8, 3, 3), (1, 2, 3))
-        >>> norm_dims(nn.ConvTranspose2d(8, 6, 3, groups=2), "weight", (8, 3, 3, 3))
-        ((2, 4, 3, 3, 3), (1, 3, 4))
-    """
-    shape = tuple(shape)
-    if dim is not None:
-        return shape, _checked_dims(dim, shape)
-    if isinstance(owner, _TRANSPOSED_CONVOLUTIONS) and len(shape) > 2:
-        if owner.groups == 1:
-            return shape, (0, *range(2, len(shape)))
-        # Its input channels come group by group, and each group has output channels of its own.
-        return (owner.groups, shape[0] // owner.groups, *shape[1:]), (1, *range(3, len(shape) + 1))
-    stated = _stated_dims(owner, shape)
-    if stated is not None:
-        return shape, stated
-    if "weight" not in name or len(shape) < 2:
-        raise ValueError(
-            f"A norm over the incoming weights of a unit needs a weight with at least 2 dims, got {name!r} of "
-            f'{type(owner).__name__} with shape {shape}. Leave it out, as by `exclude=("*{name}",)`, or say by `dim` '
-            "what a unit is."
-        )
-    return shape, tuple(range(1, len(shape)))
-
-
-def units_are_known(owner: nn.Module, shape: Sequence[int]) -> bool:
-    """Is it known what the output units of a weight are, or does :func:`norm_dims` take dim 0 for want of better?
-
-    Args:
-        owner: The module that has the weight.
-        shape: The weight's shape, of the whole tensor where ranks hold pieces.
-
-    Returns:
-        True for layers of torch, for ``Conv1D`` of transformers, and for layers with attributes such as
-        ``in_features`` and ``out_features`` that differ and occur in the shape.
-
-    Example:
-        >>> class Graph(nn.Module):
-        ...     def __init__(self, in_features, out_features):
-        ...         super().__init__()
-        ...         self.in_features, self.out_features = in_features, out_features
-        >>> units_are_known(Graph(3, 4), (3, 4)), units_are_known(Graph(4, 4), (4, 4))
-        (True, False)
-    """
-    return isinstance(owner, _LAYERS_OF_TORCH) or _stated_dims(owner, tuple(shape)) is not None
-
-
-def _stated_dims(owner: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The dims of the incoming weights of a unit, if the layer tells them."""
-    if len(shape) < 2:
-        return None
-    if is_named(owner, "Conv1D") and len(shape) == 2:
-        return (0,)
-    for names in _SIZES:
-        incoming, outgoing = (getattr(owner, name, None) for name in names)
-        if not isinstance(incoming, int) or not isinstance(outgoing, int) or incoming == outgoing:
-            continue
-        if shape[:2] == (outgoing, incoming):
-            return tuple(range(1, len(shape)))
-        if shape[:2] == (incoming, outgoing):
-            return (0, *range(2, len(shape)))
-        if len(shape) == 3 and shape[1:] == (incoming, outgoing):
-            return (1,)
-        if len(shape) == 3 and shape[1:] == (outgoing, incoming):
-            return (2,)
-    return None
-
-
-def unit_dims(weight: Tensor, dim: int | Sequence[int] | None = None) -> tuple[int, ...]:
-    """Return the dims that hold the incoming weights of one output unit, in order and counted from the front.
-
-    Args:
-        weight: Any tensor.
-        dim: Some of its dims; by default all but the first.
-
-    Raises:
-        ValueError: If ``weight`` lacks ``dim``, or has less than 2 dims and ``dim`` is not given.
-
-    Example:
-        >>> unit_dims(torch.ones(6, 8, 3, 3)), unit_dims(torch.ones(8, 6), dim=-2)
-        ((1, 2, 3), (0,))
-    """
-    if dim is not None:
-        return _checked_dims(dim, weight.shape)
-    if weight.dim() < 2:
-        raise ValueError(
-            f"`dim` should be given for a weight with less than 2 dims, got None for shape {tuple(weight.shape)}."
-        )
-    return tuple(range(1, weight.dim()))
-
-
-def unit_norms(weight: Tensor, dim: int | Sequence[int] | None = None) -> Tensor:
-    r"""Return the L2 norm of each output unit, accurate, and of the whole unit where ranks hold pieces of it.
-
-    Args:
-        weight: Any shape, floating. For a DTensor whose units are cut every rank that holds a piece should take part.
-        dim: The dims that hold the incoming weights of a unit; by default all but the first.
-
-    Returns:
-        The norms of the units on this rank, float64 (float32 on devices without it), with ``dim`` kept as size 1, so
-        that they broadcast against the weight's local piece.
-
-    Raises:
-        ValueError: If ``weight`` lacks ``dim``, or has less than 2 dims and ``dim`` is not given.
-
-    Example:
-        >>> unit_norms(torch.tensor([[3.0, 4.0], [0.0, 2.0]]))
-        tensor([[5.],
-                [2.]], dtype=torch.float64)
-    """
-    dims = unit_dims(weight, dim)
-    return norms_of_units(local_tensor(weight)[None], weight, dims)[0]
-
-
-def norms_of_units(units: Tensor, weight: Tensor, dims: Sequence[int]) -> Tensor:
-    """Return what :func:`unit_norms` does, for several weights of one shape at once.
-
-    Args:
-        units: The weights, or this rank's pieces of them, stacked.
-        weight: One of them, which tells whether ranks hold pieces of a unit.
-        dims: The dims of a weight that hold a unit, in order and counted from the front.
-
-    Returns:
-        One norm for each weight and unit, with ``dims`` kept as size 1.
-    """
-    found = _local_norms(units, tuple(d + 1 for d in dims))
-    return sum_over_ranks(found.square(), weight, dims).sqrt() if _is_cut(weight, dims) else found
-
-
-def unit_buckets(
-    dims: Sequence[tuple[int, ...]], weights: Sequence[Tensor], *columns: Sequence[Tensor]
-) -> Iterator[Bucket]:
-    """Arrange weights, and tensors that belong to each, in lists that one batched operation on units can work on.
-
-    Args:
-        dims: For each weight the dims that hold the incoming weights of one output unit, see :func:`unit_dims`.
-        weights: Of any shapes, dtypes and devices. If ranks hold pieces of units, every rank should take part.
-        columns: Tensors for each weight: of its shape, or with some dims of size 1.
-
-    Returns:
-        Buckets of tensors of one shape and with the same dims, all on this rank. Only where ranks hold pieces of units
-        the weights are DTensors. Large weights come in pieces of whole units.
-    """
-    rows: list[Tensor] = []
-    alike: list[Hashable] = []
-    between: list[int | None] = []
-    for weight, of_units, *others in zip(weights, dims, *columns, strict=True):
-        is_cut = _is_cut(weight, of_units)
-        rows.append(weight if is_cut else local_piece(weight))
-        alike.append((rows[-1].shape, of_units, _spread(weight) if is_cut else None, *[o.shape for o in others]))
-        units = [d for d in range(weight.dim()) if d not in of_units]
-        between.append(max(units, key=weight.size) if units and not is_cut else None)
-    return buckets(rows, *[list(map(local_piece, column)) for column in columns], alike=alike, dims=between)
-
-
-def sum_over_ranks(values: Tensor, weight: Tensor, dims: Sequence[int]) -> Tensor:
-    """Add up what the ranks found in their pieces of ``weight``, over the ranks between which ``dims`` are cut.
-
-    Args:
-        values: What this rank found. Its dims need not be those of ``weight``.
-        weight: Any tensor; only a DTensor is spread over ranks.
-        dims: Dims of ``weight``, counted from the front.
-
-    Returns:
-        ``values`` itself if no rank boundary lies in ``dims``, else the sum, by one collective.
-
-    Example:
-        >>> sum_over_ranks(torch.tensor(1.0), torch.ones(3, 3), [0])
-        tensor(1.)
-    """
-    if not _is_cut(weight, dims):
-        return values
-    # Where the rank boundary lies in other dims the values differ, and should: "replicated" keeps them apart.
-    parts = [Partial() if cut else Replicate() for cut in _cuts(weight, dims)]
-    whole = [Replicate()] * len(parts)
-    return (
-        DTensor.from_local(values, weight.device_mesh, parts, run_check=False).redistribute(placements=whole).to_local()
-    )
-
-
-def _cuts(weight: "DTensor", dims: Sequence[int]) -> list[bool]:
-    # By attribute, since FSDP2 over tensor parallel has placements that are no `Shard` and yet cut a dim.
-    return [getattr(placement, "dim", None) in dims for placement in weight.placements]
-
-
-def _spread(weight: Tensor) -> Hashable:
-    """What tells how a weight is spread over ranks."""
-    if dist.is_available() and isinstance(weight, DTensor):
-        return weight.device_mesh, weight.placements
-    return None
-
-
-def _is_cut(weight: Tensor, dims: Sequence[int]) -> "TypeGuard[DTensor]":
-    return dist.is_available() and isinstance(weight, DTensor) and any(_cuts(weight, dims))
-
-
-def _checked_dims(dim: int | Sequence[int], shape: Sequence[int]) -> tuple[int, ...]:
-    dims = _from_the_front((dim,) if isinstance(dim, int) else tuple(dim), len(shape))
-    if not dims:
-        raise ValueError(
-            f"`dim` should name different dims of a weight of shape {tuple(shape)}, each from {-len(shape)} to "
-            f"{len(shape) - 1}, got {dim!r}."
-        )
-    return dims
-
-
-@functools.cache  # it is asked for each weight in each step
-def _from_the_front(given: tuple[int, ...], number: int) -> tuple[int, ...]:
-    """Dims of a tensor with ``number`` of them, in order; none if they are not ``given`` properly."""
-    dims = sorted({d % number for d in given if -number <= d < number})
-    return tuple(dims) if len(dims) == len(given) else ()
-
-
 def _check_number(name: str, value: object) -> None:
     if not (isinstance(value, Tensor) and value.dim() == 0):
         check_is_number(name, value)
@@ -714,48 +458,6 @@ def _check_positive(name: str, value: float) -> None:
     _check_number(name, value)
     if not 0 < value < math.inf:
         raise ValueError(f"`{name}` should be positive and finite, got {value!r}.")
-
-
-def _local_norms(weight: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """Norms over ``dims``, kept as size 1. The dims that lie together at the end, most often all, go first and fast."""
-    last, others = _last_dims(dims, weight.dim())
-    found = weight
-    if last:
-        rows = weight
-        if not weight.is_contiguous():  # a view for `channels_last` as well
-            rows = weight.permute(*range(last[0]), *sorted(last, key=weight.stride, reverse=True))
-        found = _row_norms(rows.flatten(last[0]))
-        found = found.view(*found.shape, *[1] * len(last))
-    if others:
-        # Not `vector_norm`: over dims that are not the last it takes 40 times as long and loses up to 5 digits.
-        found = _wide(found.to(_at_least_float32(found)).square().sum(others, keepdim=True)).sqrt()
-    return found
-
-
-@functools.cache
-def _last_dims(dims: tuple[int, ...], number: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Those of ``dims`` that are the last of all, and the others."""
-    last = tuple(d for d in dims if set(range(d, number)) <= set(dims))
-    return last, dims[: len(dims) - len(last)]
-
-
-def _row_norms(rows: Tensor) -> Tensor:
-    """Norms over the last dim, of blocks in float32 and of their norms in float64."""
-    size = rows.shape[-1]
-    if size <= _BLOCK:
-        return _wide(torch.linalg.vector_norm(rows, dim=-1, dtype=_at_least_float32(rows)))
-    count, rest = divmod(size, _BLOCK)
-    blocks = rows.narrow(-1, 0, size - rest).view(*rows.shape[:-1], count, _BLOCK)
-    found: Tensor = torch.linalg.vector_norm(_row_norms(blocks), dim=-1)
-    return torch.hypot(found, _row_norms(rows.narrow(-1, size - rest, rest))) if rest else found
-
-
-def _at_least_float32(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor if tensor.device.type == "mps" else tensor.double()  # MPS has no float64
 
 
 def _frobenius_norm(weight: Tensor) -> Tensor:
@@ -813,7 +515,7 @@ def _scale_(weights: list[Tensor], units: Tensor, where: Tensor, factors: Tensor
     # On a GPU all are multiplied, most of them by 1, which changes no bit: to look would wait for it. The factors keep
     # at least float32, so that a low-precision weight is rounded once.
     if not units.is_cpu or changed:
-        units.mul_(torch.where(where, factors, 1.0).to(_at_least_float32(units)))
+        units.mul_(torch.where(where, factors, 1.0).to(at_least_float32(units)))
         put_back_(weights, units)
     return changed
 
@@ -854,13 +556,13 @@ def _matrix(weight: Tensor, dims: tuple[int, ...]) -> Tensor:
     units = [d for d in range(whole.dim()) if d not in dims]
     sizes = [math.prod(whole.shape[d] for d in side) for side in (units, dims)]
     matrix = whole.permute(*units, *dims).reshape(sizes)
-    return matrix.to(_at_least_float32(matrix))
+    return matrix.to(at_least_float32(matrix))
 
 
 def _clip_singular_values_(weights: list[Tensor], matrix: Tensor, dims: tuple[int, ...], bound: float) -> Tensor:
     weight = weights[0]  # all are of one shape and spread alike
     finite = matrix.isfinite().flatten(1).all(dim=1)  # what is broken stays as it is, where it is seen
-    u, sigma, vh = torch.linalg.svd(torch.where(finite[:, None, None], _wide(matrix), 0.0), full_matrices=False)
+    u, sigma, vh = torch.linalg.svd(torch.where(finite[:, None, None], in_float64(matrix), 0.0), full_matrices=False)
     outside = (sigma > bound) & finite[:, None]
     inside = torch.where(outside, bound * (1 - _margin(weight.dtype)), sigma)
     clipped = torch.where(outside.any(dim=1)[:, None, None], (u * inside[:, None]) @ vh, matrix).to(weight.dtype)

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from lightning_regularize.penalties import L1, L2, ElasticNet, GroupLasso
-from lightning_regularize.projections import norm_dims
+from lightning_regularize.units import norm_dims
 from tests.distributed import run_distributed
 from tests.models import Calls, many_weights, randn
 from tests.properties import assert_proximal, assert_same_bits, matrices

@@ -21,11 +21,8 @@ from lightning_regularize.projections import (
     Projection,
     SpectralBall,
     UnitNorm,
-    norm_dims,
-    unit_dims,
-    unit_norms,
-    units_are_known,
 )
+from lightning_regularize.units import norm_dims, unit_dims, unit_norms, units_are_known
 from tests.distributed import run_distributed
 from tests.models import Calls, many_weights, randn
 from tests.properties import (

@@ -14,9 +14,9 @@ from lightning_regularize._steps.clock import rate_of
 from lightning_regularize._trainer.strategies import check_gradients_are_the_modules, check_weights_are_the_optimizers
 from lightning_regularize.decay import HALF
 from lightning_regularize.penalties import L2
-from lightning_regularize.projections import unit_buckets, unit_dims
 from lightning_regularize.selection import is_normalized
 from lightning_regularize.step_sizes import knows, step_sizes, thresholds, unknown_metric
+from lightning_regularize.units import unit_buckets, unit_dims
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

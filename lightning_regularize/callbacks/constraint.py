@@ -12,15 +12,8 @@ from lightning_regularize._steps.buckets import calls
 from lightning_regularize._steps.targets import Targets
 from lightning_regularize._trainer.strategies import check_view, check_weights_are_the_optimizers
 from lightning_regularize.callbacks._base import Regularizer
-from lightning_regularize.projections import (
-    Box,
-    MaxNorm,
-    NonNegative,
-    Projection,
-    SpectralBall,
-    norm_dims,
-    units_are_known,
-)
+from lightning_regularize.projections import Box, MaxNorm, NonNegative, Projection, SpectralBall
+from lightning_regularize.units import norm_dims, units_are_known
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence
@@ -75,7 +68,7 @@ class WeightConstraint(Regularizer):
 
     It acts on the parameters of the optimizer that stepped, after the update and never after a step that a GradScaler
     skipped; validation, weight averaging and checkpoints see the projected weights. Norms of units are over their
-    incoming weights, whatever the layer, see :func:`~lightning_regularize.projections.norm_dims`. If in the first epoch
+    incoming weights, whatever the layer, see :func:`~lightning_regularize.units.norm_dims`. If in the first epoch
     the constraint changes nothing, it says so once.
 
     Args:

@@ -18,9 +18,9 @@ from lightning_regularize.callbacks._base import Regularizer
 from lightning_regularize.callbacks._penalty_methods import Gradient, Method, Proximal, Rounding, Target, by_dim
 from lightning_regularize.decay import HALF
 from lightning_regularize.penalties import L1, L2, ElasticNet, GroupLasso, Penalty
-from lightning_regularize.projections import norm_dims
 from lightning_regularize.schedules import Constant, Schedule, as_schedule, check_total_steps
 from lightning_regularize.selection import DEFAULT_EXCLUDE, tensor_name
+from lightning_regularize.units import norm_dims
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -324,7 +324,7 @@ class GroupLassoPenalty(PenaltyCallback):
     r"""Adds the gradient of :math:`a \sum_g \sqrt{|g|}\,\lVert w_g \rVert_2`, where a group is an output unit.
 
     With ``method="proximal"`` whole neurons and channels become exactly zero. What a unit is, the layer says, see
-    :func:`~lightning_regularize.projections.norm_dims`. Logged as ``penalty/group_lasso``.
+    :func:`~lightning_regularize.units.norm_dims`. Logged as ``penalty/group_lasso``.
 
     Args:
         strength: ``a``; see :class:`L1Penalty`.
