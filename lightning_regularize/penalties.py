@@ -22,7 +22,7 @@ References:
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
@@ -33,7 +33,7 @@ from lightning_regularize._checks import check_is_number
 from lightning_regularize._sharding import local_piece
 from lightning_regularize._steps.buckets import Tensors, buckets, copies, listed, new, put_back_, scratch, stacked
 from lightning_regularize.norms import norms
-from lightning_regularize.units import norms_of_units, sum_over_ranks, unit_buckets, unit_dims, unit_norms
+from lightning_regularize.units import norms_of_units, spread_of, sum_over_ranks, unit_buckets, unit_dims
 
 __all__ = ["Penalty", "L1", "L2", "ElasticNet", "GroupLasso"]
 
@@ -307,9 +307,20 @@ class GroupLasso(Penalty):
     ) -> Tensor:
         """Return ``strength`` times the sum over groups, see :meth:`Penalty.value`."""
         _check("strength", strength)
-        dim = self.dim if dim is None else dim
-        values = [_value_of_groups(each, unit_dims(each, dim)) for each in listed(weight)]
-        return torch.stack([value.to(values[0].device) for value in values]).sum() * strength
+        weights, dim = listed(weight), self.dim if dim is None else dim
+        # What ranks found is added up once for all weights that are spread alike; all ranks meet them in one order.
+        alike: dict[tuple[Hashable, int, tuple[int, ...]], list[Tensor]] = {}
+        for each in weights:
+            alike.setdefault((spread_of(each), each.dim(), unit_dims(each, dim)), []).append(each)
+        values = []
+        for (_, number, dims), those in alike.items():
+            found = [
+                norms_of_units(stacked(w), w[0], dims).sum() * _root_size(w[0], dims)
+                for _, (w,) in unit_buckets([dims] * len(those), those)
+            ]
+            others = [d for d in range(number) if d not in dims]
+            values.append(sum_over_ranks(_sum(found), those[0], others))
+        return _sum(values) * strength
 
     @torch.no_grad()
     def add_gradient_(
@@ -471,9 +482,8 @@ def _root_size(weight: Tensor, dims: Sequence[int]) -> float:
     return math.sqrt(math.prod(weight.shape[d] for d in dims))
 
 
-def _value_of_groups(weight: Tensor, dims: tuple[int, ...]) -> Tensor:
-    others = [d for d in range(weight.dim()) if d not in dims]
-    return sum_over_ranks(unit_norms(weight, dims).sum(), weight, others) * _root_size(weight, dims)
+def _sum(values: list[Tensor]) -> Tensor:
+    return torch.stack([value.to(values[0].device) for value in values]).sum()
 
 
 def _as_groups(threshold: Tensor, weight: Tensor, dims: Sequence[int]) -> Tensor:

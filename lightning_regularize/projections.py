@@ -361,7 +361,7 @@ class SpectralBall(Projection):
     ``vector`` makes. With a vector kept from step to step one iteration does: 1.3 % where every step adds noise of 3
     % of the bound. In low precision the rounding of a whole matrix may exceed the margin for the largest singular
     value: the bound then holds to about one unit in the last place. A DTensor is gathered on every rank for the time
-    of the call.
+    of the call. On a GPU, torch's decomposition waits for the device in each call.
 
     Args:
         max_sigma: ``s``, positive and finite.
