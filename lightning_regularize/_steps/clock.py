@@ -10,7 +10,7 @@ from lightning_regularize._steps.hooks import UnsupportedOptimizerError
 from lightning_regularize.schedules import Position, value_at
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from torch import Tensor
 
@@ -38,6 +38,18 @@ class Clock:
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 self._peak(group)
+
+    def peaks(self, optimizers: Iterable[Any]) -> list[list[float]]:
+        """The peak of each group's learning rate, for :meth:`restore_peaks` in a run that goes on."""
+        return [[self._peak(group) for group in optimizer.param_groups] for optimizer in optimizers]
+
+    def restore_peaks(self, optimizers: Iterable[Any], saved: Sequence[Sequence[float]]) -> None:
+        """Remember peaks that a checkpoint tells of, if there are as many groups."""
+        for optimizer, peaks in zip(optimizers, saved, strict=False):
+            for group, peak in zip(optimizer.param_groups, peaks, strict=False):
+                if len(peaks) == len(optimizer.param_groups) and group["params"]:
+                    first = group["params"][0]
+                    self._peaks[id(first)] = ref(first), max(peak, self._peak(group))
 
     def position(self, group: dict[str, Any], step: int) -> Position:
         """Where training stands for ``group`` in a step; rates are NaN where the optimizer finds its own."""

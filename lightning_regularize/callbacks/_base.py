@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from lightning_regularize._checks import is_number
 from lightning_regularize._steps.clock import Clock
 from lightning_regularize._steps.hooks import Step, UnsupportedOptimizerError, Work
 from lightning_regularize._steps.run import Attachment, LoopRun, Run
@@ -127,6 +128,7 @@ class Regularizer(Selective, Work):
             advice = "give `total_steps`, or set `max_steps` or `max_epochs` with data of known length"
             self._check_horizon(horizon, MisconfigurationException, advice)
             self._check_epochs_are_known(self.run.clock.steps_per_epoch)
+        self.run.clock.restore_peaks(self.run.optimizers, self._saved.get("peaks", []))
         if self.acts_on_steps:
             self.run.start(self._saved.get("steps"))
         self._prepare(self.begin)
@@ -271,6 +273,7 @@ class Regularizer(Selective, Work):
             _check_holds(module, run)
             run.clock.note_rates(run.optimizers)
             self._prepare(self.check)
+            run.clock.restore_peaks(run.optimizers, self._saved.get("peaks", []))
             run.start(self, next(iter(self._saved.get("steps", ())), 0))
             self._prepare(self.begin)
             run.has_begun = True
@@ -292,8 +295,10 @@ class Regularizer(Selective, Work):
         """Arguments as texts, the steps of each optimizer, and what :meth:`save` adds; after a run, as at its end."""
         if self.run is None or not self.run.has_begun:
             return {**(self._kept if self.run is None else self._saved), "arguments": self.argument_texts()}
-        steps = {"steps": self.run.steps} if self.run.watches else {}
-        return {"arguments": self.argument_texts(), **steps, **self.save()}
+        state: dict[str, Any] = {"steps": self.run.steps} if self.run.watches else {}
+        if not all(isinstance(schedule, Constant) for schedule in self.schedules):
+            state["peaks"] = self.run.clock.peaks(self.run.optimizers)
+        return {"arguments": self.argument_texts(), **state, **self.save()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """What :meth:`state_dict` gave.
@@ -305,6 +310,12 @@ class Regularizer(Selective, Work):
         if not isinstance(steps, list) or not all(type(step) is int and step >= 0 for step in steps):
             raise ValueError(
                 f"{type(self).__name__}: `steps` in the checkpoint should be a list of integers, got {steps!r}."
+            )
+        peaks = state_dict.get("peaks", [])
+        rows = [row if isinstance(row, list) else [None] for row in peaks] if isinstance(peaks, list) else [[None]]
+        if not all(is_number(peak) and 0 <= peak < math.inf for row in rows for peak in row):
+            raise ValueError(
+                f"{type(self).__name__}: `peaks` in the checkpoint should be lists of learning rates, got {peaks!r}."
             )
         self._saved = dict(state_dict)
 

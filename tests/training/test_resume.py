@@ -1,6 +1,7 @@
 """Does an interrupted and resumed training equal an uninterrupted one?"""
 
 import functools
+import math
 
 import lightning.pytorch as L
 import pytest
@@ -20,7 +21,7 @@ from torch.optim.lr_scheduler import (
 )
 
 from lightning_regularize import WeightDecay
-from lightning_regularize.schedules import Cosine, FollowLR, FromLRScheduler, Linear
+from lightning_regularize.schedules import Cosine, FollowLR, FromLRScheduler, Linear, Timescale, Warmup
 from tests.reading import read_csv
 from tests.training.support import (
     EXCLUDED,
@@ -294,6 +295,10 @@ def test_groups_of_the_users_that_do_not_fit_are_torchs_own_error(make_module, m
         {"steps": [-1]},
         {"steps": [1.5]},
         {"steps": 3},
+        {"peaks": 0.1},
+        {"peaks": [0.1]},
+        {"peaks": [[-0.1]]},
+        {"peaks": [[math.nan]]},
         {"given": [[float("nan")]]},
         {"given": [[-0.1]]},
         {"given": [["0.1"]]},
@@ -312,3 +317,21 @@ def test_a_damaged_state_is_refused_before_training(state, tmp_path):
         train(module, WeightDecay(0.1), ckpt_path=tmp_path / "damaged.ckpt")
     loaded = torch.load(tmp_path / "3.ckpt", weights_only=False)["state_dict"]
     assert all(torch.equal(w, before[n]) or torch.equal(w, loaded[n]) for n, w in weights(module).items())
+
+
+class RaisesTheRate(Regression):
+    """Its own code writes the rate: it peaks in the middle of the run, above what the optimizer began with."""
+
+    def on_train_batch_start(self, batch, batch_idx):
+        step = self.trainer.global_step
+        self.optimizers().param_groups[0]["lr"] = 0.02 if step < 3 else 0.1 if step < 8 else 0.01
+
+
+@pytest.mark.parametrize("schedule", [FollowLR(0.5), Timescale(steps=20), Warmup(FollowLR(0.5), steps=2)], ids=repr)
+@pytest.mark.parametrize("method", ["optimizer", "decoupled"])
+def test_a_peak_of_the_rate_before_the_checkpoint_is_known_after_it(schedule, method, tmp_path):
+    whole = RaisesTheRate(functools.partial(SGD, lr=0.02))
+    train(whole, WeightDecay(schedule, method=method), SaveAfter(tmp_path, 12))
+    resumed = RaisesTheRate(functools.partial(SGD, lr=0.02))
+    train(resumed, WeightDecay(schedule, method=method), ckpt_path=tmp_path / "12.ckpt")
+    assert_identical_weights(weights(resumed), weights(whole))
