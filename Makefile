@@ -72,6 +72,7 @@ dist: $(INSTALLED) $(RELEASE)/installed ## build sdist and wheel, and try both w
 
 bench: $(INSTALLED) ## what each callback costs a step
 	for script in benchmarks/*.py; do echo "$$script" && $(BIN)/python "$$script" || exit 1; done
+	$(BIN)/python -m tests.rehearsal # launches on a GPU that is not there
 
 clean: ## remove the environment, and all that was built or run
 	rm -rf .venv $(LOWEST) $(RELEASE) $(DEEPSPEED) runs dist build site .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks

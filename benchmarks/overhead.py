@@ -23,7 +23,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import grad_norm
 from torch import nn
 
-from lightning_regularize import L1Penalty, WeightDecay, WeightNormMonitor
+from lightning_regularize import L1Penalty, WeightDecay, WeightNormMonitor, param_groups
 from lightning_regularize.schedules import Cosine
 
 WARM_UP = 4  # steps of a run that are not timed
@@ -54,6 +54,13 @@ class Deep(pl.LightningModule):
 
     def configure_optimizers(self):
         return torch.optim.AdamW(self.parameters(), lr=1e-4)
+
+
+class GroupsByHand(Deep):
+    """What ``WeightDecay`` spares, without a schedule."""
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(param_groups(self, weight_decay=0.01), lr=1e-4)
 
 
 class PenaltyInLoss(Deep):
@@ -89,8 +96,10 @@ class Watched(Deep):
 
 CASES = {
     "bare": (Deep, lambda: []),
+    "groups by hand": (GroupsByHand, lambda: []),
     "WeightDecay(Cosine)": (Deep, lambda: [WeightDecay(Cosine(0.01, 0.1))]),
     "L1Penalty": (Deep, lambda: [L1Penalty(1e-5)]),
+    "L1Penalty, proximal": (Deep, lambda: [L1Penalty(1e-5, method="proximal")]),
     "abs().sum() in the loss": (PenaltyInLoss, lambda: []),
     "WeightNormMonitor": (Deep, lambda: [WeightNormMonitor()]),
     "WeightNormMonitor, each parameter, each step": (
