@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_regularize._sharding import local_piece, settle_gradient_
+from lightning_regularize._sharding import local_piece, local_tensor, settle_gradient_
 from lightning_regularize._steps.buckets import buckets, calls
 from lightning_regularize._steps.clock import rate_of
 from lightning_regularize._trainer.strategies import check_gradients_are_the_modules, check_weights_are_the_optimizers
@@ -83,6 +83,7 @@ class Gradient(Method):
     @torch.no_grad()
     def on_gradients(self, owner: PenaltyCallback, step: Step) -> None:
         penalty: Any = owner.penalty()
+        is_measured = owner.rounding.counts_in(owner, step)
         for group, targets in owner.targets(step.optimizer):
             strength: Any = owner.strength(group, step.number) if targets else 0.0
             scaled = strength if step.scale is None else step.scale * strength
@@ -91,8 +92,15 @@ class Gradient(Method):
                 pairs = [(t, g) for t in alike if (g := settle_gradient_(t.parameter)) is not None]
                 weights = [target.as_units(target.parameter) for target, _ in pairs]
                 gradients = [target.as_units(gradient) for target, gradient in pairs]
+                before = [g.clone() for g in gradients] if is_measured else []
                 for g, w in calls(penalty.takes_lists, gradients, weights):
                     penalty.add_gradient_(g, w, scaled, dim=dim)
+                if before:
+                    asked = [torch.zeros_like(g, dtype=torch.float32) for g in gradients]
+                    for g, w in calls(penalty.takes_lists, asked, weights):
+                        penalty.add_gradient_(g, w, scaled, dim=dim)
+                    owner.rounding.compare(before, gradients, asked)
+        owner.rounding.sum_up()
 
 
 class Proximal(Method):
@@ -170,22 +178,27 @@ def _shrink_(
             penalty.proximal_(w, t, dim=dim)
 
 
+_TOLERANCE = 0.05  # what may be lost, or gained, of a strength in half precision before a warning says so
+
+
 class Rounding:
-    """Do proximal steps move half-precision weights at all?
+    """How much of a penalty is left when half precision has rounded it?
 
     Args:
-        has_half: Are there such weights?
+        has_half: Are there weights of half precision?
     """
 
     def __init__(self, has_half: bool) -> None:
         self._has_half, self._is_done = has_half, False
-        self._moved = -1.0  # the largest fraction of weights that a step has moved
+        self._fractions: list[float] = []  # of each step that was looked at: what was moved, or added, of all
         self._counts: list[Tensor] = []
 
     def counts_in(self, owner: PenaltyCallback, step: Step) -> bool:
-        """Is this a step in which to count what moves? Not while the learning rate warms up."""
-        if self._is_done or not self._has_half or not (self._moved < 0 or owner.run.logs_now()):
+        """Is this a step to look at? The first is, and what is logged; but not while the learning rate warms up."""
+        if self._is_done or not self._has_half or not (not self._fractions or owner.run.logs_now()):
             return False
+        if owner.method == "gradient":
+            return True
         positions = [owner.run.clock.position(group, step.number) for group in step.optimizer.param_groups]
         return any(at.lr >= 0.5 * at.peak_lr for at in positions)
 
@@ -194,18 +207,36 @@ class Rounding:
         for old, new in zip(before, after, strict=True):
             self._counts.append(torch.stack([(new != old).sum(), old.count_nonzero()]))
 
+    def compare(self, before: Sequence[Tensor], after: Sequence[Tensor], asked: Sequence[Tensor]) -> None:
+        """Of what was to be added to gradients of half precision, measure what was added, along it."""
+        for old, new, whole in zip(map(local_tensor, before), map(local_tensor, after), asked, strict=True):
+            if old.dtype in HALF:
+                term = local_tensor(whole)
+                added = (new.float() - old.float()) * term
+                self._counts.append(torch.stack([added.sum(dtype=torch.float64), term.double().square().sum()]))
+
     def sum_up(self) -> None:
         """A step has ended."""
         if self._counts:
             counts, self._counts = self._counts, []
-            number, of = torch.stack([each.to(counts[0].device) for each in counts]).sum(dim=0).tolist()
-            self._moved = max(self._moved, number / of if of else 0.0)
+            number, of = torch.stack([each.double().to(counts[0].device) for each in counts]).sum(dim=0).tolist()
+            self._fractions.append(number / of if of else float(of == number))
 
     def warn_if_lost(self, owner: PenaltyCallback) -> None:
-        """Warn once if most weights stay as they are; all ranks should take part."""
-        if self._is_done or owner.method == "gradient" or not self._has_half:
+        """Warn once if a penalty hardly acts, or in gradients by another strength; all ranks should take part."""
+        if self._is_done or not self._has_half:
             return
-        moved = owner.run.largest(self._moved)
+        if owner.method == "gradient":
+            off = owner.run.largest(max((abs(fraction - 1) for fraction in self._fractions), default=-1.0))
+            self._is_done = off >= 0
+            if off > _TOLERANCE:
+                owner.warn(
+                    f"{type(owner).__name__}(method='gradient') is off by up to {off:.0%} of its strength here: what "
+                    "it adds to half-precision gradients is rounded with them. Use float32 weights with "
+                    "precision='bf16-mixed'."
+                )
+            return
+        moved = owner.run.largest(max(self._fractions, default=-1.0))
         self._is_done = moved >= 0  # else there was no step to tell from
         if 0 <= moved < 0.5:
             owner.warn(

@@ -838,6 +838,51 @@ def test_shrinking_that_acts_is_not_warned_of(make, method, recwarn):
     assert not [w for w in recwarn if "hardly acts" in str(w.message)]
 
 
+class Steep(Half):
+    """Its gradients are all of about size 1, whatever the weights."""
+
+    def loss(self, batch):
+        return sum((parameter * torch.ones_like(parameter)).sum() for parameter in self.parameters())
+
+
+@pytest.mark.parametrize("make", ROUNDED.values(), ids=ROUNDED)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_gradient_that_rounds_the_penalty_away_is_warned_of_once(make, dtype):
+    module, without = Steep().to(dtype), Steep().to(dtype)
+    options = {"l2": 1e-5} if make is ROUNDED["elastic net"] else {}
+    with pytest.warns(UserWarning, match=r"method='gradient'\) is off by up to 100% of its strength") as caught:
+        train(module, make(1e-5, **options))
+    assert len([w for w in caught if "is off by" in str(w.message)]) == 1
+    train(without)
+    assert_identical_weights(weights(module), weights(without))
+
+
+@pytest.mark.parametrize("make", ROUNDED.values(), ids=ROUNDED)
+@pytest.mark.parametrize("module_class", [Half, Steep])
+@pytest.mark.parametrize("strength", [1e-3, 1e-2, 0.1, 1.0])
+def test_a_penalty_in_gradients_of_half_precision_has_its_strength_or_is_warned_of(
+    make, module_class, strength, recwarn
+):
+    """What a step adds, in the mean over a run, is within 5 % of what it adds to float32 gradients."""
+    added, asked = 0.0, 0.0
+    penalty = make(strength)
+
+    class Watch(L.Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            nonlocal added, asked
+            for name, p in pl_module.named_parameters():
+                if p.grad is not None and name.endswith("weight") and p.dim() > 1:
+                    term = torch.zeros_like(p, dtype=torch.float64)
+                    penalty.penalty().add_gradient_(term, p.detach().double(), penalty.strength({"params": []}, 0))
+                    gradient = torch.ones_like(p) if module_class is Steep else torch.zeros_like(p)
+                    added += ((p.grad.double() - gradient.double()) * term).sum().item()
+                    asked += term.square().sum().item()
+
+    train(module_class(), penalty, Watch())
+    is_warned = any("is off by" in str(w.message) for w in recwarn)
+    assert is_warned or added == pytest.approx(asked, rel=0.05, abs=0)
+
+
 def test_a_strength_that_grows_is_judged_at_the_end(recwarn):
     train(Half(), L2Penalty(Linear(0.0, 20.0), include=("weight",), method="proximal"))
     assert not [w for w in recwarn if "hardly acts" in str(w.message)]
