@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_regularize._sharding import local_piece
-from lightning_regularize._steps.buckets import scratch
+from lightning_regularize._steps.buckets import HALF, scratch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,8 +23,7 @@ T = TypeVar("T", bound="Iterable[Tensor | None]")
 
 _ROW = 256  # elements: a float32 norm of so many, in eight lanes, has an error of 3e-7 if all are equal, else less
 _CPU_ROWS, _DEVICE_ROWS = 2**11, 2**16  # 2 and 64 MiB of float32
-_HALF = (torch.float16, torch.bfloat16)
-_REAL = (torch.float32, torch.float64, *_HALF)
+_REAL = (torch.float32, torch.float64, *HALF)
 
 
 class Rows(NamedTuple):
@@ -124,7 +123,7 @@ def _views(index: int, piece: Tensor, *, bounded: bool) -> Iterator[Rows]:
     rest = piece.numel() % _ROW
     whole, *others = torch.split(piece.view(-1), [piece.numel() - rest, rest]) if rest else (piece,)
     whole = whole.view(-1, _ROW)
-    most = (_CPU_ROWS if piece.is_cpu else _DEVICE_ROWS) if bounded or piece.dtype in _HALF else len(whole)
+    most = (_CPU_ROWS if piece.is_cpu else _DEVICE_ROWS) if bounded or piece.dtype in HALF else len(whole)
     for values in torch.split(whole, most) if len(whole) > most else (whole,):
         yield Rows([index], [len(values)], _computable(values))
     for values in others:
@@ -140,7 +139,7 @@ def _padding(dtype: torch.dtype, device: torch.device, fill: float) -> Sequence[
 
 def _computable(values: Tensor) -> Tensor:
     """Half precision as float32, in scratch memory."""
-    return scratch(values, dtype=torch.float32, slot="float").copy_(values) if values.dtype in _HALF else values
+    return scratch(values, dtype=torch.float32, slot="float").copy_(values) if values.dtype in HALF else values
 
 
 def per_tensor(

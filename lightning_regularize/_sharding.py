@@ -167,11 +167,6 @@ class Sharding:
         """Is what this rank holds of ``parameter`` a run of its elements, cut anywhere?"""
         return id(parameter) in self._process_groups or hasattr(parameter, "ds_tensor")
 
-    def is_sharded(self, parameter: Tensor) -> bool:
-        """Does this rank hold a part of ``parameter`` only?"""
-        spread = self._spread(parameter)
-        return any(not p.is_replicate() for p in spread[1]) if isinstance(spread, tuple) else spread is not None
-
     def reduce(self, values: Tensor, parameters: Sequence[Tensor], op: Literal["sum", "max"] = "sum") -> Tensor:
         """What ``values`` come to over all pieces of each parameter: one collective for all that are spread alike.
 

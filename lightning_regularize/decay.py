@@ -11,20 +11,17 @@ its length.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from lightning_regularize._steps.buckets import buckets, copies, new
+from lightning_regularize._steps.buckets import HALF, buckets, copies, listed, new, widened, write_back_
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-Tensors: TypeAlias = "Tensor | Sequence[Tensor]"
-
-HALF = (torch.bfloat16, torch.float16)
-"""Types of weights in which a small decay rounds to nothing."""
+    from lightning_regularize._steps.buckets import Tensors
 
 
 @torch.no_grad()
@@ -54,12 +51,12 @@ def decay_(weights: Tensors, share: float | Tensor) -> None:
     check_share(share)
     factor = 1 - share
     if isinstance(factor, Tensor):
-        for _, (some,) in buckets(_list(weights)):
-            wide = _wide(some)
+        for _, (some,) in buckets(listed(weights)):
+            wide = widened(some)
             torch._foreach_mul_(wide, _like(factor, wide))
-            _write(some, wide)
+            write_back_(some, wide)
         return
-    for (alike,) in _by_dtype(_list(weights)):
+    for (alike,) in _by_dtype(listed(weights)):
         if alike[0].is_cpu:
             # There (torch 2.13) a list takes four times as long to multiply by a number as by a tensor of one element,
             # and rounds the number to half precision before it multiplies.
@@ -121,10 +118,10 @@ def couple_(gradients: Tensors, weights: Tensors, weight_decay: float | Tensor) 
         tensor([ 0.5000, -1.0000])
     """
     if isinstance(weight_decay, Tensor):
-        for _, (into, some) in buckets(_list(gradients), _list(weights)):
+        for _, (into, some) in buckets(listed(gradients), listed(weights)):
             torch._foreach_add_(into, new("mul", some, _like(weight_decay, some)))
         return
-    for into, alike in _by_dtype(_list(gradients), _list(weights)):
+    for into, alike in _by_dtype(listed(gradients), listed(weights)):
         torch._foreach_add_(into, alike, alpha=weight_decay)
 
 
@@ -150,7 +147,7 @@ def decay_cautiously_(weights: Tensors, before: Tensors, share: float | Tensor) 
     """
     check_share(share)
     strength = -1.0 if isinstance(share, Tensor) else -share
-    for _, (after, start) in buckets(_list(weights), _list(before)):
+    for _, (after, start) in buckets(listed(weights), listed(before)):
         moved = new("sub", start, after)
         if moved[0].dtype == torch.float16:  # in which a product of small numbers is 0, whatever their signs
             torch._foreach_sign_(moved)
@@ -193,14 +190,14 @@ def pull_(weights: Tensors, anchors: Tensors, share: float | Tensor) -> None:
     """
     check_share(share)
     if isinstance(share, Tensor):
-        for _, (some, those) in buckets(_list(weights), _list(anchors)):
-            wide, gaps = _wide(some), copies(those, slot="gaps")
+        for _, (some, those) in buckets(listed(weights), listed(anchors)):
+            wide, gaps = widened(some), copies(those, slot="gaps")
             torch._foreach_sub_(gaps, wide)
             torch._foreach_mul_(gaps, _like(share, gaps))
             torch._foreach_add_(wide, gaps)
-            _write(some, wide)
+            write_back_(some, wide)
         return
-    for alike, targets in _by_dtype(_list(weights), _list(anchors)):
+    for alike, targets in _by_dtype(listed(weights), listed(anchors)):
         torch._foreach_lerp_(alike, targets, share)
 
 
@@ -248,10 +245,6 @@ def check_share(share: float | Tensor) -> None:
         )
 
 
-def _list(tensors: Tensors) -> Sequence[Tensor]:
-    return [tensors] if isinstance(tensors, Tensor) else tensors
-
-
 def _by_dtype(*columns: Sequence[Tensor]) -> Iterable[tuple[list[Tensor], ...]]:
     """The rows of a table of tensors by the device and dtype in the last column: what torch takes in one call.
 
@@ -270,16 +263,6 @@ def _by_dtype(*columns: Sequence[Tensor]) -> Iterable[tuple[list[Tensor], ...]]:
 def _like(strength: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     """A strength with the dtype and on the device of a list, as torch needs it to take the list in one call."""
     return strength.to(tensors[0].device, tensors[0].dtype, non_blocking=True)
-
-
-def _wide(tensors: list[Tensor]) -> list[Tensor]:
-    """The tensors, or copies in float32 where half precision would round what they are multiplied by."""
-    return copies(tensors, slot="wide") if tensors[0].dtype in HALF else tensors
-
-
-def _write(tensors: list[Tensor], wide: list[Tensor]) -> None:
-    if wide is not tensors:
-        torch._foreach_copy_(tensors, wide)
 
 
 _PIECE = 2**20  # elements that are rounded at a time, so that no full-size float32 copy is made

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.optim import LBFGS, SGD, Adam, NAdam
 
 from lightning_regularize._sharding import Sharding, gradient_of, local_piece, local_tensor, settle_gradient_
-from lightning_regularize.decay import HALF, check_share, couple_, decay_, decay_cautiously_, decay_stochastic_
+from lightning_regularize._steps.buckets import HALF
+from lightning_regularize.decay import check_share, couple_, decay_, decay_cautiously_, decay_stochastic_
 from lightning_regularize.norms import norms
 from lightning_regularize.theory import decay_rounding_threshold
 

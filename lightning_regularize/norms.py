@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_regularize._checks import is_number
 from lightning_regularize._rows import Rows, dense_pieces, per_tensor, rows_of, wide
 from lightning_regularize._sharding import Sharding
-from lightning_regularize._steps.buckets import buckets, scratch
+from lightning_regularize._steps.buckets import HALF, buckets, scratch
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -112,7 +112,7 @@ def spectral_norm(matrix: Tensor) -> Tensor:
         Golub and Kahan, "Calculating the Singular Values and Pseudo-Inverse of a Matrix", SIAM J. Numer. Anal. 1965.
     """
     matrix = matrix.detach()
-    if matrix.dtype in (torch.float16, torch.bfloat16):
+    if matrix.dtype in HALF:
         matrix = matrix.float()
     if not matrix.numel():
         return matrix.new_zeros((), dtype=wide(matrix.device))

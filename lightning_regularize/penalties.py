@@ -31,7 +31,18 @@ from torch import Tensor
 
 from lightning_regularize._checks import check_is_number
 from lightning_regularize._sharding import local_piece
-from lightning_regularize._steps.buckets import Tensors, buckets, copies, listed, new, put_back_, scratch, stacked
+from lightning_regularize._steps.buckets import (
+    Tensors,
+    buckets,
+    copies,
+    listed,
+    new,
+    put_back_,
+    scratch,
+    stacked,
+    widened,
+    write_back_,
+)
 from lightning_regularize.norms import norms
 from lightning_regularize.units import norms_of_units, spread_of, sum_over_ranks, unit_buckets, unit_dims
 
@@ -434,8 +445,7 @@ def _with_thresholds(
             )
     for bucket in buckets(*[list(map(local_piece, column)) for column in columns]):
         narrow, *found = bucket.columns
-        is_half = narrow[0].dtype in (torch.bfloat16, torch.float16)
-        wide = copies(narrow, slot="wide") if is_half else narrow
+        wide = widened(narrow)
         if isinstance(thresholds, float):
             yield wide, thresholds
         elif isinstance(thresholds, list):
@@ -446,8 +456,7 @@ def _with_thresholds(
             torch._foreach_add_(same, 1.0)
             torch._foreach_mul_(same, thresholds)  # to add it would read it on the host (torch 2.13)
             yield wide, same
-        if is_half:
-            torch._foreach_copy_(narrow, wide)
+        write_back_(narrow, wide)
 
 
 def _soft_threshold_(weights: list[Tensor], thresholds: float | list[Tensor]) -> None:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from lightning_regularize._checks import check_positive_integer
 from lightning_regularize.schedules import Schedule, ScheduleLike, simulate
 
 if TYPE_CHECKING:
@@ -211,8 +212,7 @@ def plot_histograms(
         >>> [ax.get_title() for ax in axes]
         ['0.weight', '0.bias', '2.weight', '2.bias']
     """
-    if isinstance(bins, bool) or not isinstance(bins, int) or bins < 1:
-        raise ValueError(f"`bins` should be a positive integer, got {bins!r}.")
+    check_positive_integer(bins, "`bins`")
     if not isinstance(weights, (nn.Module, Mapping)):
         raise TypeError(f"`weights` should be a module, or map labels to tensors, got {type(weights).__name__}.")
     named = weights.named_parameters() if isinstance(weights, nn.Module) else weights.items()

@@ -24,9 +24,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_regularize._checks import check_is_number
+from lightning_regularize._checks import check_is_number, check_positive_integer
 from lightning_regularize._sharding import local_piece
-from lightning_regularize._steps.buckets import Tensors, buckets, listed, put_back_, stacked
+from lightning_regularize._steps.buckets import HALF, Tensors, buckets, listed, put_back_, stacked
 from lightning_regularize.units import (
     at_least_float32,
     in_float64,
@@ -391,8 +391,7 @@ class SpectralBall(Projection):
 
     def __post_init__(self) -> None:
         _check_positive("max_sigma", self.max_sigma)
-        if isinstance(self.iterations, bool) or not isinstance(self.iterations, int) or self.iterations < 1:
-            raise ValueError(f"`iterations` should be a positive integer, got {self.iterations!r}.")
+        check_positive_integer(self.iterations, "`iterations`")
 
     @torch.no_grad()
     def project_(
@@ -478,7 +477,7 @@ def _absolute_radius(projection: FrobeniusBall | FrobeniusSphere) -> float:
 def _margin(dtype: torch.dtype) -> float:
     """How much a norm may grow, relatively, when every element is rounded to ``dtype`` and the norm is measured."""
     eps = torch.finfo(dtype).eps
-    return eps / 2 if dtype in (torch.float16, torch.bfloat16) else 32 * eps
+    return eps / 2 if dtype in HALF else 32 * eps
 
 
 def _rescale_units_(weight: Tensors, dim: int | Sequence[int] | None, to: Factors) -> Tensor:

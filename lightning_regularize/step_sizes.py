@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, NAdam, Optimizer, RMSprop
 
 from lightning_regularize._sharding import local_piece
-from lightning_regularize._steps.buckets import copies, new
+from lightning_regularize._steps.buckets import HALF, copies, new
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -60,7 +60,7 @@ def thresholds(sizes: Sequence[StepSize], squares: list[Tensor], means: list[Ten
     Returns:
         Temporaries, see :func:`~lightning_regularize._steps.buckets.new`, in at least float32.
     """
-    if means or squares[0].dtype in (torch.bfloat16, torch.float16):
+    if means or squares[0].dtype in HALF:
         found = copies(squares, slot="step_size")
         if means:
             torch._foreach_addcmul_(found, means, means, value=-1)

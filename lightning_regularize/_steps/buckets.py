@@ -28,6 +28,10 @@ _SMALL_BYTES = 2**16  # on a CPU; glibc's allocator keeps what is below 128 KiB,
 Tensors = Tensor | Sequence[Tensor]
 
 
+HALF = (torch.bfloat16, torch.float16)
+"""The dtypes in which a small change of a weight rounds to nothing."""
+
+
 def listed(tensors: Tensors) -> list[Tensor]:
     """A list of tensors, of one if it is a tensor."""
     return [tensors] if isinstance(tensors, Tensor) else list(tensors)
@@ -173,6 +177,17 @@ def copies(tensors: list[Tensor], *, slot: str = "") -> list[Tensor]:
         found = [scratch(tensors[0], dtype=dtype, slot=slot)]
     torch._foreach_copy_(found, tensors)
     return found
+
+
+def widened(tensors: list[Tensor]) -> list[Tensor]:
+    """The tensors of a bucket, or of half precision copies in float32, to be rounded once, by :func:`write_back_`."""
+    return copies(tensors, slot="wide") if tensors[0].dtype in HALF else tensors
+
+
+def write_back_(tensors: list[Tensor], wide: list[Tensor]) -> None:
+    """Give ``tensors`` the values that :func:`widened` made of them, after these have changed."""
+    if wide is not tensors:
+        torch._foreach_copy_(tensors, wide)
 
 
 def stacked(tensors: Sequence[Tensor], *, slot: str = "stacked") -> Tensor:

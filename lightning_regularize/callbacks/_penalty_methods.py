@@ -9,10 +9,9 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_regularize._sharding import local_piece, local_tensor, settle_gradient_
-from lightning_regularize._steps.buckets import buckets, calls
+from lightning_regularize._steps.buckets import HALF, buckets, calls
 from lightning_regularize._steps.clock import rate_of
 from lightning_regularize._trainer.strategies import check_gradients_are_the_modules, check_weights_are_the_optimizers
-from lightning_regularize.decay import HALF
 from lightning_regularize.penalties import L2
 from lightning_regularize.selection import is_normalized
 from lightning_regularize.step_sizes import knows, step_sizes, thresholds, unknown_metric

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 
 from lightning_regularize._sharding import local_piece, local_tensor, piece_like, whole_tensor
+from lightning_regularize._steps.buckets import HALF
 from lightning_regularize._steps.clock import rate_of
 from lightning_regularize._steps.targets import Targets
 from lightning_regularize._trainer.strategies import check_not_flat, check_weights_are_the_optimizers
 from lightning_regularize.callbacks._base import Regularizer
-from lightning_regularize.decay import HALF, check_share, pull_
+from lightning_regularize.decay import check_share, pull_
 from lightning_regularize.decay_methods import will_move
 from lightning_regularize.schedules import Schedule, as_schedule, check_total_steps
 from lightning_regularize.theory import decay_rounding_threshold

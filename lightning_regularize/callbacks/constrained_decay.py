@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from lightning_regularize._checks import check_number
+from lightning_regularize._checks import check_number, check_positive_integer
 from lightning_regularize._sharding import local_tensor
 from lightning_regularize._steps.buckets import buckets, put_back_, stacked
 from lightning_regularize._steps.targets import Targets
@@ -106,8 +106,7 @@ class ConstrainedDecay(Regularizer):
         if not factor:
             raise ValueError(f"`factor` should be positive and finite, got {factor!r}.")
         for name, steps in (("warm_start_steps", warm_start_steps), ("interval", interval)):
-            if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-                raise ValueError(f"`{name}` should be a positive integer, got {steps!r}.")
+            check_positive_integer(steps, f"`{name}`")
         self.bound, self.factor = bound, factor
         self.warm_start_steps, self.interval = warm_start_steps, interval
 

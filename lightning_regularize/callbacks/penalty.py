@@ -10,13 +10,12 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_regularize._checks import check_number
-from lightning_regularize._steps.buckets import calls
+from lightning_regularize._steps.buckets import HALF, calls
 from lightning_regularize._steps.targets import Targets
 from lightning_regularize._steps.watch import stepping_optimizers
 from lightning_regularize._trainer.strategies import check_view
 from lightning_regularize.callbacks._base import Regularizer
 from lightning_regularize.callbacks._penalty_methods import Gradient, Method, Proximal, Rounding, Target, by_dim
-from lightning_regularize.decay import HALF
 from lightning_regularize.penalties import L1, L2, ElasticNet, GroupLasso, Penalty
 from lightning_regularize.schedules import Constant, Schedule, as_schedule, check_total_steps
 from lightning_regularize.selection import DEFAULT_EXCLUDE, tensor_name

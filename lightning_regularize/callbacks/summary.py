@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lightning_regularize import group_settings
+from lightning_regularize._checks import check_positive_integer
 from lightning_regularize._trainer.run import group_labels, steps_per_epoch, total_steps
 from lightning_regularize._trainer.strategies import has_optimizer, held_parameters, model_root, torch_optimizer
 from lightning_regularize.advice import DecayingGroup, advise
@@ -60,9 +61,7 @@ class RegularizationSummary(Regularizer):
 
     def __init__(self, *, max_rows: int = 50) -> None:
         super().__init__(locals())
-        if not isinstance(max_rows, int) or isinstance(max_rows, bool) or max_rows < 1:
-            raise ValueError(f"`max_rows` should be a positive integer, got {max_rows!r}.")
-        self.max_rows = max_rows
+        self.max_rows = check_positive_integer(max_rows, "`max_rows`")
         self._printed = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

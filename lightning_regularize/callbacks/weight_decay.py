@@ -10,6 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_regularize._checks import is_named
+from lightning_regularize._steps.buckets import HALF
 from lightning_regularize._steps.group_decay import Given, GroupDecay, check_given
 from lightning_regularize._steps.hooks import ATTRIBUTE, Step, hooks_of
 from lightning_regularize._steps.parts import Parts, refusal
@@ -19,7 +20,6 @@ from lightning_regularize._trainer.deepspeed import ZeroTwin
 from lightning_regularize._trainer.run import group_labels
 from lightning_regularize._trainer.strategies import check_gradients_are_the_modules, check_weights_are_the_optimizers
 from lightning_regularize.callbacks._base import Regularizer
-from lightning_regularize.decay import HALF
 from lightning_regularize.decay_methods import METHODS, DecayMethod, Target, check_method, will_move
 from lightning_regularize.groups import Grouping, check_something_decays
 from lightning_regularize.schedules import Constant, Schedule, as_schedule, check_total_steps, timescales_in
