@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
     from lightning_regularize._steps.clock import Clock
     from lightning_regularize._steps.hooks import Work
-    from lightning_regularize.schedules import ScheduleLike
 
 
 class Run(ABC):
@@ -67,10 +66,6 @@ class Run(ABC):
     def sharding(self) -> Sharding:
         """How the parameters are spread over ranks."""
         return Sharding(self.root)
-
-    def value(self, schedule: ScheduleLike, group: dict[str, Any], step: int) -> float:
-        """The value of a schedule for a parameter group."""
-        return self.clock.value(schedule, group, step)
 
     def label(self, watch: Watch) -> str:
         """What tells the keys of one optimizer from those of others."""

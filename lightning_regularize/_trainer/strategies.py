@@ -82,11 +82,9 @@ def check_weights_are_the_optimizers(trainer: pl.Trainer | None, owner: str) -> 
     Raises:
         MisconfigurationException: The strategy is DeepSpeed with a stage above 0, or in half precision.
     """
-    if trainer is not None and (keeper := deepspeed_keeper(trainer)):
-        raise MisconfigurationException(
-            f"{owner} changes the module's weights, and DeepSpeed's {keeper} overwrites them with its own at the next "
-            "step: use DDP, FSDP2 (ModelParallelStrategy), or ZeRO stage 0 in float32."
-        )
+    _refuse_keeper(
+        trainer, f"{owner} changes the module's weights, and", "overwrites them with its own at the next step"
+    )
 
 
 def check_gradients_are_the_modules(trainer: pl.Trainer | None, owner: str) -> None:
@@ -95,10 +93,14 @@ def check_gradients_are_the_modules(trainer: pl.Trainer | None, owner: str) -> N
     Raises:
         MisconfigurationException: The strategy is DeepSpeed with a stage above 0, or in half precision.
     """
+    _refuse_keeper(trainer, f"{owner} adds to gradients, which", "keeps to itself")
+
+
+def _refuse_keeper(trainer: pl.Trainer | None, before: str, after: str) -> None:
     if trainer is not None and (keeper := deepspeed_keeper(trainer)):
         raise MisconfigurationException(
-            f"{owner} adds to gradients, which DeepSpeed's {keeper} keeps to itself: use DDP, FSDP2 "
-            "(ModelParallelStrategy), or ZeRO stage 0 in float32."
+            f"{before} DeepSpeed's {keeper} {after}: use DDP, FSDP2 (ModelParallelStrategy), or ZeRO stage 0 in "
+            "float32."
         )
 
 

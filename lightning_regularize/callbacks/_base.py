@@ -15,10 +15,9 @@ from lightning_regularize._checks import is_number
 from lightning_regularize._steps.clock import Clock
 from lightning_regularize._steps.hooks import Step, UnsupportedOptimizerError, Work
 from lightning_regularize._steps.run import Attachment, LoopRun, Run
-from lightning_regularize._steps.watch import stepping_optimizers
 from lightning_regularize._trainer import loggers
 from lightning_regularize._trainer.run import TrainerRun, is_extended, logged_step, steps_per_epoch, total_steps
-from lightning_regularize.callbacks._selective import Selective
+from lightning_regularize.callbacks._selective import Selective, held_by_optimizers
 from lightning_regularize.schedules import Constant, check_total_steps, timescales_in
 
 if TYPE_CHECKING:
@@ -70,10 +69,13 @@ class Regularizer(Selective, Work):
 
     # -- what a subclass states ----------------------------------------------------------------------------------------
 
+    schedule: Any = None
+    """What is followed, where something changes with the position in training."""
+
     @property
     def schedules(self) -> Sequence[ScheduleLike]:
         """The schedules that are followed."""
-        return ()
+        return () if self.schedule is None else (self.schedule,)
 
     def check(self, run: Run) -> None:
         """Refuse what cannot work, before a checkpoint is restored and before any weight changes."""
@@ -382,9 +384,7 @@ def _check_holds(module: nn.Module, run: Run) -> None:
     Raises:
         ValueError: It holds none of the parameters.
     """
-    held = {id(info.parameter) for info in run.infos()}
-    leaves = [leaf for optimizer in run.optimizers for leaf in (optimizer, *stepping_optimizers(optimizer))]
-    if not any(id(p) in held for leaf in leaves for group in leaf.param_groups for p in group["params"]):
+    if held_by_optimizers(run).isdisjoint(id(info.parameter) for info in run.infos()):
         raise ValueError(
             f"`module` holds none of the parameters that {type(run.optimizers[0]).__name__} steps, got "
             f"{type(module).__name__}: give the module whose parameters the optimizer was made with."

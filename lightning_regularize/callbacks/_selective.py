@@ -86,8 +86,7 @@ class Selective(Described):
 
     def warn_if_no_effect(self, run: Run, infos: Sequence[ParameterInfo]) -> None:
         """Warn if no optimizer trains any of ``infos``, as far as can be seen before training."""
-        leaves = [leaf for optimizer in run.optimizers for leaf in stepping_optimizers(optimizer)]
-        held = {id(p) for o in [*run.optimizers, *leaves] for group in held_parameters(o) for p in group}
+        held = held_by_optimizers(run)
         if any(info.parameter.requires_grad and id(info.parameter) in held for info in infos):
             return
         frozen = all(not info.parameter.requires_grad for info in infos)
@@ -105,3 +104,9 @@ class Selective(Described):
                 f"{owner or type(self).__name__} is made for real weights, and {found} are complex: leave them out by "
                 "`exclude`, or let the parameter be real and take `torch.view_as_complex` of it."
             )
+
+
+def held_by_optimizers(run: Run) -> set[int]:
+    """Identities of the module's parameters that optimizers hold, or others that step for them."""
+    optimizers = [each for optimizer in run.optimizers for each in (optimizer, *stepping_optimizers(optimizer))]
+    return {id(p) for optimizer in optimizers for group in held_parameters(optimizer) for p in group}

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from lightning_regularize._steps.hooks import Step
     from lightning_regularize._steps.run import Run
-    from lightning_regularize.schedules import Position, ScheduleLike
+    from lightning_regularize.schedules import Position
     from lightning_regularize.selection import ParameterInfo, Rule
 
 
@@ -88,11 +88,6 @@ class AnchorDecay(Regularizer):
             raise TypeError(f"`anchor` should be 'init' or a state dict, got {anchor!r}.{instead}")
         self.anchor = anchor
         self.total_steps = check_total_steps(total_steps)
-
-    @property
-    def schedules(self) -> Sequence[ScheduleLike]:
-        """The schedule of the strength."""
-        return (self.schedule,)
 
     # -- before training -----------------------------------------------------------------------------------------------
 
@@ -157,7 +152,7 @@ class AnchorDecay(Regularizer):
 
     def _share(self, step: Step, group: dict[str, Any]) -> float | Tensor:
         """The part of the way to the anchor that a step goes; a rate on the device is not read back."""
-        strength: float = self.run.value(self.schedule, group, step.number)
+        strength: float = self.run.clock.value(self.schedule, group, step.number)
         return rate_of(step.optimizer, group) * strength
 
     def _warn_of_rounding(self, weights: Sequence[Tensor], share: float | Tensor) -> None:

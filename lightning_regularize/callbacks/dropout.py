@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
     from lightning_regularize._steps.hooks import Step
     from lightning_regularize._steps.run import Run
-    from lightning_regularize.schedules import ScheduleLike
 
 # torch recompiles a compiled model for each value of a rate, at most 8 times by default, and once more for evaluation.
 _COMPILED_LEVELS = 4
@@ -129,11 +128,6 @@ class DropoutSchedule(Regularizer):
         self.attributes, self.same = tuple(attributes), same
         self.total_steps = check_total_steps(total_steps)
 
-    @property
-    def schedules(self) -> Sequence[ScheduleLike]:
-        """The schedule of the rate."""
-        return (self.schedule,)
-
     # -- before training -----------------------------------------------------------------------------------------------
 
     def check(self, run: Run) -> None:
@@ -188,6 +182,7 @@ class DropoutSchedule(Regularizer):
 
     def begin(self, run: Run) -> None:
         rates = self._sampled_rates(run.clock.total_steps)
+        self._reads_rate = re.compile(rf"\.({'|'.join({rate.attribute for rate in self._rates})}) == ")
         self._range, self._recompilations_before = (min(rates), max(rates)), self._recompilations()
         if _is_compiled(run.module):
             if self._is_unending:
@@ -237,7 +232,7 @@ class DropoutSchedule(Regularizer):
         step = min((watch.steps for watch in watches), default=0)
         nothing: dict[str, Any] = {"params": []}
         group = next((group for watch in watches for group in watch.optimizer.param_groups), nothing)
-        p = _check_rate(self.run.value(self.schedule, group, step))
+        p = _check_rate(self.run.clock.value(self.schedule, group, step))
         if self._levels:
             p = min(self._levels, key=lambda level: abs(level - p))
         for rate, share in zip(self._rates, self._shares, strict=True):
@@ -294,8 +289,7 @@ class DropoutSchedule(Regularizer):
 
     def _recompilations(self) -> int:
         """How often Dynamo has compiled anew since a rate had changed."""
-        changed = re.compile(rf"\.({'|'.join({rate.attribute for rate in self._rates})}) == ")
-        return sum(bool(changed.search(reason)) for reasons in guard_failures.values() for reason in reasons)
+        return sum(bool(self._reads_rate.search(reason)) for reasons in guard_failures.values() for reason in reasons)
 
     def _round(self) -> None:
         low, high = self._range

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from lightning_regularize._steps.hooks import Step
     from lightning_regularize._steps.run import Run
     from lightning_regularize._steps.watch import Watch
-    from lightning_regularize.schedules import Position, ScheduleLike
+    from lightning_regularize.schedules import Position
     from lightning_regularize.selection import ParameterInfo, Rule
 
 _METHODS: dict[str, type[Method]] = {"gradient": Gradient, "proximal": Proximal}
@@ -63,14 +63,9 @@ class PenaltyCallback(Regularizer):
     def penalty(self) -> Penalty:
         """The penalty at unit strength."""
 
-    @property
-    def schedules(self) -> Sequence[ScheduleLike]:
-        """The schedule of the strength."""
-        return (self.schedule,)
-
     def strength(self, group: dict[str, Any], step: int) -> float:
         """The strength for a parameter group in step number ``step``."""
-        return self.run.value(self.schedule, group, step)  # type: ignore[no-any-return]
+        return self.run.clock.value(self.schedule, group, step)  # type: ignore[no-any-return]
 
     def check(self, run: Run) -> None:
         needs_shapes = self.penalty().per_unit
@@ -315,7 +310,7 @@ class ElasticNetPenalty(PenaltyCallback):
 
     def strength(self, group: dict[str, Any], step: int) -> float:
         """The sum of both strengths, times the schedule."""
-        return (self.l1 + self.l2) * self.run.value(self.schedule, group, step)  # type: ignore[no-any-return]
+        return (self.l1 + self.l2) * self.run.clock.value(self.schedule, group, step)  # type: ignore[no-any-return]
 
 
 @final

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from lightning_regularize._steps.run import Run
-    from lightning_regularize.schedules import Position, ScheduleLike
+    from lightning_regularize.schedules import Position
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,11 +126,6 @@ class WeightDecay(Regularizer):
             raise ValueError(f"`seed` should be an integer of at least 0, got {seed!r}.")
         self.method, self.rounding, self.seed = method, rounding, seed
         self._twin: ZeroTwin | None = None
-
-    @property
-    def schedules(self) -> Sequence[ScheduleLike]:
-        """The schedule of the weight decay."""
-        return () if self.schedule is None else (self.schedule,)
 
     def identity(self) -> dict[str, Any]:
         """There is one in a Trainer, whatever its rules."""
