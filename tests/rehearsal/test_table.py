@@ -13,22 +13,15 @@ pytestmark = pytest.mark.skipif(not is_possible(), reason="this torch knows no d
 
 FEW, MANY = 4, 16  # layers; `python -m tests.rehearsal` takes 75 and 300
 
-# What does not hold yet. Whoever mends it takes it out: a row that is here and holds is a failure.
-NOT_YET = {
-    "launches": set(),
-    "launches, logged": set(),
-    "waits": {"spectral ball"},  # in the singular value decomposition of torch
-    "waits, logged": set(),
-}
+# What waits, in the singular value decomposition of torch. One that is here and does not wait is a failure.
+WAITING = {"spectral ball": pytest.mark.xfail(strict=True, raises=AssertionError)}
 
 seen = functools.cache(observe)
 
 
-def rows(check, chosen=ROWS):
-    def marks(row):
-        return [pytest.mark.xfail(strict=True, raises=AssertionError)] if row.name in NOT_YET[check] else []
-
-    return pytest.mark.parametrize("row", [pytest.param(row, id=row.name, marks=marks(row)) for row in chosen])
+def rows(chosen, marks=None):
+    marked = [pytest.param(row, id=row.name, marks=(marks or {}).get(row.name, ())) for row in chosen]
+    return pytest.mark.parametrize("row", marked)
 
 
 def check_launches(row, bound, **options):
@@ -41,22 +34,22 @@ def check_launches(row, bound, **options):
 LOGGED = [row for row in ROWS if row.transfers]
 
 
-@rows("launches")
+@rows(ROWS)
 def test_launches_of_a_step(row):
     check_launches(row, row.launches)
 
 
-@rows("launches, logged", LOGGED)
+@rows(LOGGED)
 def test_launches_of_a_step_that_is_logged(row):
     check_launches(row, row.logged_launches, logs=True)
 
 
-@rows("waits")
+@rows(ROWS, WAITING)
 def test_no_step_waits_that_is_not_logged(row):
     assert not seen(row.make, FEW).waited
 
 
-@rows("waits, logged", LOGGED)
+@rows(LOGGED)
 def test_a_step_that_is_logged_waits_once(row):
     waited = seen(row.make, FEW, logs=True).waited
     assert waited.total() == row.transfers, waited
@@ -65,7 +58,7 @@ def test_a_step_that_is_logged_waits_once(row):
 # Other optimizers and precisions
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+@rows(ROWS)
 def test_no_device_is_mixed_with_another(row):
     rehearse(train_in_other_precisions, row.make)
 
@@ -75,7 +68,7 @@ def train_in_other_precisions(observer, make):
         train(observer, make, 1, **options)
 
 
-@pytest.mark.parametrize("row", [row for row in ROWS if "Decay" in row.name], ids=lambda row: row.name)
+@rows([row for row in ROWS if "Decay" in row.name])
 def test_a_learning_rate_on_the_device_is_read_by_the_clock_only(row):
     at_a_rate_on_the_host = seen(row.make, 1, fused=True).waited
     more = seen(row.make, 1, fused=True, tensor_lr=True).waited - at_a_rate_on_the_host

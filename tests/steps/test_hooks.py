@@ -561,27 +561,18 @@ def _fail(*_):
 
 
 def in_a_pre_hook(optimizer, loss):
-    handle = optimizer.register_step_pre_hook(_fail)
-    try:
+    with optimizer.register_step_pre_hook(_fail):
         step_by_keyword(optimizer, loss)
-    finally:
-        handle.remove()
 
 
 def in_a_post_hook(optimizer, loss):
-    handle = optimizer.register_step_post_hook(_fail)
-    try:
+    with optimizer.register_step_post_hook(_fail):
         plain_step(optimizer, loss)
-    finally:
-        handle.remove()
 
 
 def in_a_global_hook(optimizer, loss):
-    handle = register_optimizer_step_pre_hook(_fail)
-    try:
+    with register_optimizer_step_pre_hook(_fail):
         plain_step(optimizer, loss)
-    finally:
-        handle.remove()
 
 
 FAILURES = [

@@ -129,8 +129,8 @@ class Share:
         return iter(self.batches)
 
 
-class Kept(Logger):
-    """All that was logged, in memory: key -> step -> value."""
+class KeepsValues:
+    """What a logger of either package does to keep all that was logged, in memory: key -> step -> value."""
 
     name, version = "kept", 0
 
@@ -144,6 +144,10 @@ class Kept(Logger):
     def log_metrics(self, metrics, step):
         for key, value in metrics.items():
             self.values.setdefault(key, {})[step] = float(value)
+
+
+class Kept(KeepsValues, Logger):
+    """All that was logged, in memory."""
 
 
 class Weights(L.Callback):

@@ -407,6 +407,11 @@ class Run:
             self.edited = weights(self.module)
 
 
+def assert_goes_on(names, changes, place=BATCH_START, make_optimizer=sgd):
+    """A run in which something changes has the weights and logged values of the loop by hand."""
+    assert_equal(Run(names, changes, place, make_optimizer).fit(), ByHand(Model(make_optimizer), names, changes))
+
+
 def assert_equal(run, expected):
     for found, right in zip(run.witness.found, expected.weights, strict=True):
         assert_same_weights(found, right, atol=1e-11)
@@ -454,14 +459,13 @@ def to_two_groups(module, optimizer):
 def test_goes_on_with_another_optimizer_wherever_it_comes_from(bundle, place):
     names, place = BUNDLES[bundle], PLACES[place]
     changes = {3: momentum, 6: nesterov} if place.every > 1 else {4: momentum, 8: nesterov}
-    assert_equal(Run(names, changes, place).fit(), ByHand(Model(), names, changes))
+    assert_goes_on(names, changes, place)
 
 
 @pytest.mark.parametrize("place", ["callback after, on_train_batch_start", "training_step by hand"])
 @pytest.mark.parametrize("name", MEMBERS)
 def test_goes_on_alone_with_another_optimizer(name, place):
-    changes = {4: momentum}
-    assert_equal(Run([name], changes, PLACES[place]).fit(), ByHand(Model(), [name], changes))
+    assert_goes_on([name], {4: momentum}, PLACES[place])
 
 
 @pytest.mark.parametrize("change", [to_two_groups, to_adam, to_rmsprop], ids=lambda change: change.__name__)
@@ -470,8 +474,7 @@ def test_goes_on_with_an_optimizer_of_another_class(bundle, change):
     scaled = change is not to_two_groups  # each weight has its own step length
     names = [n for n in BUNDLES[bundle] if not (scaled and n == "proximal group lasso")]
     names = [n for n in names if not (change is to_rmsprop and n == "stable")]
-    changes = {4: change}
-    assert_equal(Run(names, changes).fit(), ByHand(Model(), names, changes))
+    assert_goes_on(names, {4: change})
 
 
 WITH_LBFGS = [
@@ -482,9 +485,7 @@ WITH_LBFGS = [
 @pytest.mark.parametrize("place", ["callback after, on_train_epoch_start", "training_step by hand"])
 @pytest.mark.parametrize("name", WITH_LBFGS)
 def test_goes_on_from_adam_to_lbfgs(name, place):
-    changes = {3: to_lbfgs}
-    run = Run([name], changes, PLACES[place], make_optimizer=adam).fit()
-    assert_equal(run, ByHand(Model(adam), [name], changes))
+    assert_goes_on([name], {3: to_lbfgs}, PLACES[place], adam)
 
 
 @pytest.mark.parametrize("place", ["callback before, on_train_batch_start", "training_step by hand"])
@@ -597,18 +598,16 @@ def deeper(module, optimizer):
 )
 @pytest.mark.parametrize("bundle", BUNDLES)
 def test_acts_on_new_layers_from_the_next_step_on(bundle, change, place):
-    names, changes = BUNDLES[bundle], {3: change}
+    names = BUNDLES[bundle]
     with says_that_there_is_no_anchor(names):
-        run = Run(names, changes, PLACES[place]).fit()
-    assert_equal(run, ByHand(Model(), names, changes))
+        assert_goes_on(names, {3: change}, PLACES[place])
 
 
 @pytest.mark.parametrize("bundle", BUNDLES)
 def test_a_model_that_grows_each_epoch_is_followed(bundle):
     names, changes = BUNDLES[bundle], {2: deeper, 3: one_layer_new, 5: grown, 6: pruned, 8: deeper}
     with says_that_there_is_no_anchor(names):
-        run = Run(names, changes).fit()
-    assert_equal(run, ByHand(Model(), names, changes))
+        assert_goes_on(names, changes)
 
 
 def test_parts_of_a_new_model_are_logged_by_their_names():
@@ -677,17 +676,14 @@ PARAMETERS = {
 @pytest.mark.parametrize("changes", PARAMETERS)
 @pytest.mark.parametrize("bundle", BUNDLES)
 def test_acts_on_parameters_that_are_replaced_in_their_group(bundle, changes):
-    names, changes = BUNDLES[bundle], PARAMETERS[changes]
-    make_optimizer = functools.partial(SGD, lr=0.05, momentum=0.5)
+    names, make_optimizer = BUNDLES[bundle], functools.partial(SGD, lr=0.05, momentum=0.5)
     with says_that_there_is_no_anchor(names):
-        run = Run(names, changes, make_optimizer=make_optimizer).fit()
-    assert_equal(run, ByHand(Model(make_optimizer), names, changes))
+        assert_goes_on(names, PARAMETERS[changes], make_optimizer=make_optimizer)
 
 
 @pytest.mark.parametrize("bundle", BUNDLES)
 def test_acts_on_a_weight_that_is_pruned_for_good(bundle):
-    changes = {2: pruned_for_good, 5: pruned_for_good}
-    assert_equal(Run(BUNDLES[bundle], changes).fit(), ByHand(Model(), BUNDLES[bundle], changes))
+    assert_goes_on(BUNDLES[bundle], {2: pruned_for_good, 5: pruned_for_good})
 
 
 @pytest.mark.parametrize("change", [same_values, all_of_them], ids=lambda change: change.__name__)
@@ -741,9 +737,7 @@ APPENDED = {
 @pytest.mark.parametrize("changes", APPENDED)
 @pytest.mark.parametrize("bundle", BUNDLES)
 def test_acts_on_parameters_that_a_group_gets(bundle, changes):
-    names, changes = BUNDLES[bundle], APPENDED[changes]
-    run = Run(names, changes, make_optimizer=of_some).fit()
-    assert_equal(run, ByHand(Model(of_some), names, changes))
+    assert_goes_on(BUNDLES[bundle], APPENDED[changes], make_optimizer=of_some)
 
 
 def by_layer(parameters):
@@ -785,9 +779,7 @@ REMOVED = {
 @pytest.mark.parametrize("changes", REMOVED)
 @pytest.mark.parametrize("bundle", BUNDLES)
 def test_leaves_alone_what_is_removed_from_the_groups(bundle, changes):
-    names, changes = BUNDLES[bundle], REMOVED[changes]
-    run = Run(names, changes, make_optimizer=by_layer).fit()
-    assert_equal(run, ByHand(Model(by_layer), names, changes))
+    assert_goes_on(BUNDLES[bundle], REMOVED[changes], make_optimizer=by_layer)
 
 
 def freeze(module, optimizer):
@@ -818,9 +810,7 @@ FROZEN = {
 @pytest.mark.parametrize("changes", FROZEN)
 @pytest.mark.parametrize("bundle", BUNDLES)
 def test_leaves_frozen_parameters_alone_and_acts_again_when_they_are_trained(bundle, changes):
-    names, changes = BUNDLES[bundle], FROZEN[changes]
-    run = Run(names, changes, make_optimizer=by_layer).fit()
-    assert_equal(run, ByHand(Model(by_layer), names, changes))
+    assert_goes_on(BUNDLES[bundle], FROZEN[changes], make_optimizer=by_layer)
 
 
 # -- B4: masks and parametrizations ----------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ from lightning_regularize import (
 from lightning_regularize.projections import MaxNorm
 from lightning_regularize.schedules import Cosine, FollowLR, Linear
 from tests.distributed import run_distributed
+from tests.training.matrix import KeepsValues
 from tests.training.support import QUIET, Batches, assert_identical_weights, weights
 
 pytest.importorskip("pytorch_lightning")
@@ -94,23 +95,7 @@ def module_class(package):
 
 @functools.cache
 def kept_class(package):
-    class Kept(classes(package, "loggers", "logger").Logger):
-        """All that was logged: key -> step -> value."""
-
-        name, version = "kept", 0
-
-        def __init__(self):
-            super().__init__()
-            self.values = {}
-
-        def log_hyperparams(self, params):
-            """Nothing to keep."""
-
-        def log_metrics(self, metrics, step):
-            for key, value in metrics.items():
-                self.values.setdefault(key, {})[step] = float(value)
-
-    return Kept
+    return type("Kept", (KeepsValues, classes(package, "loggers", "logger").Logger), {})
 
 
 def save_at(package, step, path):
