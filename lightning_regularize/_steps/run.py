@@ -14,7 +14,7 @@ from lightning_regularize._steps.watch import Watch, add_follower, remove_follow
 from lightning_regularize.selection import ParameterInfo, parameter_infos
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import nn
 
@@ -51,6 +51,14 @@ class Run(ABC):
     @abstractmethod
     def _now(self) -> list[Any]:
         """The optimizers that the training loop has now."""
+
+    @abstractmethod
+    def start(self, saved: Sequence[int] | None) -> None:
+        """Watch all optimizers; everything is restored.
+
+        Args:
+            saved: Steps that each optimizer had attempted, from a checkpoint or the end of the run before this one.
+        """
 
     @property
     def root(self) -> nn.Module:
@@ -111,21 +119,22 @@ class LoopRun(Run):
         optimizer: The optimizer that the loop knows.
         module: The module that is trained.
         clock: Where training stands.
+        work: What to call around steps.
         position: Returns the number of the present step; None to count real steps.
     """
 
     def __init__(
-        self, optimizer: Any, module: nn.Module, clock: Clock, position: Callable[[], int] | None = None
+        self, optimizer: Any, module: nn.Module, clock: Clock, work: Work, position: Callable[[], int] | None = None
     ) -> None:
         super().__init__(module, clock)
-        self._optimizer, self._position = optimizer, position
+        self._optimizer, self._work, self._position = optimizer, work, position
 
     def _now(self) -> list[Any]:
         return [self._optimizer]
 
-    def start(self, work: Work, steps: int) -> None:
-        """Watch from the next step on, which is number ``steps``."""
-        self.watches = [Watch(self._optimizer, work, steps=steps, position=self._position)]
+    def start(self, saved: Sequence[int] | None) -> None:
+        """Watch the optimizer from its next step on."""
+        self.watches = [Watch(self._optimizer, self._work, steps=next(iter(saved or ()), 0), position=self._position)]
         add_follower(self.watches[0])
 
     def stop(self) -> None:

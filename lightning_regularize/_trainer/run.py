@@ -62,11 +62,7 @@ class TrainerRun(Run):
         return not deepspeed_keeper(self.trainer)
 
     def start(self, saved: Sequence[int] | None) -> None:
-        """Watch all optimizers; everything is restored.
-
-        Args:
-            saved: Steps that each optimizer had attempted, from a checkpoint or the end of the run before this one.
-        """
+        """Watch all optimizers; where Lightning counts steps itself, its count is used."""
         count, step = len(self.optimizers), self.trainer.global_step
         if count == 1 and self.lightning_module.automatic_optimization:
             self._steps = [step]

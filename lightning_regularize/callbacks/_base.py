@@ -130,11 +130,7 @@ class Regularizer(Selective, Work):
             advice = "give `total_steps`, or set `max_steps` or `max_epochs` with data of known length"
             self._check_horizon(horizon, MisconfigurationException, advice)
             self._check_epochs_are_known(self.run.clock.steps_per_epoch)
-        self.run.clock.restore_peaks(self.run.optimizers, self._saved.get("peaks", []))
-        if self.acts_on_steps:
-            self.run.start(self._saved.get("steps"))
-        self._prepare(self.begin)
-        self.run.has_begun = True
+        self._start()
         self._warn_of_changed_arguments()
 
     @_misconfiguration
@@ -215,6 +211,14 @@ class Regularizer(Selective, Work):
         finally:
             self._of_run |= vars(self).keys() - before
 
+    def _start(self) -> None:
+        """Go on where the saved state ends."""
+        self.run.clock.restore_peaks(self.run.optimizers, self._saved.get("peaks", []))
+        if self.acts_on_steps:
+            self.run.start(self._saved.get("steps"))
+        self._prepare(self.begin)
+        self.run.has_begun = True
+
     def _let_go(self) -> None:
         """Let go of the run, and of all that holds something of it."""
         self.run = None
@@ -270,15 +274,12 @@ class Regularizer(Selective, Work):
         horizon = check_total_steps(total_steps) or self.arguments.get("total_steps") or math.inf
         self._check_horizon(horizon, ValueError, "give `total_steps`")
         self._let_go()
-        self.run = run = LoopRun(optimizer, module, Clock(horizon), position)
+        self.run = run = LoopRun(optimizer, module, Clock(horizon), self, position)
         try:
             _check_holds(module, run)
             run.clock.note_rates(run.optimizers)
             self._prepare(self.check)
-            run.clock.restore_peaks(run.optimizers, self._saved.get("peaks", []))
-            run.start(self, next(iter(self._saved.get("steps", ())), 0))
-            self._prepare(self.begin)
-            run.has_begun = True
+            self._start()
         except BaseException:
             self._end()
             self._let_go()
