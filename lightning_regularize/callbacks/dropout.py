@@ -21,6 +21,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from lightning_regularize.callbacks._base import Regularizer
 from lightning_regularize.schedules import Constant, Position, Schedule, as_schedule, check_total_steps, value_at
+from lightning_regularize.selection import canonical
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 # torch recompiles a compiled model for each value of a rate, at most 8 times by default, and once more for evaluation.
 _COMPILED_LEVELS = 4
 _SAMPLES = 1000  # positions at which a schedule's range is looked up
-_WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(\.|$)")
 # What transformers, timm and their like call a rate that is a plain number: `attention_dropout`, `dropout_p`, `p_drop`,
 # `resid_pdrop`, `drop_rate`; but neither `layerdrop` nor `token_drop_rate`, which drop something else.
 _RATE_NAME = re.compile(
@@ -253,7 +253,7 @@ class DropoutSchedule(Regularizer):
     def _find(self, root: nn.Module) -> Iterator[_Rate]:
         """All that is a rate, or is called like one."""
         for name, module in root.named_modules():
-            name = _WRAPPERS.sub("", name)
+            name = canonical(name, root)
             if not any(_matches(rule, name, module) for rule in self.include):
                 continue
             usual = dict.fromkeys(attribute for attribute in vars(module) if _RATE_NAME.fullmatch(attribute))
