@@ -776,6 +776,20 @@ def timescales_in(schedule: object) -> list[Timescale]:
     return [found for part in parts if part is not None for found in timescales_in(part)]
 
 
+def depends_on_step_alone(schedule: object) -> bool:
+    """Whether the values are known ahead: they depend on ``step`` and ``total_steps``, and not on rates or epochs.
+
+    Example:
+        >>> depends_on_step_alone(Warmup(Cosine(1, 0), steps=3)), depends_on_step_alone(Warmup(FollowLR(1), steps=3))
+        (True, False)
+    """
+    if isinstance(schedule, Join):
+        return all(map(depends_on_step_alone, schedule.schedules))
+    if isinstance(schedule, Warmup):
+        return depends_on_step_alone(schedule.schedule)
+    return isinstance(schedule, (Constant, _Curve, Steps)) or is_number(schedule)
+
+
 def _needs_total_steps(schedule: ScheduleLike) -> bool:
     return isinstance(schedule, Schedule) and schedule.needs_total_steps
 
