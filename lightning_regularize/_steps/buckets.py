@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Sequence
-from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -69,33 +68,47 @@ def buckets(
         >>> [bucket.indices for bucket in buckets(weights)]
         [[0, 1], [2]]
     """
-    found: dict[Hashable, list[int]] = {}
-    keys = [map(attrgetter("device", "dtype"), column) for column in columns]
-    for i, key in enumerate(zip(*keys, *([alike] if alike is not None else []), strict=True)):
-        found.setdefault(key, []).append(i)
-    for indices in found.values():
+    for indices in _alike(columns, alike):
         is_cpu = columns[0][indices[0]].is_cpu
-        limit = _CPU_BYTES if is_cpu else _DEVICE_BYTES
+        limit, alone = (_CPU_BYTES, _SMALL_BYTES) if is_cpu else (_DEVICE_BYTES, _DEVICE_BYTES)
+        sizes = [columns[0][i].nbytes for i in indices]
+        if max(sizes) <= alone and sum(sizes) <= limit:
+            yield _bucket(indices, columns)
+            continue
         together: list[int] = []
         total = 0
-        for i in indices:
-            size = columns[0][i].nbytes
+        for i, size in zip(indices, sizes, strict=True):
             if size > limit and (dims is None or dims[i] is not None):
                 for pieces in _cut([column[i] for column in columns], None if dims is None else dims[i], size // limit):
                     yield Bucket([i], tuple([piece] for piece in pieces))
                 continue
             # A large tensor is alone on a CPU, where its temporaries are to lie in memory that is kept.
-            is_alone = is_cpu and size > _SMALL_BYTES
-            if together and (is_alone or total + size > limit):
+            if together and (size > alone or total + size > limit):
                 yield _bucket(together, columns)
                 together, total = [], 0
             together.append(i)
-            total += limit if is_alone else size
+            total += limit if size > alone else size
         if together:
             yield _bucket(together, columns)
 
 
+def _alike(columns: Sequence[Sequence[Tensor]], alike: Sequence[Hashable] | None) -> Iterable[list[int]]:
+    """The numbers of rows that agree in everything, in most tables of all rows."""
+    keys: list[Sequence[Hashable]] = [[tensor.device for tensor in columns[0]]]
+    keys += [[tensor.dtype for tensor in column] for column in columns]
+    if alike is not None:
+        keys.append(alike)
+    if all(len(set(key)) == 1 for key in keys):
+        return [list(range(len(columns[0])))]
+    found: dict[Hashable, list[int]] = {}
+    for i, key in enumerate(zip(*keys, strict=True)):
+        found.setdefault(key, []).append(i)
+    return found.values()
+
+
 def _bucket(indices: list[int], columns: Sequence[Sequence[Tensor]]) -> Bucket:
+    if len(indices) == len(columns[0]):
+        return Bucket(indices, tuple(map(list, columns)))
     return Bucket(indices, tuple([column[i] for i in indices] for column in columns))
 
 
