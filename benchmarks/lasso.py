@@ -38,7 +38,7 @@ def data() -> tuple[Tensor, Tensor]:
 
 
 def train(weight: nn.Parameter, optimizer: Optimizer, *, in_loss: bool = False, threshold: bool = False) -> Tensor:
-    """Return the weights after training: with the penalty in the loss, with a soft threshold after steps, or neither."""
+    """Return the trained weights: with the penalty in the loss, with a soft threshold after each step, or neither."""
     x, y = data()
     for _ in range(STEPS):
         optimizer.zero_grad()
