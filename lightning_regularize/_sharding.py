@@ -156,7 +156,7 @@ class Sharding:
                 self._process_groups |= dict.fromkeys(map(id, handle.flat_param._params or ()), handle.process_group)
 
     def _spread(self, parameter: Tensor) -> Hashable:
-        """What tells how ``parameter`` is spread: None, a process group, or a mesh with placements."""
+        """How ``parameter`` is spread: None, a process group, or a mesh with placements."""
         if dist.is_available() and isinstance(parameter, DTensor):
             return parameter.device_mesh, tuple(parameter.placements)
         if hasattr(parameter, "ds_tensor"):

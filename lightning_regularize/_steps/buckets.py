@@ -140,10 +140,10 @@ def scratch(
     """Uninitialized memory for a temporary: good until the next call with this dtype and slot.
 
     Args:
-        like: What tells the device, and shape and dtype where these are not given.
+        like: A tensor on the same device, with the shape and dtype where these are not given.
         shape: The shape.
         dtype: The dtype.
-        slot: What tells temporaries apart that are needed at the same time.
+        slot: A name; temporaries that are needed at the same time have different ones.
 
     Returns:
         Contiguous. On a CPU it is the same memory each time; other devices have allocators that do as much. What

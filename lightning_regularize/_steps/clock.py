@@ -57,7 +57,7 @@ class Clock:
         return [[self._peak(group) for group in optimizer.param_groups] for optimizer in optimizers]
 
     def restore_peaks(self, optimizers: Iterable[Any], saved: Sequence[Sequence[float]]) -> None:
-        """Remember peaks that a checkpoint tells of, if there are as many groups."""
+        """Remember the peaks from a checkpoint, if there are as many groups."""
         for optimizer, peaks in zip(optimizers, saved, strict=False):
             for group, peak in zip(optimizer.param_groups, peaks, strict=False):
                 if len(peaks) == len(optimizer.param_groups) and group["params"]:

@@ -76,7 +76,7 @@ class Run(ABC):
         return Sharding(self.root)
 
     def label(self, watch: Watch) -> str:
-        """What tells the keys of one optimizer from those of others."""
+        """The prefix of the logged keys of one optimizer among several; empty if there is one."""
         return f"optimizer{watch.index}" if len(self.watches) > 1 else ""
 
     def logs_now(self) -> bool:

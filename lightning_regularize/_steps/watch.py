@@ -90,7 +90,7 @@ class Watch:
         self.leaves, self._steps = leaves, {leaf: self._steps.get(leaf, steps) for leaf in leaves}
 
     def announce(self, scale: Tensor | None = None) -> None:
-        """Gradients are complete earlier than the optimizer's own hooks can tell: before the loop clips them."""
+        """Gradients are complete before the optimizer's own hooks are called: the loop has yet to clip them."""
         if self._is_pending and not any(hooks_of(leaf).is_stepping for leaf in self._steps if self._use_hooks):
             self.settle()
         if not self._is_pending:

@@ -340,7 +340,7 @@ class Regularizer(Selective, Work):
         return True
 
     def number_among(self, kind: type[Regularizer]) -> str:
-        """What tells the key of one of several callbacks of a class from those of the others; otherwise nothing."""
+        """The number of this callback among several of its class, as its keys end in it; empty if there is one."""
         alike = [c for c in self.run.trainer.callbacks if isinstance(c, kind)]
         return f" {next(i for i, c in enumerate(alike, start=1) if c is self)}" if len(alike) > 1 else ""
 

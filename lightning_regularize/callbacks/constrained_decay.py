@@ -138,7 +138,7 @@ class ConstrainedDecay(Regularizer):
                 "inflection_point": "are looked for from now on",
             }
             self.warn(
-                "The checkpoint does not tell the norms at the start of training: ConstrainedDecay begins anew, "
+                "The checkpoint does not hold the norms at the start of training: ConstrainedDecay begins anew, "
                 f"without any decay at first, and its bounds {bounds[self.bound]}."
             )
         self._begin_targets(list(self._targets))

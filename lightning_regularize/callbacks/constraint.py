@@ -69,7 +69,7 @@ class WeightConstraint(Regularizer):
     It acts on the parameters of the optimizer that stepped, after the update and never after a step that a GradScaler
     skipped; validation, weight averaging and checkpoints see the projected weights. Norms of units are over their
     incoming weights, whatever the layer, see :func:`~lightning_regularize.units.norm_dims`. If in the first epoch
-    the constraint changes nothing, it says so once.
+    the constraint changes nothing, it warns once.
 
     Args:
         projection: One of :mod:`lightning_regularize.projections`. A relative radius is taken of the weights at the
@@ -164,7 +164,7 @@ class WeightConstraint(Regularizer):
         is_resumed = any(watch.steps for watch in run.watches)
         if is_resumed and getattr(self.projection, "relative", False) and not self._saved.get("radii"):
             self.warn(
-                "The checkpoint does not tell the norms at the start of training: WeightConstraint takes its radius "
+                "The checkpoint does not hold the norms at the start of training: WeightConstraint takes its radius "
                 "relative to the weights as they are now."
             )
         for target in self._targets:

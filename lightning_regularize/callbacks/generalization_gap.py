@@ -41,7 +41,7 @@ class GeneralizationGapMonitor(Regularizer):
     find it also where validation is not once an epoch; for this the monitor goes to the front of the Trainer's
     callbacks. The training metric is that of the epoch so far. One that the module logs in its own
     ``on_train_epoch_end`` is known only when the next epoch begins or training ends, and so is the gap. If one of the
-    two metrics is not logged, there is no gap for this validation, not an old one either, and a warning says so once.
+    two metrics is not logged, no gap is logged for this validation, not an old one either, and one warning is given.
     Training metrics are of the weights as they were during the epoch and with dropout, which makes the gap look smaller
     than it is.
 

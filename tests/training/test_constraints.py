@@ -372,7 +372,7 @@ def test_a_relative_radius_is_of_the_weights_at_the_start_when_resumed_too(proje
 
 def test_without_the_norms_at_the_start_those_of_now_count_and_it_says_so(tmp_path):
     train(Regression(sgd), Save(tmp_path / "8.ckpt", 8))
-    with pytest.warns(UserWarning, match="The checkpoint does not tell the norms at the start"):
+    with pytest.warns(UserWarning, match="The checkpoint does not hold the norms at the start"):
         train(Regression(sgd), WeightConstraint(FrobeniusBall(0.7, relative=True)), ckpt_path=tmp_path / "8.ckpt")
 
 

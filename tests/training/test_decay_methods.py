@@ -479,15 +479,15 @@ def test_a_resumed_run_has_the_anchor_of_the_first_start(anchor, tmp_path):
         (AnchorDecay(0.5), "The checkpoint has no anchor: AnchorDecay takes the weights as they are now"),
         (
             ConstrainedDecay("start"),
-            "does not tell the norms at the start of training: ConstrainedDecay .* of the weights as they are now",
+            "does not hold the norms at the start of training: ConstrainedDecay .* of the weights as they are now",
         ),
         (
             ConstrainedDecay("warm_start", warm_start_steps=12),
-            "does not tell the norms .*: ConstrainedDecay begins anew, .* after step 12, or now if that is over",
+            "does not hold the norms .*: ConstrainedDecay begins anew, .* after step 12, or now if that is over",
         ),
         (
             ConstrainedDecay("inflection_point", interval=2),
-            "does not tell the norms .*: ConstrainedDecay begins anew, .* are looked for from now on",
+            "does not hold the norms .*: ConstrainedDecay begins anew, .* are looked for from now on",
         ),
     ],
     ids=["anchor", "start", "warm start", "inflection point"],
