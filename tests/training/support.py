@@ -1,4 +1,4 @@
-"""What whole trainings share: a tiny module in float64, its batches, a quiet Trainer, and a witness of each step."""
+"""What whole trainings share: each callback, a tiny module in float64, its batches, a quiet Trainer, and a witness."""
 
 import functools
 
@@ -6,6 +6,23 @@ import lightning.pytorch as L
 import pytest
 import torch
 from torch import nn
+
+from lightning_regularize import (
+    AnchorDecay,
+    ConstrainedDecay,
+    DropoutSchedule,
+    ElasticNetPenalty,
+    GeneralizationGapMonitor,
+    GroupLassoPenalty,
+    L1Penalty,
+    L2Penalty,
+    RegularizationSummary,
+    WeightConstraint,
+    WeightDecay,
+    WeightNormMonitor,
+)
+from lightning_regularize.projections import MaxNorm
+from lightning_regularize.schedules import Cosine, FollowLR, Linear
 
 torch.set_num_threads(1)  # threads that wait for each other on a busy machine cost ten times what the work does
 
@@ -16,6 +33,39 @@ QUIET = [
     # lightning/pytorch/utilities/_pytree.py, with torch >= 2.9, whenever a loader is set up
     pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning"),
 ]
+
+# Each regularizer, by each of its methods, for modules with layers ``hidden`` and ``output`` and something to drop.
+# A new one is added here, and what is asked of all is then asked of it.
+REGULARIZERS = {
+    "optimizer": lambda: WeightDecay(Linear(0.1, 1.0), factors={"output.*": 0.5}),
+    "optimizer, FollowLR": lambda: WeightDecay(FollowLR(0.5)),
+    "coupled": lambda: WeightDecay(Cosine(0.1, 1.0), method="coupled"),
+    "decoupled": lambda: WeightDecay(Linear(1.0, 0.1), method="decoupled"),
+    "independent": lambda: WeightDecay(Linear(0.1, 0.0), method="independent"),
+    "cautious": lambda: WeightDecay(0.5, method="cautious"),
+    "stable": lambda: WeightDecay(Linear(0.1, 0.0), method="stable"),
+    "L1": lambda: L1Penalty(Linear(0.0, 0.01)),
+    "L2": lambda: L2Penalty(0.1, include=("hidden.*",)),
+    "elastic net": lambda: ElasticNetPenalty(0.01, 0.1, schedule=Linear(0.0, 1.0)),
+    "group lasso": lambda: GroupLassoPenalty(Cosine(0.1, 0.0)),
+    "proximal L1": lambda: L1Penalty(Linear(0.0, 0.1), method="proximal"),
+    "proximal L2": lambda: L2Penalty(0.1, method="proximal"),
+    "proximal elastic net": lambda: ElasticNetPenalty(0.01, 0.1, method="proximal", include=("output.*",)),
+    "proximal group lasso": lambda: GroupLassoPenalty(Linear(0.01, 0.0), method="proximal"),
+    "constraint": lambda: WeightConstraint(MaxNorm(0.4)),
+    "anchor": lambda: AnchorDecay(Linear(0.0, 2.0), exclude=("output.*",)),
+    "constrained": lambda: ConstrainedDecay("warm_start", factor=0.9, warm_start_steps=3),
+    "dropout": lambda: DropoutSchedule(Linear(0.5, 0.0)),
+}
+# What only looks on. The gap is that of ``train_loss`` and ``val_loss``, which the module logs.
+MONITORS = {
+    "monitor": lambda: WeightNormMonitor(
+        quantities=("weight", "rms", "gradient", "update", "sparsity"), detail="parameter"
+    ),
+    "gap": lambda: GeneralizationGapMonitor("loss"),
+    "summary": lambda: RegularizationSummary(),
+}
+CALLBACKS = {**REGULARIZERS, **MONITORS}
 
 
 class Batches:

@@ -23,24 +23,19 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from torch.optim import LBFGS, SGD, Adam, AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
 
-from lightning_regularize import (
-    AnchorDecay,
-    ConstrainedDecay,
-    DropoutSchedule,
-    ElasticNetPenalty,
-    GeneralizationGapMonitor,
-    GroupLassoPenalty,
-    L1Penalty,
-    L2Penalty,
-    RegularizationSummary,
-    WeightConstraint,
-    WeightDecay,
-    WeightNormMonitor,
-)
-from lightning_regularize.projections import FrobeniusBall, MaxNorm
-from lightning_regularize.schedules import Cosine, FollowLR, Linear
+from lightning_regularize import AnchorDecay, L1Penalty, WeightConstraint, WeightDecay
+from lightning_regularize.projections import FrobeniusBall
 from tests.distributed import run_distributed
-from tests.training.support import QUIET, Batches, assert_identical_weights, assert_same_weights, make_trainer, weights
+from tests.training.support import (
+    MONITORS,
+    QUIET,
+    REGULARIZERS,
+    Batches,
+    assert_identical_weights,
+    assert_same_weights,
+    make_trainer,
+    weights,
+)
 
 pytestmark = QUIET
 
@@ -154,34 +149,13 @@ def in_fabric(callbacks, make=adamw, wrapped=True, rank=None, **options):
     return weights(module)
 
 
-MEMBERS = {
-    "optimizer": lambda: WeightDecay(Linear(0.1, 1.0), factors={"output.*": 0.5}),
-    "optimizer, FollowLR": lambda: WeightDecay(FollowLR(0.5)),
-    "coupled": lambda: WeightDecay(Cosine(0.1, 1.0), method="coupled"),
-    "decoupled": lambda: WeightDecay(Linear(1.0, 0.1), method="decoupled"),
-    "independent": lambda: WeightDecay(Linear(0.1, 0.0), method="independent"),
-    "cautious": lambda: WeightDecay(0.5, method="cautious"),
-    "stable": lambda: WeightDecay(Linear(0.1, 0.0), method="stable"),
-    "L1": lambda: L1Penalty(Linear(0.0, 0.1)),
-    "L2": lambda: L2Penalty(0.1, include=("hidden.*",)),
-    "elastic net": lambda: ElasticNetPenalty(0.01, 0.1, schedule=Linear(0.0, 1.0)),
-    "group lasso": lambda: GroupLassoPenalty(Cosine(0.1, 0.0)),
-    "proximal L1": lambda: L1Penalty(Linear(0.0, 0.1), method="proximal"),
-    "proximal L2": lambda: L2Penalty(0.1, method="proximal"),
-    "proximal elastic net": lambda: ElasticNetPenalty(0.01, 0.1, method="proximal", include=("output.*",)),
-    "proximal group lasso": lambda: GroupLassoPenalty(Linear(0.1, 0.0), method="proximal"),
-    "constraint": lambda: WeightConstraint(MaxNorm(0.4)),
-    "anchor": lambda: AnchorDecay(Linear(0.0, 2.0), exclude=("output.*",)),
-    "constrained": lambda: ConstrainedDecay("warm_start", factor=0.9, warm_start_steps=3),
-    "dropout": lambda: DropoutSchedule(Linear(0.5, 0.0)),
-}
 BY_GRADIENTS = ["coupled", "L1", "L2", "elastic net", "group lasso"]
-each = pytest.mark.parametrize("name", MEMBERS)
+each = pytest.mark.parametrize("name", REGULARIZERS)
 
 
 @functools.cache
 def expected(name, dtype=torch.float64):
-    return in_lightning([MEMBERS[name]()], dtype=dtype)
+    return in_lightning([REGULARIZERS[name]()], dtype=dtype)
 
 
 @functools.cache
@@ -192,15 +166,15 @@ def without(dtype=torch.float64):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @each
 def test_a_plain_loop_ends_as_lightning_does(name, dtype):
-    found = in_a_plain_loop([MEMBERS[name]()], dtype=dtype)
+    found = in_a_plain_loop([REGULARIZERS[name]()], dtype=dtype)
     assert_identical_weights(found, expected(name, dtype))
     assert any(not torch.equal(weight, without(dtype)[key]) for key, weight in found.items())
 
 
 @pytest.mark.parametrize("name", ["optimizer", "L1", "proximal group lasso", "anchor", "constrained", "dropout"])
 def test_a_plain_loop_that_accumulates_ends_as_lightning_does(name):
-    by_lightning = in_lightning([MEMBERS[name]()], accumulate_grad_batches=2)
-    assert_identical_weights(in_a_plain_loop([MEMBERS[name]()], accumulate=2), by_lightning)
+    by_lightning = in_lightning([REGULARIZERS[name]()], accumulate_grad_batches=2)
+    assert_identical_weights(in_a_plain_loop([REGULARIZERS[name]()], accumulate=2), by_lightning)
 
 
 @pytest.mark.parametrize(
@@ -208,14 +182,14 @@ def test_a_plain_loop_that_accumulates_ends_as_lightning_does(name):
 )
 @pytest.mark.parametrize("make", [sgd, of_class(Adam, lr=0.05, amsgrad=True)], ids=["SGD", "AMSGrad"])
 def test_several_at_once_act_in_the_order_in_which_they_are_attached(names, make):
-    by_lightning = in_lightning([MEMBERS[name]() for name in names], make)
-    assert_identical_weights(in_a_plain_loop([MEMBERS[name]() for name in names], make), by_lightning)
+    by_lightning = in_lightning([REGULARIZERS[name]() for name in names], make)
+    assert_identical_weights(in_a_plain_loop([REGULARIZERS[name]() for name in names], make), by_lightning)
 
 
 @pytest.mark.parametrize("name", ["coupled", "decoupled", "cautious", "L1", "group lasso", "constraint", "anchor"])
 def test_closures_that_are_evaluated_several_times(name):
     make = of_class(LBFGS, lr=0.1, max_iter=3)
-    model, callback = Net().build(), MEMBERS[name]()
+    model, callback = Net().build(), REGULARIZERS[name]()
     optimizer, scheduler = make(model)
     callback.attach(optimizer, model, total_steps=STEPS)
     for batch in Stream():
@@ -228,7 +202,7 @@ def test_closures_that_are_evaluated_several_times(name):
 
         optimizer.step(closure)
         scheduler.step()
-    assert_identical_weights(weights(model), in_lightning([MEMBERS[name]()], make))
+    assert_identical_weights(weights(model), in_lightning([REGULARIZERS[name]()], make))
 
 
 # -- Fabric ----------------------------------------------------------------------------------------------------------
@@ -236,17 +210,17 @@ def test_closures_that_are_evaluated_several_times(name):
 
 @each
 def test_fabric_ends_as_lightning_does(name):
-    assert_identical_weights(in_fabric([MEMBERS[name]()]), expected(name))
+    assert_identical_weights(in_fabric([REGULARIZERS[name]()]), expected(name))
 
 
 @pytest.mark.parametrize("name", ["optimizer", "L2", "proximal elastic net", "anchor", "constraint", "dropout"])
 def test_what_fabric_is_given_may_be_attached_to_as_well(name):
-    assert_identical_weights(in_fabric([MEMBERS[name]()], wrapped=False), expected(name))
+    assert_identical_weights(in_fabric([REGULARIZERS[name]()], wrapped=False), expected(name))
 
 
 def on_two(rank, world_size, loop, names):
     """Each process has its half of every batch."""
-    callbacks = [MEMBERS[name]() for name in names]
+    callbacks = [REGULARIZERS[name]() for name in names]
     if loop == "Fabric":
         found = in_fabric(callbacks, strategy=FabricDDPStrategy(process_group_backend="gloo"), devices=2, rank=rank)
     else:
@@ -323,20 +297,20 @@ def in_transformers(transformers, callback, folder, given, accumulate=1):
 
 @each
 def test_the_trainer_of_transformers_ends_as_lightning_does(name, transformers, tmp_path):
-    found = in_transformers(transformers, MEMBERS[name](), tmp_path, given=False)
+    found = in_transformers(transformers, REGULARIZERS[name](), tmp_path, given=False)
     assert_identical_weights(found, expected(name))
 
 
 @pytest.mark.parametrize("name", ["optimizer", "decoupled", "L1", "proximal group lasso", "anchor", "dropout"])
 def test_an_optimizer_that_is_given_to_the_trainer_of_transformers(name, transformers, tmp_path):
-    found = in_transformers(transformers, MEMBERS[name](), tmp_path, given=True)
+    found = in_transformers(transformers, REGULARIZERS[name](), tmp_path, given=True)
     assert_identical_weights(found, expected(name))
 
 
 @pytest.mark.parametrize("name", ["optimizer", "L1", "proximal L1", "constrained"])
 def test_the_trainer_of_transformers_that_accumulates_ends_as_lightning_does(name, transformers, tmp_path):
-    found = in_transformers(transformers, MEMBERS[name](), tmp_path, given=False, accumulate=2)
-    assert_identical_weights(found, in_lightning([MEMBERS[name]()], accumulate_grad_batches=2))
+    found = in_transformers(transformers, REGULARIZERS[name](), tmp_path, given=False, accumulate=2)
+    assert_identical_weights(found, in_lightning([REGULARIZERS[name]()], accumulate_grad_batches=2))
 
 
 # -- gradients that are scaled ---------------------------------------------------------------------------------------
@@ -379,17 +353,17 @@ def unscaled_loop(callback, optimizer_class, fused, strengths=None):
 @pytest.mark.parametrize("name", BY_GRADIENTS)
 def test_gradients_are_exact_under_a_scaler(name, optimizer_class, fused, unscale):
     """A strength that is multiplied by the scale, which is a float32 tensor, is rounded once more."""
-    found = scaled_loop(MEMBERS[name](), optimizer_class, fused=fused, unscale=unscale)
+    found = scaled_loop(REGULARIZERS[name](), optimizer_class, fused=fused, unscale=unscale)
     tolerance = 2e-7 if fused and not unscale else 0.0
-    assert_same_weights(found, unscaled_loop(MEMBERS[name](), optimizer_class, fused), atol=tolerance)
+    assert_same_weights(found, unscaled_loop(REGULARIZERS[name](), optimizer_class, fused), atol=tolerance)
 
 
 @pytest.mark.parametrize("unscale", [False, True], ids=["step", "unscale_"])
 @pytest.mark.parametrize("fused", [False, True], ids=["unfused", "fused"])
 @pytest.mark.parametrize("name", ["optimizer", "decoupled", "independent", "L1", "proximal L1", "constraint", "anchor"])
 def test_nothing_acts_or_counts_in_a_step_that_a_scaler_skips(name, fused, unscale):
-    found = scaled_loop(MEMBERS[name](), Adam, fused=fused, unscale=unscale, overflow=(0, 3, 4))
-    assert_identical_weights(found, unscaled_loop(MEMBERS[name](), Adam, fused))
+    found = scaled_loop(REGULARIZERS[name](), Adam, fused=fused, unscale=unscale, overflow=(0, 3, 4))
+    assert_identical_weights(found, unscaled_loop(REGULARIZERS[name](), Adam, fused))
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["unfused", "fused"])
@@ -414,7 +388,7 @@ class Loop:
     """A training that can be saved and gone on with."""
 
     def __init__(self, name, state=None, make=adamw, attach_first=False):
-        self.model, self.callback = Net().build(), MEMBERS[name]()
+        self.model, self.callback = Net().build(), REGULARIZERS[name]()
         self.optimizer, self.scheduler = make(self.model)
         if state is not None:
             self.callback.load_state_dict(state["callback"])
@@ -468,7 +442,7 @@ def test_the_step_that_dcp_makes_to_learn_what_state_there_is_neither_acts_nor_c
     state = saved.state()
     of_optimizer = get_optimizer_state_dict(saved.model, saved.optimizer)
     loop = Loop.__new__(Loop)
-    loop.model, loop.callback = Net().build(), MEMBERS[name]()
+    loop.model, loop.callback = Net().build(), REGULARIZERS[name]()
     loop.optimizer, loop.scheduler = adamw(loop.model)
     loop.callback.load_state_dict(state["callback"])
     if order == "before":
@@ -508,7 +482,7 @@ def left_on(optimizer):
 @pytest.mark.parametrize("scheduler_first", [True, False], ids=["scheduler first", "scheduler last"])
 @each
 def test_remove_leaves_nothing_behind(name, scheduler_first):
-    model, callback = Net().build(), MEMBERS[name]()
+    model, callback = Net().build(), REGULARIZERS[name]()
     optimizer, scheduler = two_groups(model)
     dictionaries, before = list(optimizer.param_groups), left_on(optimizer)
     attachment = callback.attach(optimizer, model, total_steps=STEPS)
@@ -542,7 +516,7 @@ def test_constrained_decay_says_that_the_optimizer_decays_as_well():
     def attach_and_step():
         model = Net().build()
         optimizer, _ = two_groups(model)
-        MEMBERS["constrained"]().attach(optimizer, model)
+        REGULARIZERS["constrained"]().attach(optimizer, model)
         model(*Stream().batches[0])["loss"].backward()
         optimizer.step()
 
@@ -551,7 +525,7 @@ def test_constrained_decay_says_that_the_optimizer_decays_as_well():
 
 
 def test_a_removed_callback_can_be_attached_again_and_begins_anew():
-    callback = MEMBERS["optimizer"]()
+    callback = REGULARIZERS["optimizer"]()
     for _ in range(2):
         assert_identical_weights(in_a_plain_loop([callback]), expected("optimizer"))
 
@@ -600,7 +574,7 @@ SCHEDULED = ["optimizer", "coupled", "decoupled", "L1", "proximal L1", "elastic 
 @pytest.mark.parametrize("name", ["optimizer", "L1", "constraint"])
 def test_what_is_no_optimizer_is_refused(name, thing):
     with pytest.raises(TypeError, match=r"`optimizer` should be a torch.optim.Optimizer, got "):
-        MEMBERS[name]().attach(thing, Net().build(), total_steps=STEPS)
+        REGULARIZERS[name]().attach(thing, Net().build(), total_steps=STEPS)
 
 
 @pytest.mark.parametrize(
@@ -610,14 +584,14 @@ def test_what_is_no_optimizer_is_refused(name, thing):
 def test_what_is_no_module_is_refused(name, thing):
     optimizer, _ = adamw(Net().build())
     with pytest.raises(TypeError, match=r"`module` should be a torch.nn.Module, got "):
-        MEMBERS[name]().attach(optimizer, thing, total_steps=STEPS)
+        REGULARIZERS[name]().attach(optimizer, thing, total_steps=STEPS)
 
 
 @each
 def test_a_callback_that_is_attached_cannot_be_attached_again(name):
     model = Net().build()
     optimizer, _ = adamw(model)
-    callback = MEMBERS[name]()
+    callback = REGULARIZERS[name]()
     callback.attach(optimizer, model, total_steps=STEPS)
     with pytest.raises(RuntimeError, match=r"in use already.*remove\(\)"):
         callback.attach(optimizer, model, total_steps=STEPS)
@@ -629,7 +603,7 @@ def test_a_schedule_needs_to_know_when_it_ends(name):
     optimizer, _ = adamw(model)
     before = left_on(optimizer)
     with pytest.raises(ValueError, match=r"needs to know how many steps the run has: give `total_steps`"):
-        MEMBERS[name]().attach(optimizer, model)
+        REGULARIZERS[name]().attach(optimizer, model)
     assert left_on(optimizer) == before
 
 
@@ -638,15 +612,12 @@ def test_a_schedule_needs_to_know_when_it_ends(name):
 def test_a_number_of_steps_is_checked(name, total_steps):
     model = Net().build()
     with pytest.raises((ValueError, TypeError), match="`total_steps` should be a "):
-        MEMBERS[name]().attach(adamw(model)[0], model, total_steps=total_steps)
+        REGULARIZERS[name]().attach(adamw(model)[0], model, total_steps=total_steps)
 
 
-@pytest.mark.parametrize(
-    "callback",
-    [GeneralizationGapMonitor("loss"), RegularizationSummary(), WeightNormMonitor()],
-    ids=lambda callback: type(callback).__name__,
-)
-def test_a_callback_that_does_nothing_without_a_trainer_says_so(callback):
+@pytest.mark.parametrize("name", MONITORS)
+def test_a_callback_that_does_nothing_without_a_trainer_says_so(name):
+    callback = MONITORS[name]()
     model = Net().build()
     optimizer, _ = adamw(model)
     before = left_on(optimizer)
@@ -655,10 +626,12 @@ def test_a_callback_that_does_nothing_without_a_trainer_says_so(callback):
     assert left_on(optimizer) == before
 
 
-@pytest.mark.parametrize("name", [name for name in MEMBERS if name not in ("dropout", "L2", "proximal elastic net")])
+@pytest.mark.parametrize(
+    "name", [name for name in REGULARIZERS if name not in ("dropout", "L2", "proximal elastic net")]
+)
 def test_a_module_that_does_not_hold_the_parameters_is_refused(name):
     optimizer, _ = adamw(Net().build())
-    callback = MEMBERS[name]()
+    callback = REGULARIZERS[name]()
     if name in ("optimizer", "anchor"):
         callback = type(callback)(0.1)  # without rules that match nothing there
     before = left_on(optimizer)

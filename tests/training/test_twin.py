@@ -16,25 +16,13 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import lightning_regularize
 from lightning_regularize import (
-    AnchorDecay,
-    ConstrainedDecay,
-    DropoutSchedule,
-    ElasticNetPenalty,
-    GeneralizationGapMonitor,
-    GroupLassoPenalty,
-    L1Penalty,
-    L2Penalty,
-    RegularizationSummary,
-    WeightConstraint,
     WeightDecay,
-    WeightNormMonitor,
     regularize,
 )
-from lightning_regularize.projections import MaxNorm
-from lightning_regularize.schedules import Cosine, FollowLR, Linear
+from lightning_regularize.schedules import Linear
 from tests.distributed import run_distributed
 from tests.training.matrix import KeepsValues
-from tests.training.support import QUIET, Batches, assert_identical_weights, weights
+from tests.training.support import CALLBACKS, MONITORS, QUIET, Batches, assert_identical_weights, weights
 
 pytest.importorskip("pytorch_lightning")
 pytestmark = QUIET
@@ -136,34 +124,6 @@ def assert_same(runs):
 # -- each callback under each of Lightning's own ---------------------------------------------------------------------
 
 
-def with_all_quantities():
-    return WeightNormMonitor(quantities=("weight", "rms", "gradient", "update", "sparsity"), detail="parameter")
-
-
-CALLBACKS = {
-    "optimizer": lambda: WeightDecay(Linear(0.1, 1.0), factors={"output.*": 0.5}),
-    "decoupled": lambda: WeightDecay(Cosine(0.5, 0.1), method="decoupled"),
-    "coupled": lambda: WeightDecay(Linear(0.1, 1.0), method="coupled"),
-    "independent": lambda: WeightDecay(Linear(0.0, 0.1), method="independent"),
-    "cautious": lambda: WeightDecay(FollowLR(0.5), method="cautious"),
-    "stable": lambda: WeightDecay(Linear(0.1, 0.0), method="stable"),
-    "L1": lambda: L1Penalty(Linear(0.0, 0.01)),
-    "L2": lambda: L2Penalty(Cosine(0.1, 0.0)),
-    "elastic net": lambda: ElasticNetPenalty(0.01, 0.01, schedule=Linear(0.0, 1.0)),
-    "group lasso": lambda: GroupLassoPenalty(0.01),
-    "proximal L1": lambda: L1Penalty(Linear(0.0, 0.01), method="proximal"),
-    "proximal L2": lambda: L2Penalty(0.1, method="proximal"),
-    "proximal elastic net": lambda: ElasticNetPenalty(0.01, 0.01, method="proximal"),
-    "proximal group lasso": lambda: GroupLassoPenalty(Linear(0.01, 0.0), method="proximal"),
-    "constraint": lambda: WeightConstraint(MaxNorm(0.4)),
-    "anchor": lambda: AnchorDecay(Linear(0.0, 1.0)),
-    "constrained": lambda: ConstrainedDecay("warm_start", factor=0.5, warm_start_steps=2),
-    "dropout": lambda: DropoutSchedule(Linear(0.5, 0.0)),
-    "monitor": with_all_quantities,
-    "gap": lambda: GeneralizationGapMonitor("loss"),
-    "summary": lambda: RegularizationSummary(),
-}
-
 BUNDLES = {
     "optimizer": ["optimizer", "L1", "proximal group lasso", "constraint", "dropout", "monitor", "gap", "summary"],
     "decoupled": ["dropout", "decoupled", "elastic net", "proximal L1", "monitor"],
@@ -227,7 +187,7 @@ def test_each_alone_acts_in_both(name):
     runs = [fit(package, CALLBACKS[name](), *accumulating_more(package)) for package in TWINS]
     assert_same(runs)
     without = fit_without_callbacks()
-    changes_weights = name not in ("monitor", "gap", "summary")
+    changes_weights = name not in MONITORS
     assert changes_weights == any(not torch.equal(runs[1][0][n], weight) for n, weight in without[0].items())
 
 
