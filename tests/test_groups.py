@@ -344,7 +344,7 @@ def test_layer_decay_keeps_decay_apart_and_names_the_layers():
         ("no_decay layer 1", 0.0, 0.05, 10),
         ("decay layer 2", 0.1, 0.1, 4),
         ("no_decay layer 2", 0.0, 0.1, 10),
-        ("decay x0.1 layer 3", pytest.approx(0.01), 0.2, 1),
+        ("decay x0.1 layer 3", pytest.approx(0.01, rel=1e-6, abs=0), 0.2, 1),
         ("no_decay layer 3", 0.0, 0.2, 3),
     ]
 

@@ -1,4 +1,4 @@
-"""Is the tree in CONTRIBUTING.md the tree that there is, and is what should be plain torch free of Lightning?"""
+"""Is the tree in CONTRIBUTING.md the tree that there is, is plain torch free of Lightning, and can tests fail?"""
 
 import ast
 import re
@@ -89,3 +89,41 @@ def test_only_the_rooms_of_lightning_are_exempt():
     """Otherwise the check above would look at nothing."""
     assert {"schedules.py", "decay.py", "_steps/hooks.py", "_sharding.py", "plots.py"} <= set(PLAIN)
     assert not {"module.py", "callbacks/weight_decay.py", "_trainer/run.py"} & set(PLAIN)
+
+
+# Tests that can fail
+
+
+def loose(source):
+    """The lines with a ``pytest.approx`` that does not give both tolerances."""
+    nodes = list(ast.walk(ast.parse(source)))
+    strict = set()
+    for call in (node for node in nodes if isinstance(node, ast.Call)):
+        if {"rel", "abs"} <= {keyword.arg for keyword in call.keywords}:
+            strict.update(map(id, (call.func, *call.args)))  # of ``functools.partial`` it is an argument
+    approx = [node for node in nodes if isinstance(node, ast.Attribute) and ast.unparse(node) == "pytest.approx"]
+    imported = [node for node in nodes if isinstance(node, ast.ImportFrom) and node.module == "pytest"]
+    return [node.lineno for node in (*approx, *imported) if id(node) not in strict]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_approx_has_both_tolerances(path):
+    """With one alone, the other is not always 0: ``approx(0.0024e-12, rel=1e-6)`` equals 1e-12."""
+    assert not loose(path.read_text())
+
+
+@pytest.mark.parametrize(
+    ("source", "lines"),
+    [
+        ("x == pytest.approx(1)", [1]),
+        ("x == pytest.approx(1, rel=1e-6)", [1]),
+        ("\nx == pytest.approx(1, abs=1e-6)", [2]),
+        ("approx = functools.partial(pytest.approx, rel=1e-6)", [1]),
+        ("approx = pytest.approx", [1]),
+        ("from pytest import approx", [1]),
+        ("x == pytest.approx(1, rel=1e-6, abs=0)", []),
+        ("approx = functools.partial(pytest.approx, rel=1e-6, abs=0)", []),
+    ],
+)
+def test_loose_tolerances_are_found(source, lines):
+    assert loose(source) == lines

@@ -345,7 +345,7 @@ def test_learning_rate_adds_itself_and_the_product(rate):
     assert [list(ax.lines[0].get_ydata()) for ax in axes] == [
         [0.0, 0.2, 0.4],
         [1.0, 0.5, 0.25],
-        pytest.approx([0.0, 0.1, 0.1]),
+        pytest.approx([0.0, 0.1, 0.1], rel=1e-6, abs=0),
     ]
     assert [ax.get_ylabel() for ax in axes] == ["weight decay", "learning rate", "lr * weight decay"]
     assert [ax.get_xlabel() for ax in axes] == ["", "", "optimizer step"]
@@ -355,7 +355,7 @@ def test_learning_rate_adds_itself_and_the_product(rate):
 def test_constant_learning_rate_scales_the_product():
     _, axes = plot_schedule(0.1, 2, lr=0.01)
     assert list(axes[1].lines[0].get_ydata()) == [0.01, 0.01]
-    assert list(axes[2].lines[0].get_ydata()) == pytest.approx([1e-3, 1e-3])
+    assert list(axes[2].lines[0].get_ydata()) == pytest.approx([1e-3, 1e-3], rel=1e-6, abs=0)
 
 
 def test_schedule_sees_the_learning_rate_it_follows():
@@ -447,7 +447,10 @@ def test_title_of_a_panel_says_how_many_were_not_finite():
 
 def test_equal_values_lie_in_the_middle():
     _, ax = plot_histograms({"ones": torch.ones(7)}, bins=3)
-    assert counts_and_edges(ax.patches[0]) == ([0, 7, 0], pytest.approx([0.5, 0.5 + 1 / 3, 0.5 + 2 / 3, 1.5]))
+    assert counts_and_edges(ax.patches[0]) == (
+        [0, 7, 0],
+        pytest.approx([0.5, 0.5 + 1 / 3, 0.5 + 2 / 3, 1.5], rel=1e-6, abs=0),
+    )
 
 
 @pytest.mark.parametrize(

@@ -285,7 +285,7 @@ def test_join_gives_each_schedule_its_own_run():
 @pytest.mark.parametrize("boundaries", [[3], [0.5]])
 def test_joined_curves_have_their_exact_ends(boundaries):
     assert simulate(Join([Linear(0.0, 0.4), Cosine(0.3, 0.1)], boundaries), 6) == pytest.approx(
-        [0.0, 0.2, 0.4, 0.3, 0.2, 0.1], rel=1e-15
+        [0.0, 0.2, 0.4, 0.3, 0.2, 0.1], rel=1e-15, abs=0
     )
 
 
@@ -322,7 +322,7 @@ def test_a_warmup_longer_than_the_run_holds_past_the_end():
 
 
 def test_a_warmup_longer_than_the_run_leads_to_the_first_value_all_the_same():
-    assert simulate(Warmup(Join([0.2, 0.8], [0.9]), steps=4), 3) == pytest.approx([0.0, 0.05, 0.1], rel=1e-15)
+    assert simulate(Warmup(Join([0.2, 0.8], [0.9]), steps=4), 3) == pytest.approx([0.0, 0.05, 0.1], rel=1e-15, abs=0)
 
 
 # Early and late dropout
@@ -343,12 +343,14 @@ def test_a_warmup_longer_than_the_run_leads_to_the_first_value_all_the_same():
     ids=printed,
 )
 def test_early_and_late_dropout(schedule, expected):
-    assert simulate(schedule, 8) == pytest.approx(expected)
+    assert simulate(schedule, 8) == pytest.approx(expected, rel=1e-6, abs=0)
 
 
 def test_early_and_late_dropout_end_and_begin_at_50_of_300_epochs():
     early, late = (simulate(schedule(0.1), 3000) for schedule in (early_dropout, late_dropout))
-    assert early[:500] == pytest.approx(np.linspace(0.1, 0, 500))  # as drop_scheduler.py of facebookresearch/dropout
+    assert early[:500] == pytest.approx(
+        np.linspace(0.1, 0, 500), rel=1e-6, abs=0
+    )  # as drop_scheduler.py of facebookresearch/dropout
     assert set(early[500:]) == {0.0}
     assert late == [0.0] * 500 + [0.1] * 2500
 
@@ -778,7 +780,7 @@ def test_a_result_one_cannot_train_with_names_schedule_and_position(result):
 
 def test_value_at_reads_numbers_schedules_and_callables():
     assert value_at(0.1, after(3)) == 0.1
-    assert value_at(Linear(0.0, 0.9), after(3)) == pytest.approx(0.3, rel=1e-15)
+    assert value_at(Linear(0.0, 0.9), after(3)) == pytest.approx(0.3, rel=1e-15, abs=0)
     result = value_at(lambda at: np.float32(at.step), after(3))
     assert (result, type(result)) == (3.0, float)
 

@@ -30,7 +30,7 @@ def rows_of(text):
 
 
 def assert_fit(fit, intercept, weights):
-    assert fit.intercept == pytest.approx(intercept, abs=1e-9)
+    assert fit.intercept == pytest.approx(intercept, abs=1e-9, rel=0)
     np.testing.assert_allclose(fit.weights, weights, rtol=0, atol=1e-9)
 
 
@@ -39,7 +39,7 @@ def test_inputs_have_mean_zero_and_targets_the_stated_line():
     assert data.inputs.mean(dim=0).abs().max() < 1e-12
     line = LinearRegression().fit(data.inputs, data.targets[:, 0])
     # four standard errors of noise 0.5 in 400 examples
-    assert line.intercept_ == pytest.approx(10, abs=0.1)
+    assert line.intercept_ == pytest.approx(10, abs=0.1, rel=0)
     np.testing.assert_allclose(line.coef_, [3.0, 0.5, -0.5], atol=0.1)
     assert not torch.equal(samples(1, number=400).targets, data.targets)
 
@@ -48,7 +48,7 @@ def test_inputs_have_mean_zero_and_targets_the_stated_line():
 def test_a_decayed_intercept_is_the_mean_over_one_plus_decay(decay):
     data = samples(2)
     fit = fit_line(data, [WeightDecay(decay, exclude=())], 250)
-    assert fit.intercept == pytest.approx(data.targets.mean().item() / (1 + decay), abs=1e-9)
+    assert fit.intercept == pytest.approx(data.targets.mean().item() / (1 + decay), abs=1e-9, rel=0)
     assert_fit(fit, *solution(data, decay, bias_decays=True))
 
 
@@ -113,13 +113,13 @@ def test_a_whole_run_shows_what_its_docstring_says(tmp_path):
     rows = rows_of(process.stdout)
     intercepts = {name: float(first) for name, first, *_ in rows if first.startswith(("4.", "9."))}
     assert intercepts == {
-        "none": pytest.approx(9.908276, abs=1e-6),
-        "WeightDecay(1.0)": pytest.approx(9.908276, abs=1e-6),
-        "WeightDecay(1.0, exclude=())": pytest.approx(4.954138, abs=1e-6),
+        "none": pytest.approx(9.908276, abs=1e-6, rel=0),
+        "WeightDecay(1.0)": pytest.approx(9.908276, abs=1e-6, rel=0),
+        "WeightDecay(1.0, exclude=())": pytest.approx(4.954138, abs=1e-6, rel=0),
     }
     accuracies = {name: [float(first), *map(float, others)] for name, first, *others in rows if first.startswith("0.")}
     assert accuracies == {  # the standard deviation over seeds is about 0.015
-        "none": pytest.approx([0.775, 0.972], abs=0.04),
-        "WeightDecay(10.0)": pytest.approx([0.733, 0.973], abs=0.04),
-        'WeightDecay(10.0, exclude=("bias",))': pytest.approx([0.833, 0.968], abs=0.04),
+        "none": pytest.approx([0.775, 0.972], abs=0.04, rel=0),
+        "WeightDecay(10.0)": pytest.approx([0.733, 0.973], abs=0.04, rel=0),
+        'WeightDecay(10.0, exclude=("bias",))': pytest.approx([0.833, 0.968], abs=0.04, rel=0),
     }

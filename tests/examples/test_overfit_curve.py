@@ -61,7 +61,7 @@ def test_a_run_is_that_of_a_hand_written_loop(fast, run, weight_decay):
     predictions, start_norm, end_norm = predictions_of_a_plain_loop(weight_decay)
     assert list(both[run].curves) == list(range(2, 21, 2))
     np.testing.assert_allclose(list(both[run].curves.values()), predictions, atol=1e-5)
-    assert (both[run].start_norm, both[run].end_norm) == pytest.approx((start_norm, end_norm), rel=1e-5)
+    assert (both[run].start_norm, both[run].end_norm) == pytest.approx((start_norm, end_norm), rel=1e-5, abs=0)
 
 
 @pytest.mark.parametrize("run", ["without", "with"])
@@ -83,16 +83,16 @@ def test_points_are_of_the_line_with_noise_of_the_given_size():
     np.testing.assert_allclose(x, np.arange(-50_000, 50_001) / 50_000, atol=1e-6)
     (slope, intercept), (square, *_), *_ = np.polyfit(x, y, 1, full=True)
     # Standard errors are 0.0027, 0.0016 and 0.0011.
-    assert slope == pytest.approx(1.5, abs=0.011)
-    assert intercept == pytest.approx(0, abs=0.0065)
-    assert (square / len(x)) ** 0.5 == pytest.approx(0.5, abs=0.0045)
+    assert slope == pytest.approx(1.5, abs=0.011, rel=0)
+    assert intercept == pytest.approx(0, abs=0.0065, rel=0)
+    assert (square / len(x)) ** 0.5 == pytest.approx(0.5, abs=0.0045, rel=0)
 
 
 def test_distance_is_from_the_true_line_over_the_last_curves(tmp_path):
     # Mean of (1.5 k / 100)^2 over k = -100 ... 100: 2.25 * 2 * (100 * 101 * 201 / 6) / 201 / 100^2.
     zero, far = [0.0] * 201, [9.0] * 201
     curves = {1: far} | dict.fromkeys(range(2, 7), zero)
-    assert overfit_curve.Result("", curves, tmp_path, 1, 1).distance() == pytest.approx(0.7575)
+    assert overfit_curve.Result("", curves, tmp_path, 1, 1).distance() == pytest.approx(0.7575, rel=1e-6, abs=0)
 
 
 @pytest.mark.parametrize("steps", [100, 500, 2000])
@@ -101,7 +101,7 @@ def test_decay_with_nothing_to_learn_is_that_of_sgd_with_momentum(steps):
     for _ in range(steps):
         velocity = 0.9 * velocity + 0.01 * weight
         weight -= 0.01 * velocity
-    assert overfit_curve.share_left(steps, 0.01) == pytest.approx(weight, rel=0.02)
+    assert overfit_curve.share_left(steps, 0.01) == pytest.approx(weight, rel=0.02, abs=0)
 
 
 def test_what_is_claimed_holds_in_a_full_run_and_not_the_other_way_round(tmp_path):
@@ -109,8 +109,8 @@ def test_what_is_claimed_holds_in_a_full_run_and_not_the_other_way_round(tmp_pat
     assert all(claim.holds for claim in overfit_curve.claims_of([without, decayed]))
     assert not any(claim.holds for claim in overfit_curve.claims_of([decayed, without]))
     # Loops in plain torch from the same start left norms of 8.38 and 2.57.
-    assert (without.end_norm, decayed.end_norm) == pytest.approx((8.38, 2.57), abs=0.1)
-    assert [run.error("test") for run in (without, decayed)] == pytest.approx([0.503, 0.441], abs=0.03)
+    assert (without.end_norm, decayed.end_norm) == pytest.approx((8.38, 2.57), abs=0.1, rel=0)
+    assert [run.error("test") for run in (without, decayed)] == pytest.approx([0.503, 0.441], abs=0.03, rel=0)
 
 
 @pytest.mark.parametrize(
