@@ -5,7 +5,6 @@ A schedule writes over what the user gave, keeps the ratios between groups, and 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, replace
 from operator import mul
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,6 @@ from weakref import WeakKeyDictionary, ref
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lightning_regularize._checks import is_number
 from lightning_regularize._steps.parts import user_groups
 from lightning_regularize._steps.targets import held_by
 
@@ -241,20 +239,6 @@ class GroupDecay:
             if given.written is not _UNWRITTEN:
                 _set(group, given.original or 0.0)
                 given.written = _UNWRITTEN
-
-
-def check_given(given: Any) -> None:
-    """Refuse what :meth:`GroupDecay.state` cannot have given for some optimizers.
-
-    Raises:
-        ValueError: The checkpoint is damaged.
-    """
-    lists = isinstance(given, list) and all(isinstance(values, list) for values in given)
-    values = [value for each in given for value in each if value is not None] if lists else []
-    if not lists or not all(is_number(value) and 0 <= value < math.inf for value in values):
-        raise ValueError(
-            f"WeightDecay: `given` in the checkpoint should hold the finite weight decay of each group, got {given!r}."
-        )
 
 
 def _read(group: dict[str, Any]) -> Given:

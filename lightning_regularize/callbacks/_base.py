@@ -11,12 +11,12 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_regularize._checks import is_number
 from lightning_regularize._steps.clock import Clock
 from lightning_regularize._steps.hooks import Step, UnsupportedOptimizerError, Work
 from lightning_regularize._steps.run import Attachment, LoopRun, Run
 from lightning_regularize._trainer import loggers
 from lightning_regularize._trainer.run import TrainerRun, is_extended, logged_step, steps_per_epoch, total_steps
+from lightning_regularize.callbacks._saved import COUNT, NUMBER, check_state
 from lightning_regularize.callbacks._selective import Selective, held_by_optimizers
 from lightning_regularize.schedules import Constant, check_total_steps, timescales_in
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
+    from lightning_regularize.callbacks._saved import Layout
     from lightning_regularize.schedules import ScheduleLike
 
 P = ParamSpec("P")
@@ -54,6 +55,9 @@ class Regularizer(Selective, Work):
     """
 
     error = MisconfigurationException
+
+    state_layouts: ClassVar[Mapping[str, Layout]] = {}
+    """What :meth:`save` returns, by key: a checkpoint is checked for it."""
 
     acts_on_steps: ClassVar[bool] = True
     """Does it do anything around optimizer steps?"""
@@ -309,17 +313,8 @@ class Regularizer(Selective, Work):
         Raises:
             ValueError: The state is damaged.
         """
-        steps = state_dict.get("steps", [])
-        if not isinstance(steps, list) or not all(type(step) is int and step >= 0 for step in steps):
-            raise ValueError(
-                f"{type(self).__name__}: `steps` in the checkpoint should be a list of integers, got {steps!r}."
-            )
-        peaks = state_dict.get("peaks", [])
-        rows = [row if isinstance(row, list) else [None] for row in peaks] if isinstance(peaks, list) else [[None]]
-        if not all(is_number(peak) and 0 <= peak < math.inf for row in rows for peak in row):
-            raise ValueError(
-                f"{type(self).__name__}: `peaks` in the checkpoint should be lists of learning rates, got {peaks!r}."
-            )
+        layouts = {"steps": [COUNT], "peaks": [[NUMBER]], **self.state_layouts}
+        check_state(type(self).__name__, state_dict, layouts)
         self._saved = dict(state_dict)
 
     def _warn_of_changed_arguments(self) -> None:

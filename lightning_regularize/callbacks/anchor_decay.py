@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from os import PathLike
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 
@@ -13,6 +13,7 @@ from lightning_regularize._steps.clock import rate_of
 from lightning_regularize._steps.targets import Targets
 from lightning_regularize._trainer.strategies import check_not_flat, check_weights_are_the_optimizers
 from lightning_regularize.callbacks._base import Regularizer
+from lightning_regularize.callbacks._saved import TENSOR, Value
 from lightning_regularize.decay import check_share, pull_
 from lightning_regularize.decay_methods import will_move
 from lightning_regularize.schedules import Schedule, as_schedule, check_total_steps
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from lightning_regularize._steps.hooks import Step
     from lightning_regularize._steps.run import Run
+    from lightning_regularize.callbacks._saved import Layout
     from lightning_regularize.schedules import Position
     from lightning_regularize.selection import ParameterInfo, Rule
 
@@ -67,6 +69,10 @@ class AnchorDecay(Regularizer):
         Li et al., "Explicit Inductive Bias for Transfer Learning with Convolutional Networks", ICML 2018.
     """
 
+    state_layouts: ClassVar[dict[str, Layout]] = {
+        "anchors": {"*": Value(f"{TENSOR.expected}, or None", lambda v: v is None or TENSOR.is_valid(v))}
+    }
+
     def __init__(
         self,
         strength: float | Schedule | Callable[[Position], float],
@@ -98,6 +104,7 @@ class AnchorDecay(Regularizer):
         if self.anchor != "init":
             _check_anchor(self.anchor, infos)
         self._phase: Literal["before", "beginning", "training"] = "before"
+        self._without_anchor: set[str] = set()
         self._targets: Targets[_Target] = Targets(run.infos, self._learn, move=self._move)
         for optimizer in run.optimizers:
             for group, targets in zip(optimizer.param_groups, self._targets.of(optimizer), strict=True):
@@ -110,15 +117,31 @@ class AnchorDecay(Regularizer):
             return None
         if self._phase == "before":
             return _Target(info, None)
-        given = self._saved.get("anchors", {}) if self.anchor == "init" else self.anchor
-        whole, weight = given.get(info.name), local_tensor(info.parameter)
         is_new = self._phase == "training"
-        if whole is not None and not (is_new and self.anchor == "init") and tuple(whole.shape) == tuple(info.shape):
-            return _Target(info, piece_like(whole, info.parameter).clone())
-        if is_new:
-            self.warn(f"AnchorDecay has no anchor for {info.name!r}, which is new in the model, and leaves it alone.")
-            return None
-        return _Target(info, weight.clone())
+        if self.anchor != "init" or (self._saved.get("anchors") and not is_new):
+            whole = self._saved_anchor(info) if self.anchor == "init" else self.anchor.get(info.name)
+            if whole is not None and tuple(whole.shape) == tuple(info.shape):
+                return _Target(info, piece_like(whole, info.parameter).clone())
+        elif not is_new:
+            return _Target(info, local_tensor(info.parameter).clone())
+        self._without_anchor.add(info.name)
+        self.warn(f"AnchorDecay has no anchor for {info.name!r}, which is new to it, and leaves it alone.")
+        return None
+
+    def _saved_anchor(self, info: ParameterInfo) -> Tensor | None:
+        """The anchor in the checkpoint; None for what has none.
+
+        Raises:
+            ValueError: The checkpoint is damaged.
+        """
+        anchor: Tensor | None = self._saved["anchors"].get(info.name)
+        if info.name not in self._saved["anchors"] or (anchor is not None and tuple(anchor.shape) != tuple(info.shape)):
+            what = "nothing" if anchor is None else f"shape {tuple(anchor.shape)}"
+            raise ValueError(
+                f"AnchorDecay: `anchors[{info.name!r}]` in the checkpoint should have the shape "
+                f"{tuple(info.shape)} of the parameter, got {what}."
+            )
+        return anchor
 
     def _move(self, info: ParameterInfo, target: _Target) -> _Target | None:
         """A parameter that is in another layer now keeps its anchor, if rules select it there."""
@@ -174,7 +197,7 @@ class AnchorDecay(Regularizer):
             return {}
         targets = [target for target in self._targets if target.anchor is not None]
         anchors = {info.name: whole_tensor(anchor, info.parameter) for info, anchor in targets if anchor is not None}
-        return {"anchors": {name: anchor.cpu() for name, anchor in anchors.items()}}
+        return {"anchors": {**dict.fromkeys(self._without_anchor), **{name: a.cpu() for name, a in anchors.items()}}}
 
 
 def _check_anchor(anchor: Mapping[str, Tensor], infos: Sequence[ParameterInfo]) -> None:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
-from lightning_regularize._checks import check_number, check_positive_integer
+from lightning_regularize._checks import check_number, check_positive_integer, is_number
 from lightning_regularize._sharding import local_tensor
 from lightning_regularize._steps.buckets import buckets, put_back_, stacked
 from lightning_regularize._steps.targets import Targets
 from lightning_regularize._trainer.strategies import check_weights_are_the_optimizers
 from lightning_regularize.callbacks._base import Regularizer
+from lightning_regularize.callbacks._saved import NUMBER, Value
 from lightning_regularize.decay import next_multiplier
 from lightning_regularize.norms import norms
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from lightning_regularize._steps.hooks import Step
     from lightning_regularize._steps.run import Run
+    from lightning_regularize.callbacks._saved import Layout
     from lightning_regularize.selection import ParameterInfo, Rule
 
 _BOUNDS = ("start", "warm_start", "inflection_point")
@@ -36,6 +38,14 @@ class _Target:
     def __init__(self, info: ParameterInfo) -> None:
         self.info = info
         self.state: Tensor | None = None
+
+
+def _is_multiplier(value: object) -> bool:
+    return is_number(value) and 0 <= value <= _LARGEST_MULTIPLIER
+
+
+def _is_bound(value: object) -> bool:
+    return is_number(value) and value >= 0
 
 
 _STATE = ("multiplier", "bound", "smoothed", "growth")
@@ -88,6 +98,15 @@ class ConstrainedDecay(Regularizer):
         Franke et al., "Improving Deep Learning Optimization through Constrained Parameter Regularization", NeurIPS
         2024, https://arxiv.org/abs/2311.09058.
     """
+
+    state_layouts: ClassVar[dict[str, Layout]] = {
+        "matrices": {
+            "multiplier": {"*": Value(f"a number in [0, {_LARGEST_MULTIPLIER}]", _is_multiplier)},
+            "bound": {"*": Value("a number of at least 0, infinite if it is not known", _is_bound)},
+            "smoothed": {"*": NUMBER},
+            "growth": {"*": Value("a number", lambda value: is_number(value) and not math.isnan(value))},
+        }
+    }
 
     def __init__(
         self,

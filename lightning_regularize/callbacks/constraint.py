@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -12,6 +12,7 @@ from lightning_regularize._steps.buckets import calls
 from lightning_regularize._steps.targets import Targets
 from lightning_regularize._trainer.strategies import check_view, check_weights_are_the_optimizers
 from lightning_regularize.callbacks._base import Regularizer
+from lightning_regularize.callbacks._saved import POSITIVE, TENSOR
 from lightning_regularize.projections import Box, MaxNorm, NonNegative, Projection, SpectralBall
 from lightning_regularize.units import norm_dims, units_are_known
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from lightning_regularize._steps.hooks import Step
     from lightning_regularize._steps.run import Run
+    from lightning_regularize.callbacks._saved import Layout
     from lightning_regularize.selection import ParameterInfo, Rule
 
 
@@ -101,6 +103,8 @@ class WeightConstraint(Regularizer):
                 f"got {projection!r}."
             )
         self.projection = projection
+
+    state_layouts: ClassVar[dict[str, Layout]] = {"radii": {"*": POSITIVE}, "vectors": {"*": TENSOR}}
 
     def identity(self) -> dict[str, Any]:
         """Projections of two kinds are two constraints."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from weakref import WeakKeyDictionary, WeakSet
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -11,7 +11,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_regularize._checks import is_named
 from lightning_regularize._steps.buckets import HALF
-from lightning_regularize._steps.group_decay import Given, GroupDecay, check_given
+from lightning_regularize._steps.group_decay import Given, GroupDecay
 from lightning_regularize._steps.hooks import ATTRIBUTE, Step, hooks_of
 from lightning_regularize._steps.parts import Parts, refusal
 from lightning_regularize._steps.targets import Targets
@@ -20,6 +20,7 @@ from lightning_regularize._trainer.deepspeed import ZeroTwin
 from lightning_regularize._trainer.run import group_labels
 from lightning_regularize._trainer.strategies import check_gradients_are_the_modules, check_weights_are_the_optimizers
 from lightning_regularize.callbacks._base import Regularizer
+from lightning_regularize.callbacks._saved import NUMBER, Value
 from lightning_regularize.decay_methods import METHODS, DecayMethod, Target, check_method, will_move
 from lightning_regularize.groups import Grouping, check_something_decays
 from lightning_regularize.schedules import Constant, Schedule, as_schedule, check_total_steps, timescales_in
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from lightning_regularize._steps.run import Run
+    from lightning_regularize.callbacks._saved import Layout
     from lightning_regularize.schedules import Position
 
 
@@ -126,6 +128,11 @@ class WeightDecay(Regularizer):
             raise ValueError(f"`seed` should be an integer of at least 0, got {seed!r}.")
         self.method, self.rounding, self.seed = method, rounding, seed
         self._twin: ZeroTwin | None = None
+
+    state_layouts: ClassVar[dict[str, Layout]] = {
+        "given": [[Value("None, or a finite number of at least 0", lambda v: v is None or NUMBER.is_valid(v))]],
+        "parts": [[[Value("a dictionary", lambda v: isinstance(v, dict))]]],
+    }
 
     def identity(self) -> dict[str, Any]:
         """There is one in a Trainer, whatever its rules."""
@@ -369,10 +376,6 @@ class WeightDecay(Regularizer):
             for i, (group, decisions, value) in enumerate(of_groups):
                 for d in decisions:
                     yield d.info, watch, i, float(value) * d.factor, groups.ratio(group) * d.factor, d.rule
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        check_given(state_dict.get("given", []))
-        super().load_state_dict(state_dict)
 
     # -- after training ------------------------------------------------------------------------------------------------
 

@@ -20,7 +20,8 @@ from torch.optim.lr_scheduler import (
     StepLR,
 )
 
-from lightning_regularize import WeightDecay
+from lightning_regularize import AnchorDecay, ConstrainedDecay, WeightConstraint, WeightDecay
+from lightning_regularize.projections import FrobeniusBall, SpectralBall
 from lightning_regularize.schedules import Cosine, FollowLR, FromLRScheduler, Linear, Timescale, Warmup
 from tests.reading import read_csv
 from tests.training.support import (
@@ -289,34 +290,61 @@ def test_groups_of_the_users_that_do_not_fit_are_torchs_own_error(make_module, m
         fit(make_module(), *callbacks, ckpt_path=tmp_path / "5.ckpt")
 
 
+ANCHORED = AnchorDecay(0.1, include=("weight",))
+BALL = WeightConstraint(FrobeniusBall(0.9, relative=True))
+DAMAGED = [  # a callback, where its state is damaged, and by what
+    *[(WeightDecay(0.1), ("steps",), value) for value in (3, [-1], [1.5], ["3"])],
+    *[(WeightDecay(0.1), ("peaks",), value) for value in (0.1, [0.1], [[-0.1]], [[math.nan]])],
+    *[(WeightDecay(0.1), ("given",), value) for value in (0.1, [[math.nan]], [[-0.1]], [["0.1"]])],
+    *[(WeightDecay(0.1), ("parts",), value) for value in (0.1, [0.1], [[[0.1]]])],
+    *[(BALL, ("radii", "?"), value) for value in (math.nan, math.inf, -1.0, 0.0, "1", None)],
+    *[(BALL, ("radii",), value) for value in (1.0, [1.0])],
+    (WeightConstraint(SpectralBall(1.0)), ("vectors", "?"), torch.tensor([math.nan])),
+    (WeightConstraint(SpectralBall(1.0)), ("vectors", "?"), [1.0]),
+    *[(ConstrainedDecay("start"), ("matrices", "multiplier", "?"), value) for value in (math.nan, -1.0, 1e9, "1")],
+    *[(ConstrainedDecay("start"), ("matrices", "bound", "?"), value) for value in (math.nan, -1.0, None)],
+    *[(ConstrainedDecay("start"), ("matrices", "smoothed", "?"), value) for value in (math.nan, -1.0, math.inf)],
+    (ConstrainedDecay("start"), ("matrices", "growth", "?"), math.nan),
+    (ConstrainedDecay("start"), ("matrices", "bound"), [1.0]),
+    (ConstrainedDecay("start"), ("matrices",), 1.0),
+    (ANCHORED, ("anchors", "?"), torch.tensor([math.inf])),
+    (ANCHORED, ("anchors", "?"), torch.tensor([1.0])),
+    (ANCHORED, ("anchors", "?"), torch.tensor([1])),
+    (ANCHORED, ("anchors", "?"), "w"),
+    (ANCHORED, ("anchors",), [torch.zeros(1)]),
+]
+
+
+@pytest.mark.filterwarnings("ignore:.* that ConstrainedDecay decays as well:UserWarning")
 @pytest.mark.parametrize(
-    "state",
-    [
-        {"steps": [-1]},
-        {"steps": [1.5]},
-        {"steps": 3},
-        {"peaks": 0.1},
-        {"peaks": [0.1]},
-        {"peaks": [[-0.1]]},
-        {"peaks": [[math.nan]]},
-        {"given": [[float("nan")]]},
-        {"given": [[-0.1]]},
-        {"given": [["0.1"]]},
-        {"given": 0.1},
-    ],
-    ids=str,
+    ("callback", "path", "value"),
+    DAMAGED,
+    ids=[f"{type(callback).__name__}-{'-'.join(path)}-{value}" for callback, path, value in DAMAGED],
 )
-def test_a_damaged_state_is_refused_before_training(state, tmp_path):
-    train(Regression(), WeightDecay(0.1), SaveAfter(tmp_path, 3), max_epochs=1)
+def test_a_damaged_state_is_refused_before_training(callback, path, value, tmp_path):
+    train(Regression(), callback, SaveAfter(tmp_path, 3), max_epochs=1)
     checkpoint = torch.load(tmp_path / "3.ckpt", weights_only=False)
-    checkpoint["callbacks"]["WeightDecay"].update(state)
+    (state,) = (each for key, each in checkpoint["callbacks"].items() if key.startswith(type(callback).__name__))
+    for key in path[:-1]:
+        state = state[key]
+    last = next(iter(state)) if path[-1] == "?" else path[-1]
+    state[last] = value
     torch.save(checkpoint, tmp_path / "damaged.ckpt")
     before = weights(module := Regression())
-    (key,) = state
-    with pytest.raises(ValueError, match=rf"WeightDecay: `{key}` in the checkpoint should"):
-        train(module, WeightDecay(0.1), ckpt_path=tmp_path / "damaged.ckpt")
+    with pytest.raises(ValueError, match=rf"{type(callback).__name__}: `{path[0]}.*` in the checkpoint should .*, got"):
+        train(module, callback, ckpt_path=tmp_path / "damaged.ckpt")
     loaded = torch.load(tmp_path / "3.ckpt", weights_only=False)["state_dict"]
     assert all(torch.equal(w, before[n]) or torch.equal(w, loaded[n]) for n, w in weights(module).items())
+
+
+def test_an_anchor_that_the_checkpoint_lacks_is_an_error(tmp_path):
+    train(Regression(), ANCHORED, SaveAfter(tmp_path, 3), max_epochs=1)
+    checkpoint = torch.load(tmp_path / "3.ckpt", weights_only=False)
+    (state,) = (each for key, each in checkpoint["callbacks"].items() if key.startswith("AnchorDecay"))
+    state["anchors"].popitem()
+    torch.save(checkpoint, tmp_path / "partial.ckpt")
+    with pytest.raises(ValueError, match=r"AnchorDecay: `anchors\['.*'\]` in the checkpoint .*, got nothing"):
+        train(Regression(), ANCHORED, ckpt_path=tmp_path / "partial.ckpt")
 
 
 class RaisesTheRate(Regression):
