@@ -6,6 +6,7 @@ from lightning_regularize.callbacks.constrained_decay import ConstrainedDecay
 from lightning_regularize.callbacks.constraint import WeightConstraint
 from lightning_regularize.callbacks.dropout import DropoutSchedule
 from lightning_regularize.callbacks.generalization_gap import GeneralizationGapMonitor
+from lightning_regularize.callbacks.hyperball import Hyperball
 from lightning_regularize.callbacks.norm_monitor import WeightNormMonitor
 from lightning_regularize.callbacks.penalty import ElasticNetPenalty, GroupLassoPenalty, L1Penalty, L2Penalty
 from lightning_regularize.callbacks.summary import RegularizationSummary
@@ -20,6 +21,7 @@ __all__ = [
     "WeightDecay",
     "AnchorDecay",
     "ConstrainedDecay",
+    "Hyperball",
     "L1Penalty",
     "L2Penalty",
     "ElasticNetPenalty",

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim import LBFGS, SGD, Adam, NAdam
 
 from lightning_regularize._sharding import Sharding, gradient_of, local_piece, local_tensor, settle_gradient_
-from lightning_regularize._steps.buckets import HALF
+from lightning_regularize._steps.buckets import HALF, refreshed
 from lightning_regularize.decay import check_share, couple_, decay_, decay_cautiously_, decay_stochastic_
 from lightning_regularize.norms import norms
 from lightning_regularize.theory import decay_rounding_threshold
@@ -219,11 +219,8 @@ class Cautious(DecayMethod):
         """Remember the weights, in memory that is kept from step to step."""
         lists = _by_strength(targets)
         _check_shares(alike[0].share for alike in lists)
-        weights, copies = [w for alike in lists for w in _local_weights(alike)], self._copies.get(optimizer, [])
-        if weights and list(map(_kind, weights)) == list(map(_kind, copies)):
-            torch._foreach_copy_(copies, weights)
-        else:
-            self._copies[optimizer] = [weight.clone() for weight in weights]
+        weights = [weight for alike in lists for weight in _local_weights(alike)]
+        self._copies[optimizer] = refreshed(self._copies.get(optimizer, []), weights)
 
     @torch.no_grad()
     def after(self, optimizer: Optimizer, targets: Sequence[Target], step: int) -> None:
@@ -349,10 +346,6 @@ def _by_strength(targets: Sequence[Target]) -> list[list[Target]]:
 def _local_weights(targets: Sequence[Target]) -> list[Tensor]:
     """To be called without gradients."""
     return [local_piece(target.parameter) for target in targets]
-
-
-def _kind(tensor: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
-    return tensor.shape, tensor.dtype, tensor.device
 
 
 def _check_shares(shares: Iterable[float | Tensor]) -> None:

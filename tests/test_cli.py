@@ -62,6 +62,7 @@ ALONE = {
     "ElasticNetPenalty": {"l1": 1e-4, "l2": 1e-4},
     "AnchorDecay": {"strength": 0.01},
     "ConstrainedDecay": {"bound": "start", "exclude": ["layers.3.*"]},
+    "Hyperball": {"exclude": ["layers.3.*"]},
     "GeneralizationGapMonitor": {"metric": "loss"},
 }
 

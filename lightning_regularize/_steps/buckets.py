@@ -220,6 +220,29 @@ def put_back_(tensors: Sequence[Tensor], values: Tensor) -> None:
         torch._foreach_copy_([local_piece(tensor) for tensor in tensors], values.unbind())
 
 
+def refreshed(kept: list[Tensor], tensors: list[Tensor]) -> list[Tensor]:
+    """Copies of tensors, in the memory of ``kept``, which are copies from a step before, where it fits."""
+    if tensors and list(map(_kind, tensors)) == list(map(_kind, kept)):
+        torch._foreach_copy_(kept, tensors)
+        return kept
+    return [tensor.clone() for tensor in tensors]
+
+
+def _kind(tensor: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
+    return tensor.shape, tensor.dtype, tensor.device
+
+
+def multiply_each_(tensors: Sequence[Tensor], factors: Tensor) -> None:
+    """Multiply each of the local tensors by a number of its own, which stays on the device."""
+    numbers = factors.unbind()
+    for indices, (those,) in buckets(tensors, alike=[tensor.shape for tensor in tensors]):
+        units = stacked(those)
+        dtype = torch.promote_types(units.dtype, torch.float32)
+        each = torch.stack([numbers[i] for i in indices]).to(units.device, dtype)
+        units.mul_(each.view(-1, *[1] * (units.dim() - 1)))
+        put_back_(those, units)
+
+
 def calls(takes_lists: bool, *columns: Sequence[Any]) -> Iterable[Sequence[Any]]:
     """The arguments of the calls of a function: lists if it takes them, else one item of each after the other."""
     if takes_lists:

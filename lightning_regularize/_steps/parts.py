@@ -93,7 +93,7 @@ class Parts:
     def __init__(self, factor_of: Callable[[nn.Parameter], float]) -> None:
         self.values: Sequence[float | Tensor] = []
         """The weight decay of each group of the user's in the step to come."""
-        self._factor_of = factor_of
+        self.factor_of = factor_of
         self._divisions: list[_Division] = []
         self._version = -1
         self._saved: list[list[dict[str, Any]]] = []
@@ -170,7 +170,7 @@ class Parts:
         for i, group in enumerate(optimizer.param_groups):
             places: dict[float, list[int]] = {}
             for j, parameter in enumerate(group["params"]):
-                places.setdefault(self._factor_of(parameter), []).append(j)
+                places.setdefault(self.factor_of(parameter), []).append(j)
             factors = sorted(places, reverse=True) or [1.0]
             parts = [_part(group, places.get(factor, [])) for factor in factors]
             division = _Division(factors, parts)

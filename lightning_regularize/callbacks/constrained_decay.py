@@ -9,7 +9,7 @@ import torch
 
 from lightning_regularize._checks import check_number, check_positive_integer, is_number
 from lightning_regularize._sharding import local_tensor
-from lightning_regularize._steps.buckets import buckets, put_back_, stacked
+from lightning_regularize._steps.buckets import multiply_each_
 from lightning_regularize._steps.targets import Targets
 from lightning_regularize._trainer.strategies import check_weights_are_the_optimizers
 from lightning_regularize.callbacks._base import Regularizer
@@ -49,18 +49,6 @@ def _is_bound(value: object) -> bool:
 
 
 _STATE = ("multiplier", "bound", "smoothed", "growth")
-
-
-def _multiply_(weights: Sequence[Tensor], factors: Tensor) -> None:
-    """Multiply each weight by a number of its own, which stays on the device."""
-    local, numbers = [local_tensor(weight) for weight in weights], factors.unbind()
-    for indices, (those,) in buckets(local, alike=[weight.shape for weight in local]):
-        units = stacked(those)
-        each = torch.stack([numbers[i] for i in indices]).to(
-            units.device, torch.promote_types(units.dtype, torch.float32)
-        )
-        units.mul_(each.view(-1, *[1] * (units.dim() - 1)))
-        put_back_(those, units)
 
 
 class ConstrainedDecay(Regularizer):
@@ -207,7 +195,7 @@ class ConstrainedDecay(Regularizer):
         state["multiplier"] = multiplier.clamp_max(_LARGEST_MULTIPLIER)
         for target, row in zip(held, torch.stack([*state.values(), numel], dim=1), strict=True):
             target.state = row
-        _multiply_([target.info.parameter for target in held], 1 - 2 * state["multiplier"])
+        multiply_each_([local_tensor(target.info.parameter) for target in held], 1 - 2 * state["multiplier"])
 
     def _look_for_bound_(self, state: dict[str, Tensor], square: Tensor, *, steps: int) -> None:
         if self.bound == "warm_start" and steps >= self.warm_start_steps:  # a GradScaler may skip the very step

@@ -38,11 +38,6 @@ class _Target:
     projection: Projection | None = None  # known when training begins
     vector: Tensor | None = None
 
-    @property
-    def is_in_place(self) -> bool:
-        """Does the layer still hold the parameter under its name? A pruning mask or a parametrization moves it."""
-        return self.info.name.rpartition(".")[2] in self.info.owner._parameters
-
     def as_units(self) -> Tensor:
         """The weight in the shape in which the norms of units run over ``dim``."""
         weight = self.info.parameter.detach()
@@ -125,7 +120,7 @@ class WeightConstraint(Regularizer):
     def _learn(self, info: ParameterInfo) -> _Target | None:
         if not self.selects(info):
             return None
-        if _is_parametrized(info):
+        if is_parametrized(info):
             raise MisconfigurationException(
                 f"WeightConstraint cannot hold for parametrized weights, which are computed anew from {info.name!r}: "
                 "leave it out by `exclude`, or take the parametrization away."
@@ -200,7 +195,7 @@ class WeightConstraint(Regularizer):
 
     def before_step(self, step: Step) -> None:
         """Refuse what cannot be constrained any more before weights change."""
-        moved = [t for targets in self._targets.of(step.optimizer) for t in targets if not t.is_in_place]
+        moved = [t for targets in self._targets.of(step.optimizer) for t in targets if not is_in_place(t.info)]
         for target in moved:
             self._targets.forget(target.info.parameter)
         for targets in self._targets.of(step.optimizer):
@@ -238,7 +233,12 @@ class WeightConstraint(Regularizer):
         return {"radii": radii, "vectors": vectors}
 
 
-def _is_parametrized(info: ParameterInfo) -> bool:
+def is_in_place(info: ParameterInfo) -> bool:
+    """Does the layer still hold the parameter under its name? A pruning mask or a parametrization moves it."""
+    return info.name.rpartition(".")[2] in info.owner._parameters
+
+
+def is_parametrized(info: ParameterInfo) -> bool:
     """Is the tensor that the layer uses computed from this parameter? Two ways of torch's, the newer one first."""
     path, _, leaf = info.name.rpartition(".")
     if ".parametrizations." in f".{path}.":

@@ -90,7 +90,7 @@ def train(
 
     Args:
         observer: What counts.
-        make_callback: Makes the callback; None for none.
+        make_callback: Makes the callback, or a list of them; None for none.
         layers: Number of layers, each of which has four tensors.
         logs: Is the step logged?
         fused: AdamW's ``fused``, or else its ``foreach``.
@@ -98,11 +98,11 @@ def train(
         tensor_lr: Is the learning rate a tensor on the device? Only AdamW's ``fused`` is rehearsed so.
         dtype: Of the parameters.
     """
-    last_step = _LastStep(observer)
+    last_step, made = _LastStep(observer), make_callback() if make_callback else []
     with tempfile.TemporaryDirectory() as folder:
         trainer = pl.Trainer(
             max_steps=STEPS,
-            callbacks=[last_step, *([make_callback()] if make_callback else [])],
+            callbacks=[last_step, *(made if isinstance(made, list) else [made])],
             logger=CSVLogger(folder),
             log_every_n_steps=1 if logs else 10**6,
             enable_checkpointing=False,

@@ -8,6 +8,7 @@ from lightning_regularize import (
     ConstrainedDecay,
     ElasticNetPenalty,
     GroupLassoPenalty,
+    Hyperball,
     L1Penalty,
     L2Penalty,
     WeightConstraint,
@@ -27,6 +28,7 @@ class Row:
         make: Makes it.
         launches: Kernels that it may launch in a step that is not logged, however many tensors there are.
         logged_launches: Likewise in a step that is logged; None for no bound but that of any number of tensors.
+        takes_half: Does it act on weights of half precision?
         transfers: How often the host waits for the device in a step that is logged. In others it never does.
     """
 
@@ -34,6 +36,7 @@ class Row:
     make: Any
     launches: int
     logged_launches: int | None = None
+    takes_half: bool = True
     transfers: int = 0
 
 
@@ -61,6 +64,7 @@ ROWS = (
     Row("spectral ball", lambda: WeightConstraint(SpectralBall(3.0)), 60),
     Row("AnchorDecay", lambda: AnchorDecay(0.01), 6),
     Row("ConstrainedDecay", lambda: ConstrainedDecay(), 20),
+    Row("Hyperball", lambda: [WeightDecay(0.0), Hyperball()], 45, takes_half=False),
     Row("monitor, weight norms", lambda: WeightNormMonitor(quantities=("weight",)), 0, 20, transfers=1),
     Row(
         "monitor, all but spectra",

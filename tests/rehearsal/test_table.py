@@ -60,11 +60,12 @@ def test_a_step_that_is_logged_waits_once(row):
 
 @rows(ROWS)
 def test_no_device_is_mixed_with_another(row):
-    rehearse(train_in_other_precisions, row.make)
+    rehearse(train_in_other_precisions, row.make, row.takes_half)
 
 
-def train_in_other_precisions(observer, make):
-    for options in ({"dtype": torch.bfloat16}, {"scaler": True}, {"scaler": True, "fused": True}):
+def train_in_other_precisions(observer, make, takes_half):
+    half = [{"dtype": torch.bfloat16}] if takes_half else []
+    for options in (*half, {"scaler": True}, {"scaler": True, "fused": True}):
         train(observer, make, 1, **options)
 
 

@@ -31,6 +31,7 @@ from lightning_regularize import (
     DropoutSchedule,
     ElasticNetPenalty,
     GroupLassoPenalty,
+    Hyperball,
     L1Penalty,
     L2Penalty,
     RegularizationSummary,
@@ -361,6 +362,7 @@ ROWS = {
     "ConstrainedDecay": Row(
         "`ConstrainedDecay`", lambda: [WeightDecay(0.0), ConstrainedDecay("warm_start", warm_start_steps=2)]
     ),
+    "Hyperball": Row("`Hyperball`", lambda: [WeightDecay(0.0), Hyperball()]),
     "DropoutSchedule": Row("`DropoutSchedule`", lambda: [DropoutSchedule(Linear(0.5, 0.0))]),
     "WeightNormMonitor": Row("`WeightNormMonitor`, all but `stable_rank`", monitor(quantities=SHARDED, threshold=0.1)),
     "WeightNormMonitor inf": Row(
@@ -399,7 +401,10 @@ ZERO_GRADIENTS = refused("keeps to itself: use DDP, FSDP2 (ModelParallelStrategy
 FSDP1 = {
     **dict.fromkeys(("GroupLassoPenalty", "GroupLassoPenalty proximal"), CUT),
     **dict.fromkeys(("MaxNorm", "FrobeniusBall", "SpectralBall"), CUT),
-    "AnchorDecay": refused("FSDP1 cuts them anywhere: use ModelParallelStrategy with fully_shard (FSDP2)"),
+    **dict.fromkeys(
+        ("AnchorDecay", "Hyperball"),
+        refused("FSDP1 cuts them anywhere: use ModelParallelStrategy with fully_shard (FSDP2)"),
+    ),
     "stable_rank": left_out("no stable rank of what FSDP1 or ZeRO-3 has cut"),
 }
 ZERO = {
@@ -407,7 +412,7 @@ ZERO = {
     **dict.fromkeys(("decoupled", "independent", "cautious", "stable"), ZERO_WEIGHTS),
     **dict.fromkeys(("L1Penalty proximal", "ElasticNetPenalty", "GroupLassoPenalty proximal"), ZERO_WEIGHTS),
     **dict.fromkeys(("MaxNorm", "FrobeniusBall", "SpectralBall", "Box"), ZERO_WEIGHTS),
-    **dict.fromkeys(("AnchorDecay", "ConstrainedDecay"), ZERO_WEIGHTS),
+    **dict.fromkeys(("AnchorDecay", "ConstrainedDecay", "Hyperball"), ZERO_WEIGHTS),
 }
 EXCEPTIONS = {
     "fsdp1": FSDP1,
