@@ -47,7 +47,8 @@ def turn_(
         tensor([ 2.1213, -2.1213])
 
     References:
-        "Hyperball", 2026, https://arxiv.org/abs/2606.16899.
+        Wen et al., "Fantastic Pretraining Optimizers and Where to Find Them II: Hyperball Optimization", 2026,
+        https://arxiv.org/abs/2606.16899.
     """
     pieces = [local_piece(weight) for weight in weights]
     torch._foreach_sub_(pieces, list(before))

@@ -76,7 +76,8 @@ class Hyperball(Regularizer):
         >>> trainer = Trainer(callbacks=callbacks, logger=False, accelerator="cpu")
 
     References:
-        "Hyperball", 2026, https://arxiv.org/abs/2606.16899.
+        Wen et al., "Fantastic Pretraining Optimizers and Where to Find Them II: Hyperball Optimization", 2026,
+        https://arxiv.org/abs/2606.16899.
     """
 
     state_layouts: ClassVar[dict[str, Layout]] = {"radii": {"*": POSITIVE}}
