@@ -182,6 +182,18 @@ def per_tensor(
     return values
 
 
+def sums(pieces: Sequence[Tensor]) -> Tensor:
+    """The sum over the elements of each tensor.
+
+    Args:
+        pieces: As :func:`dense_pieces` returns them.
+
+    Returns:
+        As :func:`per_tensor`.
+    """
+    return per_tensor([(rows, rows.values.sum(dim=1)) for rows in rows_of(pieces)], pieces)
+
+
 def _lengths_and_places(
     owners: tuple[int, ...], counts: tuple[int, ...], size: int, device: torch.device
 ) -> tuple[Tensor | None, Tensor | None]:

@@ -16,7 +16,19 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lightning_regularize._steps.buckets import HALF, buckets, copies, listed, new, widened, write_back_
+from lightning_regularize._rows import dense_pieces, sums
+from lightning_regularize._sharding import Sharding, local_piece
+from lightning_regularize._steps.buckets import (
+    HALF,
+    buckets,
+    copies,
+    listed,
+    multiply_each_,
+    new,
+    widened,
+    write_back_,
+)
+from lightning_regularize.norms import power_sums
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -199,6 +211,120 @@ def pull_(weights: Tensors, anchors: Tensors, share: float | Tensor) -> None:
         return
     for alike, targets in _by_dtype(listed(weights), listed(anchors)):
         torch._foreach_lerp_(alike, targets, share)
+
+
+@torch.no_grad()
+def progress(
+    weights: Sequence[Tensor],
+    anchors: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    *,
+    sharding: Sharding | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""How far each weight is from its anchor, and whether its gradient calls it back.
+
+    .. math:: \lVert w - w_0 \rVert, \qquad \langle g, w - w_0 \rangle > 0
+
+    Args:
+        weights: :math:`w`, parameters of any shapes. Every rank that holds a piece of a DTensor should take part.
+        anchors: :math:`w_0`, the local pieces.
+        gradients: :math:`g`, the local pieces.
+        sharding: Which ranks hold pieces; by default only DTensors are taken to be spread.
+
+    Returns:
+        Two tensors of shape ``(len(weights),)``: distances in float64, and truth values.
+
+    Example:
+        >>> one = torch.ones(2)
+        >>> progress([3 * one, 3 * one], [one, one], [one, -one])
+        (tensor([2.8284, 2.8284], dtype=torch.float64), tensor([ True, False]))
+    """
+    gaps = torch._foreach_sub([local_piece(weight) for weight in weights], list(anchors))
+    products = torch._foreach_mul(gaps, list(gradients))
+    # One column for each, and so one collective for both.
+    found = torch.stack([power_sums(dense_pieces(gaps), 2.0), sums(dense_pieces(products))], dim=1)
+    squares, dots = (sharding or Sharding()).reduce(found, weights).unbind(dim=1)
+    return squares.sqrt(), dots > 0
+
+
+@torch.no_grad()
+def pull_back_(
+    weights: Sequence[Tensor],
+    anchors: Sequence[Tensor],
+    distances: Tensor,
+    strengths: Tensor,
+    *,
+    sharding: Sharding | None = None,
+) -> None:
+    r"""Take back what a step has added to the distance from the anchor, or a part of it.
+
+    .. math:: w \leftarrow w - a\,r\,(w - w_0), \qquad
+        r = \max\Bigl(0,\ 1 - \frac{d}{\lVert w - w_0 \rVert}\Bigr)
+
+    With :math:`a = 1` a weight that has moved away is at the distance from before.
+
+    Args:
+        weights: :math:`w`, parameters after the step. Every rank that holds a piece of a DTensor should take part.
+        anchors: :math:`w_0`, the local pieces.
+        distances: :math:`d`, the distances before the step; shape ``(len(weights),)``.
+        strengths: :math:`a` of each, at least 0; 0 for what should not be pulled. Likewise. No weight is pulled past
+            its anchor.
+        sharding: Which ranks hold pieces; by default only DTensors are taken to be spread.
+
+    Example:
+        >>> weight, anchor = torch.tensor([4.0, 1.0]), torch.tensor([0.0, 1.0])
+        >>> pull_back_([weight], [anchor], distances=torch.tensor([2.0]), strengths=torch.tensor([1.0]))
+        >>> weight
+        tensor([2., 1.])
+
+    References:
+        Tian et al., "Rethinking Weight Decay for Robust Fine-Tuning of Foundation Models", NeurIPS 2024,
+        https://arxiv.org/abs/2411.01713.
+    """
+    pieces = [local_piece(weight) for weight in weights]
+    gaps = torch._foreach_sub(pieces, list(anchors))
+    squares = (sharding or Sharding()).reduce(power_sums(dense_pieces(gaps), 2.0), weights)
+    ratios = (1 - distances / squares.sqrt()).nan_to_num(nan=0.0, neginf=0.0).clamp_min(0)  # 0 where nothing has moved
+    multiply_each_(gaps, (strengths * ratios).clamp_max(1))
+    torch._foreach_sub_(pieces, gaps)
+
+
+@torch.no_grad()
+def pull_by_importance_(
+    weights: Sequence[Tensor], anchors: Sequence[Tensor], importance: Sequence[Tensor], share: float | Tensor
+) -> None:
+    r"""Move weights towards anchors, each element by an importance of its own.
+
+    .. math:: w \leftarrow w - s\,F \odot (w - w_0)
+
+    Args:
+        weights: Any shapes, floating.
+        anchors: :math:`w_0`, like ``weights``.
+        importance: :math:`F`, like ``weights``, at least 0; for elastic weight consolidation the diagonal of the Fisher
+            information.
+        share: ``s``, with which no element of :math:`sF` should exceed 1.
+
+    Example:
+        >>> weight = torch.tensor([2.0, 2.0])
+        >>> pull_by_importance_([weight], [torch.zeros(2)], [torch.tensor([1.0, 0.0])], 0.5)
+        >>> weight
+        tensor([1., 2.])
+
+    References:
+        Kirkpatrick et al., "Overcoming catastrophic forgetting in neural networks", PNAS 2017,
+        https://arxiv.org/abs/1612.00796.
+    """
+    for _, (some, those, factors) in buckets(listed(weights), listed(anchors), listed(importance)):
+        wide = widened(some)
+        gaps = copies(those, slot="gaps")
+        torch._foreach_sub_(gaps, wide)
+        torch._foreach_mul_(gaps, factors)
+        if isinstance(share, Tensor):
+            torch._foreach_mul_(gaps, _like(share, gaps))
+            torch._foreach_add_(wide, gaps)
+        else:
+            torch._foreach_add_(wide, gaps, alpha=share)
+        write_back_(some, wide)
 
 
 def next_multiplier(multiplier: Tensor, square_norm: Tensor, bound: Tensor, numel: Tensor) -> Tensor:

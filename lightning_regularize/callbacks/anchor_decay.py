@@ -6,15 +6,16 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_regularize._sharding import local_piece, local_tensor, piece_like, whole_tensor
+from lightning_regularize._sharding import gradient_of, local_piece, local_tensor, piece_like, whole_tensor
 from lightning_regularize._steps.buckets import HALF
 from lightning_regularize._steps.clock import rate_of
 from lightning_regularize._steps.targets import Targets
 from lightning_regularize._trainer.strategies import check_not_flat, check_weights_are_the_optimizers
 from lightning_regularize.callbacks._base import Regularizer
 from lightning_regularize.callbacks._saved import TENSOR, Value
-from lightning_regularize.decay import check_share, pull_
+from lightning_regularize.decay import check_share, progress, pull_, pull_back_, pull_by_importance_
 from lightning_regularize.decay_methods import will_move
 from lightning_regularize.schedules import Schedule, as_schedule, check_total_steps
 from lightning_regularize.theory import decay_rounding_threshold
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
+    from torch.optim import Optimizer
 
     from lightning_regularize._steps.hooks import Step
     from lightning_regularize._steps.run import Run
@@ -31,11 +33,24 @@ if TYPE_CHECKING:
     from lightning_regularize.selection import ParameterInfo, Rule
 
 
+_METHODS = ("decoupled", "selective")
+
+
 class _Target(NamedTuple):
-    """A parameter, and this rank's piece of what it is pulled to."""
+    """A parameter, and this rank's pieces of what it is pulled to and of the importance of its elements."""
 
     info: ParameterInfo
     anchor: Tensor | None  # None before training begins
+    importance: Tensor | None = None
+
+
+class _Moving(NamedTuple):
+    """What is pulled back after a step, see :func:`~lightning_regularize.decay.pull_back_`."""
+
+    weights: Sequence[Tensor]
+    anchors: Sequence[Tensor]
+    distances: Tensor
+    strengths: Tensor
 
 
 class AnchorDecay(Regularizer):
@@ -48,8 +63,21 @@ class AnchorDecay(Regularizer):
     has the same one. Only parameters with a gradient are pulled. The optimizer's own weight decay acts as well, towards
     zero: set it to 0 unless you want both.
 
+    With ``method="selective"`` (selective projection decay) a weight that its gradient :math:`g` calls back, and only
+    such a one, loses of each real step a part of what the step has added to its distance from the anchor:
+
+    .. math:: w \leftarrow w' - a\,\max\Bigl(0, 1 - \frac{\lVert w - w_0\rVert}{\lVert w' - w_0\rVert}\Bigr)
+        (w' - w_0) \quad \text{if } \langle g, w - w_0\rangle > 0
+
+    for each parameter as a whole, with :math:`w` before the step and :math:`w'` after it. The learning rate does not
+    enter; :math:`a = 1` takes all of it back. It needs copies of the weights' size for a moment in each step.
+
     Args:
         strength: ``a``, a number of at least 0, a schedule, or a callable from a position to a number.
+        method: "decoupled" or "selective".
+        importance: A dictionary by canonical name of whole tensors :math:`F` of at least 0, one number for each
+            element: weights are then pulled by :math:`\eta\,a\,F \odot (w - w_0)`. With the diagonal of the Fisher
+            information this is elastic weight consolidation. Parameters without an entry are not pulled.
         anchor: "init" for the weights at the start of training, or a state dict with whole tensors by canonical name.
         include: Rules for what is pulled.
         exclude: Rules for what is not. A new head has nothing to stay near: exclude it.
@@ -66,7 +94,9 @@ class AnchorDecay(Regularizer):
         >>> trainer = Trainer(callbacks=callbacks, logger=False, accelerator="cpu")
 
     References:
-        Li et al., "Explicit Inductive Bias for Transfer Learning with Convolutional Networks", ICML 2018.
+        Li et al., "Explicit Inductive Bias for Transfer Learning with Convolutional Networks", ICML 2018;
+        Tian et al., "Rethinking Weight Decay for Robust Fine-Tuning of Foundation Models", NeurIPS 2024, arXiv
+        2411.01713; Kirkpatrick et al., "Overcoming catastrophic forgetting in neural networks", PNAS 2017.
     """
 
     state_layouts: ClassVar[dict[str, Layout]] = {
@@ -78,6 +108,8 @@ class AnchorDecay(Regularizer):
         strength: float | Schedule | Callable[[Position], float],
         *,
         anchor: Literal["init"] | Mapping[str, Tensor] = "init",
+        method: Literal["decoupled", "selective"] = "decoupled",
+        importance: Mapping[str, Tensor] | None = None,
         include: Sequence[Rule] = ("*",),
         exclude: Sequence[Rule] = (),
         total_steps: int | None = None,
@@ -92,7 +124,13 @@ class AnchorDecay(Regularizer):
             elif hasattr(anchor, "state_dict"):
                 instead = " Of a module write `module.state_dict()`."
             raise TypeError(f"`anchor` should be 'init' or a state dict, got {anchor!r}.{instead}")
-        self.anchor = anchor
+        if method not in _METHODS:
+            raise ValueError(f"`method` should be one of {_METHODS}, got {method!r}.")
+        if importance is not None and not hasattr(importance, "keys"):
+            raise TypeError(f"`importance` should be a dictionary of tensors by name, got {importance!r}.")
+        if importance is not None and method == "selective":
+            raise ValueError("`importance` is for method='decoupled': 'selective' pulls a parameter as a whole.")
+        self.anchor, self.method, self.importance = anchor, method, importance
         self.total_steps = check_total_steps(total_steps)
 
     # -- before training -----------------------------------------------------------------------------------------------
@@ -103,17 +141,33 @@ class AnchorDecay(Regularizer):
         infos = self.select(run, "nothing to pull")
         if self.anchor != "init":
             _check_anchor(self.anchor, infos)
+        if self.method == "selective":
+            self.check_real(infos, "AnchorDecay(method='selective')")
+            if half := [info.name for info in infos if info.parameter.dtype in HALF]:
+                raise MisconfigurationException(
+                    "AnchorDecay(method='selective') needs the distance that a step adds, and rounds it away in "
+                    f"{half} of half precision: use float32 weights with precision='bf16-mixed'."
+                )
+        self._largest_importance = 1.0
+        if self.importance is not None:
+            self._largest_importance = _check_importance(self.importance, infos)
+        self._sharding = run.sharding()
+        self._moving: dict[Optimizer, _Moving] = {}  # in the step under way
         self._phase: Literal["before", "beginning", "training"] = "before"
         self._without_anchor: set[str] = set()
         self._targets: Targets[_Target] = Targets(run.infos, self._learn, move=self._move)
         for optimizer in run.optimizers:
             for group, targets in zip(optimizer.param_groups, self._targets.of(optimizer), strict=True):
-                if targets:
+                if targets and self.method == "decoupled":
                     rate_of(optimizer, group)
         self.warn_if_no_effect(run, infos)
 
+    def _importance_of(self, info: ParameterInfo) -> Tensor | None:
+        """This rank's piece."""
+        return None if self.importance is None else piece_like(self.importance[info.name], info.parameter)
+
     def _learn(self, info: ParameterInfo) -> _Target | None:
-        if not self.selects(info):
+        if not self.selects(info) or (self.importance is not None and info.name not in self.importance):
             return None
         if self._phase == "before":
             return _Target(info, None)
@@ -121,9 +175,9 @@ class AnchorDecay(Regularizer):
         if self.anchor != "init" or (self._saved.get("anchors") and not is_new):
             whole = self._saved_anchor(info) if self.anchor == "init" else self.anchor.get(info.name)
             if whole is not None and tuple(whole.shape) == tuple(info.shape):
-                return _Target(info, piece_like(whole, info.parameter).clone())
+                return _Target(info, piece_like(whole, info.parameter).clone(), self._importance_of(info))
         elif not is_new:
-            return _Target(info, local_tensor(info.parameter).clone())
+            return _Target(info, local_tensor(info.parameter).clone(), self._importance_of(info))
         self._without_anchor.add(info.name)
         self.warn(f"AnchorDecay has no anchor for {info.name!r}, which is new to it, and leaves it alone.")
         return None
@@ -159,19 +213,60 @@ class AnchorDecay(Regularizer):
     @torch.no_grad()
     def before_step(self, step: Step) -> None:
         optimizer = step.optimizer
-        of_groups = zip(optimizer.param_groups, self._targets.of(optimizer), strict=True)
+        of_groups = list(zip(optimizer.param_groups, self._targets.of(optimizer), strict=True))
+        if self.method == "selective":
+            self._look(step, of_groups)
+            return
         pulled = [(targets, self._share(step, group)) for group, targets in of_groups if targets]
         for _, share in pulled:  # before any weight changes
-            check_share(share)
+            self._check_share(share)
         for targets, share in pulled:
             moving = [
-                (local_piece(info.parameter), anchor)
-                for info, anchor in targets
-                if anchor is not None and will_move(optimizer, info.parameter)
+                (local_piece(target.info.parameter), target.anchor, target.importance)
+                for target in targets
+                if target.anchor is not None and will_move(optimizer, target.info.parameter)
             ]
-            weights, anchors = [weight for weight, _ in moving], [anchor for _, anchor in moving]
+            weights, anchors = [weight for weight, _, _ in moving], [anchor for _, anchor, _ in moving]
             self._warn_of_rounding(weights, share)
-            pull_(weights, anchors, share)
+            if self.importance is None:
+                pull_(weights, anchors, share)
+            else:
+                pull_by_importance_(weights, anchors, [i for _, _, i in moving if i is not None], share)
+
+    def _check_share(self, share: float | Tensor) -> None:
+        """Refuse what would pull a weight past its anchor; a rate on the device is not looked at.
+
+        Raises:
+            ValueError: It would.
+        """
+        check_share(share)
+        if not isinstance(share, torch.Tensor) and share * self._largest_importance > 1:
+            raise ValueError(
+                f"AnchorDecay: lr * strength * `importance` should be at most 1, got {share:.3g} * "
+                f"{self._largest_importance:.3g}: weights would be pulled past their anchor. Divide `importance` by "
+                "its largest number, or choose a smaller strength."
+            )
+
+    def _look(self, step: Step, of_groups: Sequence[tuple[dict[str, Any], list[_Target]]]) -> None:
+        """Before the step: how far is each weight from its anchor, and does its gradient call it back?"""
+        moving, strengths = [], []
+        for group, targets in of_groups:
+            found = [(t.info.parameter, t.anchor, gradient_of(t.info.parameter)) for t in targets]
+            found = [(p, anchor, gradient) for p, anchor, gradient in found if gradient is not None]
+            moving += found
+            strengths.append((self.run.clock.value(self.schedule, group, step.number) if found else 0.0, len(found)))
+        if moving:
+            weights, anchors, gradients = map(list, zip(*moving, strict=True))
+            pieces = list(map(local_piece, gradients))
+            distances, calls_back = progress(weights, anchors, pieces, sharding=self._sharding)
+            own = torch.cat([distances.new_full((count,), strength) for strength, count in strengths])
+            self._moving[step.optimizer] = _Moving(weights, anchors, distances, own * calls_back)
+
+    @torch.no_grad()
+    def after_step(self, step: Step, *, is_real: bool) -> None:
+        moving = self._moving.pop(step.optimizer, None)
+        if moving is not None and is_real:
+            pull_back_(*moving, sharding=self._sharding)
 
     def _share(self, step: Step, group: dict[str, Any]) -> float | Tensor:
         """The part of the way to the anchor that a step goes; a rate on the device is not read back."""
@@ -196,8 +291,31 @@ class AnchorDecay(Regularizer):
         if self.anchor != "init":
             return {}
         targets = [target for target in self._targets if target.anchor is not None]
-        anchors = {info.name: whole_tensor(anchor, info.parameter) for info, anchor in targets if anchor is not None}
+        anchors = {t.info.name: whole_tensor(t.anchor, t.info.parameter) for t in targets if t.anchor is not None}
         return {"anchors": {**dict.fromkeys(self._without_anchor), **{name: a.cpu() for name, a in anchors.items()}}}
+
+
+def _check_importance(importance: Mapping[str, Tensor], infos: Sequence[ParameterInfo]) -> float:
+    """Refuse what is no importance, and return the largest number of all.
+
+    Raises:
+        ValueError: A tensor is missing its parameter, or is not what it should be.
+    """
+    shapes = {info.name: tuple(info.shape) for info in infos}
+    if unknown := [name for name in importance if name not in shapes]:
+        raise ValueError(
+            f"`importance` should have names of parameters that AnchorDecay is for, such as {next(iter(shapes))!r}, "
+            f"got {unknown[0]!r}."
+        )
+    largest = 0.0
+    for name, tensor in importance.items():
+        if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != shapes[name]:
+            what = f"shape {tuple(tensor.shape)}" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+            raise ValueError(f"`importance` should have a tensor of shape {shapes[name]} for {name!r}, got {what}.")
+        if not tensor.is_floating_point() or not tensor.isfinite().all() or (tensor < 0).any():
+            raise ValueError(f"`importance` should be finite, floating and at least 0, which that of {name!r} is not.")
+        largest = max(largest, float(tensor.max())) if tensor.numel() else largest
+    return largest
 
 
 def _check_anchor(anchor: Mapping[str, Tensor], infos: Sequence[ParameterInfo]) -> None:

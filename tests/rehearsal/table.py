@@ -63,6 +63,7 @@ ROWS = (
     Row("Frobenius ball", lambda: WeightConstraint(FrobeniusBall(3.0)), 25),
     Row("spectral ball", lambda: WeightConstraint(SpectralBall(3.0)), 60),
     Row("AnchorDecay", lambda: AnchorDecay(0.01), 6),
+    Row("AnchorDecay, selective", lambda: AnchorDecay(0.5, method="selective"), 40, takes_half=False),
     Row("ConstrainedDecay", lambda: ConstrainedDecay(), 20),
     Row("Hyperball", lambda: [WeightDecay(0.0), Hyperball()], 45, takes_half=False),
     Row("monitor, weight norms", lambda: WeightNormMonitor(quantities=("weight",)), 0, 20, transfers=1),

@@ -359,6 +359,9 @@ ROWS = {
     "SpectralBall": Row("`WeightConstraint(SpectralBall)`", lambda: [WeightConstraint(SpectralBall(0.7))]),
     "Box": Row("`WeightConstraint(Box)`", lambda: [WeightConstraint(Box(-0.3, 0.3))]),
     "AnchorDecay": Row("`AnchorDecay`", lambda: [AnchorDecay(Linear(1.0, 0.1), exclude=("output.*",))]),
+    "AnchorDecay selective": Row(
+        '`AnchorDecay(method="selective")`', lambda: [AnchorDecay(0.5, method="selective", exclude=("output.*",))]
+    ),
     "ConstrainedDecay": Row(
         "`ConstrainedDecay`", lambda: [WeightDecay(0.0), ConstrainedDecay("warm_start", warm_start_steps=2)]
     ),
@@ -402,7 +405,7 @@ FSDP1 = {
     **dict.fromkeys(("GroupLassoPenalty", "GroupLassoPenalty proximal"), CUT),
     **dict.fromkeys(("MaxNorm", "FrobeniusBall", "SpectralBall"), CUT),
     **dict.fromkeys(
-        ("AnchorDecay", "Hyperball"),
+        ("AnchorDecay", "AnchorDecay selective", "Hyperball"),
         refused("FSDP1 cuts them anywhere: use ModelParallelStrategy with fully_shard (FSDP2)"),
     ),
     "stable_rank": left_out("no stable rank of what FSDP1 or ZeRO-3 has cut"),
@@ -412,7 +415,7 @@ ZERO = {
     **dict.fromkeys(("decoupled", "independent", "cautious", "stable"), ZERO_WEIGHTS),
     **dict.fromkeys(("L1Penalty proximal", "ElasticNetPenalty", "GroupLassoPenalty proximal"), ZERO_WEIGHTS),
     **dict.fromkeys(("MaxNorm", "FrobeniusBall", "SpectralBall", "Box"), ZERO_WEIGHTS),
-    **dict.fromkeys(("AnchorDecay", "ConstrainedDecay", "Hyperball"), ZERO_WEIGHTS),
+    **dict.fromkeys(("AnchorDecay", "AnchorDecay selective", "ConstrainedDecay", "Hyperball"), ZERO_WEIGHTS),
 }
 EXCEPTIONS = {
     "fsdp1": FSDP1,
