@@ -13,6 +13,7 @@ from lightning_regularize.callbacks.summary import RegularizationSummary
 from lightning_regularize.callbacks.weight_decay import WeightDecay
 from lightning_regularize.groups import describe, param_groups
 from lightning_regularize.module import RegularizedModule, regularize
+from lightning_regularize.optimizers import ChainedOptimizer, hidden_matrices
 from lightning_regularize.selection import DEFAULT_EXCLUDE, ParameterInfo, parameter_infos, select
 
 __version__ = "0.1.0"
@@ -33,6 +34,8 @@ __all__ = [
     "RegularizationSummary",
     "RegularizedModule",
     "regularize",
+    "ChainedOptimizer",
+    "hidden_matrices",
     "param_groups",
     "describe",
     "select",

@@ -24,7 +24,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -36,6 +36,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from lightning_regularize._outputs import output_weights
 from lightning_regularize._sharding import unsharded_shapes
 
 Kind = Literal["bias", "norm", "embedding", "vector", "weight"]
@@ -59,6 +60,8 @@ class ParameterInfo:
             ``no_weight_decay_keywords()`` of any of its modules, or by ``parameter._no_weight_decay = True``
             (which ``fully_shard`` and ``copy.deepcopy`` forget)?
         alias_owners: The other modules that use a tied tensor.
+        is_output: Is it the weight of an output layer, as far as the model tells by itself, by the name of the layer
+            (``head``, ``lm_head``, ``classifier``, ...) or else by the order of its layers?
 
     Example:
         >>> parameter_infos(nn.LayerNorm(3))[0]
@@ -73,12 +76,14 @@ class ParameterInfo:
     aliases: tuple[str, ...] = ()
     declared: bool = False
     alias_owners: tuple[nn.Module, ...] = field(default=(), repr=False)
+    is_output: bool = field(default=False, repr=False)
 
 
 Rule = str | type[nn.Module] | Callable[[ParameterInfo], bool]
 """What selects parameters:
 
 * a kind: ``"bias"``, ``"norm"``, ``"embedding"``, ``"vector"``, ``"weight"``;
+* ``"hidden_matrices"``, which is :func:`hidden_matrices`;
 * a glob on the canonical name, which has a ``.``, ``*``, ``?`` or ``[``: ``"encoder.*"``, ``"head.weight"``;
 * ``"type:Embedding"``: the owner's class, or one of its bases, has this name;
 * a module class, of which the owner is an instance;
@@ -114,14 +119,19 @@ def parameter_infos(module: nn.Module) -> list[ParameterInfo]:
         raise TypeError(f"`module` should be a torch.nn.Module, got {type(module).__name__}.")
     shapes, declared = unsharded_shapes(module), _declared(module)
     uses: dict[int, list[_Use]] = {}
-    for use in _uses(module):
+    all_uses = list(_uses(module))
+    for use in all_uses:
         uses.setdefault(id(use.parameter), []).append(use)
         if getattr(use.parameter, "_fsdp_flattened", False) and id(use.parameter) not in shapes:
             raise ValueError(
                 f"{use.name!r} is a flat piece of an FSDP unit, of unknown shape: pass the module that "
                 "FullyShardedDataParallel returned (`trainer.model` in Lightning), made with `use_orig_params=True`."
             )
-    return [_info(tied, shapes.get(key), declared=key in declared) for key, tied in uses.items()]
+    infos = [_info(tied, shapes.get(key), declared=key in declared) for key, tied in uses.items()]
+    dims = {id(info.parameter): len(info.shape) for info in infos if info.kind in ("embedding", "weight")}
+    weights = [(use.name, use.parameter) for use in all_uses if dims.get(id(use.parameter), 0) > 1]
+    outputs = output_weights(module, weights)
+    return [replace(info, is_output=True) if id(info.parameter) in outputs else info for info in infos]
 
 
 FOREIGN = "<not in the module>"
@@ -234,7 +244,8 @@ classes or functions, got 'biases'. Did you mean 'bias'? To match names write '*
     expected = f"`{argument}` should hold kinds ({', '.join(KINDS)}), globs, 'type:Name', module classes or functions"
     for rule in rules:
         if isinstance(rule, str):
-            if rule not in KINDS and not rule.startswith("type:") and set(".*?[").isdisjoint(rule):
+            is_word = rule in KINDS or rule == hidden_matrices.__name__
+            if not is_word and not rule.startswith("type:") and set(".*?[").isdisjoint(rule):
                 close = difflib.get_close_matches(rule, KINDS, n=1, cutoff=0.7)
                 meant = f" Did you mean {close[0]!r}?" if close else ""
                 is_class_name = rule[:1].isupper()  # such as LayerNorm, which no parameter is called
@@ -269,9 +280,37 @@ def matches(rule: Rule, info: ParameterInfo) -> bool:
         return bool(rule(info))
     if rule in KINDS:
         return info.kind == rule
+    if rule == hidden_matrices.__name__:
+        return hidden_matrices(info)
     if rule.startswith("type:"):
         return any(rule.removeprefix("type:") in _class_names(owner) for owner in owners)
     return any(fnmatchcase(name, rule) for name in (info.name, *info.aliases))
+
+
+def hidden_matrices(info: ParameterInfo) -> bool:
+    """A rule for Muon: weights with at least two dims that are neither an embedding nor an output layer.
+
+    The first two dims are larger than 1: depthwise convolutions, position tables of shape ``(1, n, d)`` and class
+    tokens are no matrices. Nor is what the model itself declares free of weight decay (:attr:`ParameterInfo.declared`),
+    such as tables of relative positions. What is an output layer, :attr:`ParameterInfo.is_output` says; where it cannot
+    be told, put a rule for it before this one, or name it in ``exclude``. In YAML, write ``"hidden_matrices"``.
+
+    Args:
+        info: A parameter.
+
+    Returns:
+        True if it is one.
+
+    Example:
+        >>> module = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2))
+        >>> [info.name for info in parameter_infos(module) if hidden_matrices(info)]
+        ['1.weight']
+
+    References:
+        Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024.
+    """
+    is_matrix = info.kind == "weight" and len(info.shape) >= 2 and min(info.shape[:2]) > 1
+    return is_matrix and not info.is_output and not info.declared
 
 
 def require_matches(rules: Iterable[Rule], infos: Sequence[ParameterInfo], *, argument: str = "rules") -> None:

@@ -32,7 +32,7 @@ DOCS = ROOT / "docs"
 PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
 TITLED_NOT_RUN = re.compile(r'title="[^"]*\bnot run\b[^"]*"')
 DOCUMENTED_WHOLE = (
-    "decay", "groups", "metrics", "norms", "penalties", "plots", "projections", "schedules", "selection",
+    "decay", "groups", "metrics", "norms", "optimizers", "penalties", "plots", "projections", "schedules", "selection",
     "step_sizes", "theory",
 )  # fmt: skip
 
@@ -196,7 +196,7 @@ def test_what_the_api_pages_name_exists():
 
 @pytest.mark.parametrize("name", lightning_regularize.__all__)
 def test_every_name_of_the_package_has_an_entry_in_the_api(name):
-    pages = {f"lightning_regularize.{module}" for module in ("groups", "selection")}
+    pages = {f"lightning_regularize.{module}" for module in ("groups", "optimizers", "selection")}
     home = getattr(getattr(lightning_regularize, name), "__module__", None)
     assert f"lightning_regularize.{name}" in documented() or home in pages & documented() or name == "DEFAULT_EXCLUDE"
     assert f"[`{name}`][lightning_regularize.{name}]" in text_of("api/index.md")
