@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import ref
 
@@ -20,6 +21,7 @@ from lightning_regularize.groups import (
     check_something_decays,
     layer_groups,
 )
+from lightning_regularize.optimizers import ChainedOptimizer, check_factories
 from lightning_regularize.selection import DEFAULT_EXCLUDE, Rule, parameter_infos
 
 if TYPE_CHECKING:
@@ -34,6 +36,8 @@ class RegularizedModule(LightningModule):
 
     Args:
         optimizer: Makes the optimizer from parameter groups, e.g. ``functools.partial(torch.optim.AdamW, lr=1e-3)``.
+        optimizers: In place of ``optimizer``, rule -> what makes an optimizer: a
+            :class:`~lightning_regularize.ChainedOptimizer`, e.g. Muon for ``"hidden_matrices"`` and AdamW for ``"*"``.
         lr_scheduler: Makes the LR scheduler from the optimizer; None for a constant rate. A ReduceLROnPlateau should
             have a ``monitor``, as that of ``lightning.pytorch.cli`` has.
         weight_decay: Weight decay of the group with factor 1, whatever ``optimizer`` says; 0.01 is AdamW's default in
@@ -64,6 +68,7 @@ class RegularizedModule(LightningModule):
         self,
         *,
         optimizer: OptimizerCallable = AdamW,
+        optimizers: Mapping[Any, OptimizerCallable] | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
         weight_decay: float = 0.01,
         exclude: Sequence[Rule] = DEFAULT_EXCLUDE,
@@ -73,7 +78,12 @@ class RegularizedModule(LightningModule):
     ) -> None:
         super().__init__()
         if not callable(optimizer):
-            raise TypeError(f"`optimizer` should make an optimizer from parameter groups, got {optimizer!r}.")
+            raise TypeError(
+                f"`optimizer` should make an optimizer from parameter groups, got {optimizer!r}. For several, each for "
+                "the parameters of a rule, use `optimizers`."
+            )
+        if optimizers is not None:
+            check_factories(optimizers)
         if lr_scheduler is not None and not callable(lr_scheduler):
             raise TypeError(f"`lr_scheduler` should make a scheduler from an optimizer, got {lr_scheduler!r}.")
         if interval not in ("step", "epoch"):
@@ -81,7 +91,7 @@ class RegularizedModule(LightningModule):
         weight_decay = check_number(weight_decay, "`weight_decay`")
         if layer_decay is not None:
             check_layer_decay(layer_decay)
-        self._make_optimizer = optimizer
+        self._make_optimizer, self._make_optimizers = optimizer, optimizers
         self._make_lr_scheduler = lr_scheduler
         self._weight_decay = weight_decay
         self._decay: dict[str, Any] = {"weight_decay": weight_decay, "exclude": exclude, "factors": factors}
@@ -110,18 +120,11 @@ class RegularizedModule(LightningModule):
                 out.
         """
         root = model_root(self._trainer, self)
-        optimizer = self._make_optimizer(self._groups(root))
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"`optimizer` should make a torch.optim.Optimizer, it made {optimizer!r}.")
-        if self._weight_decay > 0 and "weight_decay" not in optimizer.defaults:
-            raise ValueError(
-                f"{type(optimizer).__name__} has no `weight_decay`: use another optimizer, or `weight_decay=0.0`."
-            )
-        for group in optimizer.param_groups:
-            if "weight_decay" in group:
-                group["weight_decay"] = self._weight_decay
-            if self._layer_decay is not None:  # until now the rates were multiples of the optimizer's
-                group["lr"] = group["lr"] * optimizer.defaults["lr"]
+        groups = self._groups(root)
+        if self._make_optimizers is None:
+            optimizer = self._make(self._make_optimizer, groups)
+        else:
+            optimizer = self._chain(self._make_optimizers, root, groups)
         self._see_to_decay(optimizer, root)
         if self._make_lr_scheduler is None:
             return optimizer
@@ -137,6 +140,54 @@ class RegularizedModule(LightningModule):
                 )
             config |= {"monitor": scheduler.monitor, "interval": "epoch"}
         return {"optimizer": optimizer, "lr_scheduler": config}
+
+    def _chain(
+        self, optimizers: Mapping[Any, OptimizerCallable], root: nn.Module, groups: Sequence[dict[str, Any]]
+    ) -> Optimizer:
+        """Several optimizers in one, of which each gets what ``groups`` have of its parameters.
+
+        Raises:
+            MisconfigurationException: DeepSpeed's ZeRO or FSDP1 hides the weights from them.
+            ValueError: The rules do not fit, or an optimizer refuses its parameters.
+        """
+        if self._trainer is not None and (keeper := deepspeed_keeper(self._trainer)):
+            raise MisconfigurationException(
+                f"DeepSpeed's {keeper} steps flat copies of the weights, and not several optimizers in one: use DDP or "
+                "FSDP2 (ModelParallelStrategy)."
+            )
+
+        def make_from(make: OptimizerCallable, parameters: Sequence[Any]) -> Optimizer:
+            keys = set(map(id, parameters))
+            own = [{**group, "params": [p for p in group["params"] if id(p) in keys]} for group in groups]
+            return self._make(make, [group for group in own if group["params"]] or [{"params": parameters}])
+
+        try:
+            return ChainedOptimizer(root, {rule: partial(make_from, make) for rule, make in optimizers.items()})
+        except ValueError as error:
+            if is_named(root, "FullyShardedDataParallel"):
+                raise MisconfigurationException(str(error)) from error
+            raise
+
+    def _make(self, make: OptimizerCallable, groups: list[dict[str, Any]]) -> Optimizer:
+        """One optimizer, with the weight decay of this module.
+
+        Raises:
+            TypeError: ``make`` makes something else.
+            ValueError: The optimizer has no weight decay.
+        """
+        optimizer = make(groups)
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"`optimizer` should make a torch.optim.Optimizer, it made {optimizer!r}.")
+        if self._weight_decay > 0 and "weight_decay" not in optimizer.defaults:
+            raise ValueError(
+                f"{type(optimizer).__name__} has no `weight_decay`: use another optimizer, or `weight_decay=0.0`."
+            )
+        for group in optimizer.param_groups:
+            if "weight_decay" in group:
+                group["weight_decay"] = self._weight_decay
+            if self._layer_decay is not None:  # until now the rates were multiples of the optimizer's
+                group["lr"] = group["lr"] * optimizer.defaults["lr"]
+        return optimizer
 
     def _groups(self, root: nn.Module) -> list[dict[str, Any]]:
         infos = parameter_infos(root)

@@ -65,7 +65,7 @@ class ChainedOptimizer(Optimizer):
     """The rule of each inner optimizer."""
 
     def __init__(self, module: nn.Module, optimizers: Mapping[Any, Callable[[Any], Optimizer]]) -> None:
-        _check_factories(optimizers)
+        check_factories(optimizers)
         infos = parameter_infos(module)
         require_matches(optimizers, infos, argument="optimizers")
         trainable = [info for info in infos if info.parameter.requires_grad]
@@ -79,6 +79,7 @@ class ChainedOptimizer(Optimizer):
         self._source = ref(module), dict(optimizers)
         super().__init__([{"params": [info.parameter for info in trainable]}], {})  # which calls `add_param_group`
         self.state: Any = _States(self.optimizers)
+        self._groups = self.param_groups
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters of the module, each to the optimizer of its rule, with the other entries as they are.
@@ -102,12 +103,14 @@ class ChainedOptimizer(Optimizer):
         params = param_group["params"]
         of_rules = _divide([params] if isinstance(params, Tensor) else list(params), parameter_infos(module), factories)
         for rule, infos in of_rules.items():
-            parameters = [info.parameter for info in infos]
             if rule in self.rules:
+                parameters = [info.parameter for info in infos]
                 self.optimizers[self.rules.index(rule)].add_param_group({**options, "params": parameters})
             else:
-                group = [{**options, "params": parameters}] if options else parameters
-                self.optimizers.append(_make(rule, factories[rule], group, infos))
+                optimizer = _make(rule, factories[rule], infos)
+                for group in optimizer.param_groups:
+                    group.update(options)
+                self.optimizers.append(optimizer)
                 self.rules.append(rule)
         self._refresh()
         self.defaults.clear()
@@ -121,7 +124,15 @@ class ChainedOptimizer(Optimizer):
 
         Returns:
             The loss, if there is a closure.
+
+        Raises:
+            RuntimeError: ``param_groups`` is another list than it was.
         """
+        if self.param_groups is not self._groups:
+            raise RuntimeError(
+                "ChainedOptimizer: its `param_groups` were replaced, as by DeepSpeed's ZeRO, which steps flat copies "
+                "of the weights group by group. The inner optimizers do not know them: use DDP or FSDP2 instead."
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -207,7 +218,7 @@ class ChainedOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy knows neither the module nor the rules, which may be functions that cannot be pickled."""
-        names = ("defaults", "state", "param_groups", "optimizers", "_places")
+        names = ("defaults", "state", "param_groups", "_groups", "optimizers", "_places")
         return {**{name: vars(self)[name] for name in names}, "rules": [*map(rule_name, self.rules)], "_source": None}
 
     def __repr__(self) -> str:
@@ -269,9 +280,9 @@ def _divide(
     return {rule: selected for rule, selected in found.items() if selected}
 
 
-def _make(rule: Rule, factory: Callable[[Any], Any], group: Any, infos: Sequence[ParameterInfo]) -> Optimizer:
+def _make(rule: Rule, factory: Callable[[Any], Any], infos: Sequence[ParameterInfo]) -> Optimizer:
     try:
-        optimizer = factory(group)
+        optimizer = factory([info.parameter for info in infos])
     except (TypeError, ValueError) as error:
         raise type(error)(_refusal(rule, factory, infos, error)) from error
     if not isinstance(optimizer, Optimizer):
@@ -336,7 +347,16 @@ def _pass_on_momentum(optimizer: Optimizer) -> None:
                 group["betas"] = (group["momentum"], *group["betas"][1:])
 
 
-def _check_factories(optimizers: Any) -> None:
+def check_factories(optimizers: Any) -> None:
+    """Refuse what maps no rules to what makes optimizers; a constructor can call it before there is a module.
+
+    Args:
+        optimizers: What was given.
+
+    Raises:
+        TypeError: It is no mapping, a key is no rule, or a value cannot be called.
+        ValueError: It is empty, or a rule is not understood.
+    """
     if not isinstance(optimizers, Mapping):
         raise TypeError(
             "ChainedOptimizer: `optimizers` should map rules to what makes an optimizer, such as "

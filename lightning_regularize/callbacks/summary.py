@@ -13,6 +13,7 @@ from rich.table import Table
 
 from lightning_regularize import group_settings
 from lightning_regularize._checks import check_positive_integer
+from lightning_regularize._steps.watch import stepping_optimizers
 from lightning_regularize._trainer.run import group_labels, steps_per_epoch, total_steps
 from lightning_regularize._trainer.strategies import has_optimizer, held_parameters, model_root, torch_optimizer
 from lightning_regularize.advice import DecayingGroup, advise
@@ -114,9 +115,10 @@ def _of_optimizers(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[
         optimizer = torch_optimizer(wrapped)
         labels = group_labels(wrapped, f"optimizer{i}" if several else "")
         of_groups = zip(labels, wrapped.param_groups, held_parameters(wrapped), strict=True)
-        for label, group, parameters in of_groups:
+        for pg, group, parameters in of_groups:
+            label, holder = _holder(optimizer, group, pg)
             decay = None if group.get("weight_decay") is None else float(group["weight_decay"])
-            known = _group_advice(label, optimizer, group, decay or 0.0, not _is_coupled(optimizer, group))
+            known = _group_advice(label, holder, group, decay or 0.0, not _is_coupled(holder, group))
             for parameter in parameters:
                 if id(parameter) in infos:
                     rule = "" if decay else "0 as configured"
@@ -137,15 +139,23 @@ def _of_schedule(trainer: pl.Trainer, callback: WeightDecay) -> Iterator[_Row]:
         if peak not in samples:
             samples[peak] = _sampled(callback, total_steps(trainer), peak)
         reach = samples[peak] or [value / share if share else 0.0]
-        label = part if is_one else f"{labels[watch.index][i]} {part}"
+        pg, holder = _holder(optimizer, group, labels[watch.index][i])
+        label = part if is_one else f"{pg} {part}"
         is_decoupled = not callback.decay_method.adds_to_gradients
         if callback.decay_method.uses_optimizer:
-            is_decoupled = not _is_coupled(optimizer, group)
+            is_decoupled = not _is_coupled(holder, group)
         elif share:
             label = f"WeightDecay, {label}"
-        known = _group_advice(label, optimizer, group, share * sum(reach) / len(reach), is_decoupled)
+        known = _group_advice(label, holder, group, share * sum(reach) / len(reach), is_decoupled)
         why = rule if rule or share else "0 as configured"
         yield _Row(label, info, (share * min(reach), share * max(reach)), _rate(group), why, known)
+
+
+def _holder(optimizer: Any, group: dict[str, Any], label: str) -> tuple[str, Any]:
+    """Which of several optimizers in one steps a group, with the label of the group, in which its name comes first."""
+    inner = stepping_optimizers(optimizer)
+    holder = next((each for each in inner if any(held is group for held in each.param_groups)), optimizer)
+    return (f"{type(holder).__name__} {label}" if len(inner) > 1 else label), holder
 
 
 def _rate(group: dict[str, Any]) -> float | None:

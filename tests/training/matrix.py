@@ -11,6 +11,7 @@ import io
 import pathlib
 import warnings
 from typing import TYPE_CHECKING, NamedTuple
+from unittest import mock
 
 import lightning.pytorch as L
 import pytest
@@ -39,6 +40,7 @@ from lightning_regularize import (
     WeightConstraint,
     WeightDecay,
     WeightNormMonitor,
+    hidden_matrices,
     regularize,
 )
 from lightning_regularize.projections import Box, FrobeniusBall, MaxNorm, SpectralBall
@@ -325,6 +327,19 @@ def regularized_module():
     return RegularizedNetwork(optimizer=make, weight_decay=0.5, factors={"output.*": 0.5})
 
 
+class ExactMuon(torch.optim.Muon):
+    """Muon orthogonalizes in bfloat16, where pieces of a weight round otherwise than the whole; here in float64."""
+
+    def step(self, closure=None):
+        with mock.patch.object(torch.Tensor, "bfloat16", torch.Tensor.double):
+            return super().step(closure)
+
+
+def chained(make):
+    first, rest = functools.partial(make, lr=0.02), functools.partial(torch.optim.AdamW, lr=0.05)
+    return lambda: RegularizedNetwork(optimizers={hidden_matrices: first, "*": rest}, weight_decay=0.5)
+
+
 def regularized(module):
     return regularize(module, 0.5, factors={"output.*": 0.5})
 
@@ -377,6 +392,8 @@ ROWS = {
         "`RegularizationSummary`", lambda: [WeightDecay(Cosine(0.1, 0.9)), RegularizationSummary()]
     ),
     "RegularizedModule": Row("`RegularizedModule`", list, regularized_module),
+    "ChainedOptimizer": Row("`ChainedOptimizer` of SGD and AdamW", decay("optimizer"), chained(torch.optim.SGD)),
+    "Muon": Row("`ChainedOptimizer` of Muon and AdamW", decay("optimizer"), chained(ExactMuon)),
     "regularize": Row("`regularize()`", list, wrap=regularized),
 }
 
@@ -409,6 +426,7 @@ FSDP1 = {
         refused("FSDP1 cuts them anywhere: use ModelParallelStrategy with fully_shard (FSDP2)"),
     ),
     "stable_rank": left_out("no stable rank of what FSDP1 or ZeRO-3 has cut"),
+    "Muon": refused("Muon only supports 2D parameters"),
 }
 ZERO = {
     **dict.fromkeys(("coupled", "L1Penalty", "L2Penalty", "GroupLassoPenalty"), ZERO_GRADIENTS),
@@ -416,6 +434,7 @@ ZERO = {
     **dict.fromkeys(("L1Penalty proximal", "ElasticNetPenalty", "GroupLassoPenalty proximal"), ZERO_WEIGHTS),
     **dict.fromkeys(("MaxNorm", "FrobeniusBall", "SpectralBall", "Box"), ZERO_WEIGHTS),
     **dict.fromkeys(("AnchorDecay", "AnchorDecay selective", "ConstrainedDecay", "Hyperball"), ZERO_WEIGHTS),
+    **dict.fromkeys(("ChainedOptimizer", "Muon"), refused("and not several optimizers in one: use DDP or FSDP2")),
 }
 EXCEPTIONS = {
     "fsdp1": FSDP1,
