@@ -153,6 +153,32 @@ def test_what_print_config_prints_builds_the_same(tmp_path, capsys):
         assert torch.equal(a, b)
 
 
+class Hidden(Net):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.layers.insert(0, nn.Linear(4, 4))
+
+
+def test_several_optimizers_in_one(tmp_path, capsys):
+    content = config(tmp_path, yaml.safe_load(CALLBACKS)[:1])
+    muon = {"class_path": "torch.optim.Muon", "init_args": {"lr": 0.02}}
+    content["model"]["optimizers"] = {"hidden_matrices": muon, "*": content["model"].pop("optimizer")}
+    content["model"]["weight_decay"] = 0.1
+    content["trainer"]["callbacks"][0]["init_args"]["factors"] = {"layers.4.*": 0.5}
+    path = tmp_path / "several.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    options = {"auto_configure_optimizers": False, "save_config_callback": None}
+    with pytest.raises(SystemExit):
+        LightningCLI(Hidden, **options, args=["fit", "--config", str(path), "--print_config"])
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(capsys.readouterr().out)
+    for each in (path, printed):
+        trainer = LightningCLI(Hidden, **options, args=["fit", "--config", str(each)]).trainer
+        assert [type(inner).__name__ for inner in trainer.optimizers[0].optimizers] == ["Muon", "AdamW"]
+        assert [group["initial_lr"] for group in trainer.optimizers[0].param_groups] == [0.02, 0.01]
+        assert len(trainer.optimizers[0].param_groups[0]["params"]) == 2
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [

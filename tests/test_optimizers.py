@@ -622,12 +622,17 @@ TIMM = [
 ]  # fmt: skip
 
 DIFFERENT = {
-    # Matrices with a side below 4: a factory for Muon may leave them to AdamW, a rule of ours does not look at sizes.
-    # timm names one layer of this head as the classifier, and another method of it two.
-    "caformer_s18": {"head.fc.fc1.weight"},
+    # timm leaves matrices with a side below 4 to AdamW. A rule of ours does not look at sizes.
     "convit_tiny": {f"blocks.{i}.attn.pos_proj.weight" for i in range(10)},
     "fastvit_t8": {"stem.0.conv_scale.conv.weight"},
+    "swinv2_cr_tiny_224": {
+        *(f"stages.2.blocks.{i}.attn.meta_mlp.fc1.weight" for i in range(6)),
+        *(f"stages.{i}.blocks.{j}.attn.meta_mlp.fc1.weight" for i in (0, 1, 3) for j in (0, 1)),
+        *(f"stages.0.blocks.{i}.attn.meta_mlp.fc2.weight" for i in (0, 1)),
+    },
     "vit_relpos_small_patch16_224": {f"blocks.{i}.attn.rel_pos.mlp.fc1.weight" for i in range(12)},
+    # The configuration of the model names the last layer of its head as the classifier, and `get_classifier` all.
+    "caformer_s18": {"head.fc.fc1.weight"},
 }
 
 
