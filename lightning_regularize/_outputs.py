@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -9,18 +10,16 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-# What output layers are called that are one layer. `fc` and `output` are called so in the middle of models too, and
-# `heads` may be those of attention.
-_NAMES = frozenset(
-    ("head", "lm_head", "cls_head", "classifier", "logits", "output_layer", "output_projection", "embed_out", "score")
-)
+# One layer of such a name: head, lm_head, policy_head, classifier. `fc` and `output` are in the middle of models too,
+# and `heads` may be those of attention.
+_NAME = re.compile(r"(^|_)(head|classifier)$|^embed_out$")
 
 
 def output_weights(module: nn.Module, weights: Sequence[tuple[str, Any]]) -> set[int]:
     """The output layers of a model, by the ``id`` of their weights.
 
     * What timm's models name as their classifier (``pretrained_cfg``), which may be missing there on purpose.
-    * Layers that are called ``head``, ``lm_head``, ``classifier`` and the like.
+    * Layers whose name is or ends in ``head`` or ``classifier``, as ``lm_head``.
     * If no layer is called so: the last weight with at least two dims in registration order, unless it is in one of
       timm's models.
 
@@ -48,7 +47,7 @@ def output_weights(module: nn.Module, weights: Sequence[tuple[str, Any]]) -> set
             id(p) for name in classifiers if (layer := _child(model, name)) is not None for p in layer.parameters()
         }
     own = [(name, id(parameter)) for name, parameter in weights if id(parameter) not in inside]
-    named = {key for name, key in own if name.rpartition(".")[0].rpartition(".")[2] in _NAMES}
+    named = {key for name, key in own if _NAME.search(name.rpartition(".")[0].rpartition(".")[2])}
     last = set() if named else {id(parameter) for _, parameter in weights[-1:]} - inside
     return {id(parameter) for _, parameter in weights} & (told | named | last)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, MutableMapping
+from operator import is_not
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
@@ -75,11 +76,11 @@ class ChainedOptimizer(Optimizer):
         _check_decisive(list(optimizers), infos)
         self.optimizers, self.rules = [], []
         self._places: list[tuple[int, int]] = []  # of each group: its optimizer, and its place among the groups there
+        self._shared: list[dict[str, Any]] = []  # what `param_groups` should hold
         self._source: tuple[ref[nn.Module], dict[Any, Callable[[Any], Optimizer]]] | None
         self._source = ref(module), dict(optimizers)
         super().__init__([{"params": [info.parameter for info in trainable]}], {})  # which calls `add_param_group`
         self.state: Any = _States(self.optimizers)
-        self._groups = self.param_groups
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters of the module, each to the optimizer of its rule, with the other entries as they are.
@@ -126,13 +127,8 @@ class ChainedOptimizer(Optimizer):
             The loss, if there is a closure.
 
         Raises:
-            RuntimeError: ``param_groups`` is another list than it was.
+            RuntimeError: Somebody else has changed the list ``param_groups``.
         """
-        if self.param_groups is not self._groups:
-            raise RuntimeError(
-                "ChainedOptimizer: its `param_groups` were replaced, as by DeepSpeed's ZeRO, which steps flat copies "
-                "of the weights group by group. The inner optimizers do not know them: use DDP or FSDP2 instead."
-            )
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -209,16 +205,26 @@ class ChainedOptimizer(Optimizer):
             post_hook(self)
 
     def _refresh(self) -> None:
-        """Share the dictionaries that the inner optimizers have now: they may have loaded a state, or got a group."""
+        """Share the dictionaries that the inner optimizers have now: they may have loaded a state, or got a group.
+
+        Raises:
+            RuntimeError: Somebody else has changed the list of these dictionaries.
+        """
+        if len(self.param_groups) != len(self._shared) or any(map(is_not, self.param_groups, self._shared)):
+            raise RuntimeError(
+                "ChainedOptimizer: somebody has changed the list `param_groups`, of which the inner optimizers know "
+                "nothing: use `add_param_group`. DeepSpeed's ZeRO, which steps flat copies of the weights group by "
+                "group, cannot be used: use DDP or FSDP2."
+            )
         found = [(i, j) for i, optimizer in enumerate(self.optimizers) for j in range(len(optimizer.param_groups))]
         if len(found) != len(self._places):
             kept = [place for place in self._places if place in found]
             self._places[:] = kept + [place for place in found if place not in kept]
-        self.param_groups[:] = [self.optimizers[i].param_groups[j] for i, j in self._places]
+        self.param_groups[:] = self._shared[:] = [self.optimizers[i].param_groups[j] for i, j in self._places]
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy knows neither the module nor the rules, which may be functions that cannot be pickled."""
-        names = ("defaults", "state", "param_groups", "_groups", "optimizers", "_places")
+        names = ("defaults", "state", "param_groups", "_shared", "optimizers", "_places")
         return {**{name: vars(self)[name] for name in names}, "rules": [*map(rule_name, self.rules)], "_source": None}
 
     def __repr__(self) -> str:

@@ -61,7 +61,7 @@ class ParameterInfo:
             (which ``fully_shard`` and ``copy.deepcopy`` forget)?
         alias_owners: The other modules that use a tied tensor.
         is_output: Is it the weight of an output layer, as far as the model tells by itself, by the name of the layer
-            (``head``, ``lm_head``, ``classifier``, ...) or else by the order of its layers?
+            (``head``, ``lm_head``, ``classifier``) or else by the order of its layers?
 
     Example:
         >>> parameter_infos(nn.LayerNorm(3))[0]
@@ -291,9 +291,9 @@ def hidden_matrices(info: ParameterInfo) -> bool:
     """A rule for Muon: weights with at least two dims that are neither an embedding nor an output layer.
 
     The first two dims are larger than 1: depthwise convolutions, position tables of shape ``(1, n, d)`` and class
-    tokens are no matrices. Nor is what the model itself declares free of weight decay (:attr:`ParameterInfo.declared`),
-    such as tables of relative positions. What is an output layer, :attr:`ParameterInfo.is_output` says; where it cannot
-    be told, put a rule for it before this one, or name it in ``exclude``. In YAML, write ``"hidden_matrices"``.
+    tokens are no matrices. Nor is what the model itself declares free of weight decay (``declared`` of
+    :class:`ParameterInfo`), such as tables of relative positions. What is an output layer, ``is_output`` says; where it
+    cannot be told, put a rule for it before this one, or name it in ``exclude``. In YAML, write ``"hidden_matrices"``.
 
     Args:
         info: A parameter.

@@ -442,6 +442,25 @@ def test_a_group_that_was_added_to_an_inner_optimizer_is_seen():
     assert optimizer.state_dict()["param_groups"][-1]["params"] == [10]
 
 
+CHANGES = {
+    "replaced": lambda optimizer: setattr(optimizer, "param_groups", optimizer.param_groups[:1]),  # as by DeepSpeed
+    "appended": lambda optimizer: optimizer.param_groups.append({"params": [], "lr": 0.1}),
+    "removed": lambda optimizer: optimizer.param_groups.pop(),
+    "another dictionary": lambda optimizer: optimizer.param_groups.__setitem__(0, dict(optimizer.param_groups[0])),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_list_of_groups_that_was_changed_is_refused_before_any_weight_changes(change):
+    net = Net()
+    before, optimizer = copy.deepcopy(net), chain(net, *PAIRS["Muon and AdamW"])
+    net.loss(0).backward()
+    change(optimizer)
+    with pytest.raises(RuntimeError, match=r"use `add_param_group`.*DeepSpeed"):
+        optimizer.step()
+    assert_identical(net, before)
+
+
 WRONG = {
     "no module": (lambda net: (net.parameters(), {"*": SGD}), TypeError, "should be a torch.nn.Module, got generator"),
     "no mapping": (lambda net: (net, [SGD]), TypeError, r"`optimizers` should map rules to what makes an optimizer"),
@@ -557,7 +576,7 @@ HIDDEN = {
     "one output": (lambda: nn.Sequential(linear(), linear(1)), ["0.weight"]),
     "a head of convolutions": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 1)), ["0.weight"]),
     "tied": (Tied, ["proj.weight"]),
-    "named": (lambda: Several("head", "lm_head", "fc"), ["fc.weight", "body.weight"]),
+    "named": (lambda: Several("head", "value_head", "fc", "heads"), ["fc.weight", "heads.weight", "body.weight"]),
     "tokens and tables": (Tokens, ["conv.weight", "gru.weight_ih_l0", "gru.weight_hh_l0"]),
     "of timm": (lambda: Timm("fc", "fc", "last"), ["last.weight"]),
     "of timm, two": (lambda: Timm(("a", "b"), "a", "b", "last"), ["last.weight"]),
