@@ -53,8 +53,12 @@ def output_weights(module: nn.Module, weights: Sequence[tuple[str, Any]]) -> set
 
 
 def _models_that_tell(module: nn.Module) -> Iterator[tuple[nn.Module, Sequence[str]]]:
-    for model in module.modules():
-        config: Any = vars(model).get("pretrained_cfg") or vars(model).get("default_cfg")
+    found = [module]
+    for model in found:  # faster than `module.modules()`, and a module that is found twice does no harm
+        found += [child for child in model._modules.values() if child is not None]
+        config: Any = model.__dict__.get("pretrained_cfg") or model.__dict__.get("default_cfg")
+        if config is None:
+            continue
         classifier = config.get("classifier") if hasattr(config, "get") else getattr(config, "classifier", None)
         if isinstance(classifier, str):
             yield model, (classifier,)

@@ -101,9 +101,9 @@ class ChainedOptimizer(Optimizer):
                 "`add_param_group` of one of its `optimizers`."
             )
         factories, options = self._source[1], {k: v for k, v in param_group.items() if k != "params"}
-        params = param_group["params"]
-        of_rules = _divide([params] if isinstance(params, Tensor) else list(params), parameter_infos(module), factories)
-        for rule, infos in of_rules.items():
+        given = param_group["params"]
+        given = [given] if isinstance(given, Tensor) else [p[1] if isinstance(p, tuple) else p for p in given]
+        for rule, infos in _divide(given, parameter_infos(module), factories).items():
             if rule in self.rules:
                 parameters = [info.parameter for info in infos]
                 self.optimizers[self.rules.index(rule)].add_param_group({**options, "params": parameters})
@@ -290,7 +290,8 @@ def _make(rule: Rule, factory: Callable[[Any], Any], infos: Sequence[ParameterIn
     try:
         optimizer = factory([info.parameter for info in infos])
     except (TypeError, ValueError) as error:
-        raise type(error)(_refusal(rule, factory, infos, error)) from error
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(_refusal(rule, factory, infos, error)) from error
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
             f"ChainedOptimizer: the value of {rule_name(rule)!r} should make a torch.optim.Optimizer of a list of "
@@ -349,7 +350,7 @@ def _pass_on_momentum(optimizer: Optimizer) -> None:
     """A scheduler that cycles momentum writes one and the same key to all groups: for Adam, it is the first beta."""
     if "betas" in optimizer.defaults and "momentum" not in optimizer.defaults:
         for group in optimizer.param_groups:
-            if "momentum" in group and group["betas"][0] != group["momentum"]:
+            if "max_momentum" in group and group.get("momentum", group["betas"][0]) != group["betas"][0]:
                 group["betas"] = (group["momentum"], *group["betas"][1:])
 
 

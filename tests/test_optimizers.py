@@ -421,13 +421,15 @@ def test_frozen_parameters_come_in_when_they_are_added():
     ]
     for layer in (net.first, net.embed):
         layer.requires_grad_(True)
-    optimizer.add_param_group({"params": [*net.first.parameters(), *net.embed.parameters()], "lr": 0.5})
+    optimizer.add_param_group({"params": [*net.first.parameters(), ("embed", net.embed.weight)], "lr": 0.5})
     assert [len(group["params"]) for group in optimizer.param_groups] == [1, 5, 1, 1, 1]
     assert [group["lr"] for group in optimizer.param_groups] == [0.02, 1e-3, 0.5, 0.5, 0.5]
     assert [type(each) for each in optimizer.optimizers] == [Muon, AdamW, SGD]
     before = copy.deepcopy(net)
     train(net, [optimizer], last=1)
     assert all(not torch.equal(p, q) for p, q in zip(net.parameters(), before.parameters(), strict=True))
+    with pytest.raises(ValueError, match=r"of shapes \[\(2,\)\] are not of its module"):
+        optimizer.add_param_group({"params": nn.Parameter(torch.ones(2))})
     other = chain(net, *PAIRS["Muon and AdamW"])
     with pytest.raises(ValueError, match=r"groups of \[1, 5, 1, 1, 1\] parameters"):
         other.load_state_dict(optimizer.state_dict())
