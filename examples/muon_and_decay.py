@@ -31,7 +31,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
 
-from lightning_regularize import ChainedOptimizer, WeightDecay, hidden_matrices
+from lightning_regularize import ChainedOptimizer, Hyperball, WeightDecay, hidden_matrices
 from lightning_regularize.schedules import Cosine, Timescale
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from matplotlib.figure import Figure
 
-LR, MUON_LR = 5e-3, 0.05
+LR, MUON_LR, HYPERBALL_LR = 5e-3, 0.05, 0.1
 SEEDS = 5
 WRONG, RIGHT = "40 % wrong", "right"
 EPOCHS = {RIGHT: 3, WRONG: 20}
@@ -59,6 +59,15 @@ def muon_and_adamw(module: nn.Module) -> Optimizer:
     return ChainedOptimizer(module, rules)
 
 
+def adamw_on_the_hyperball(module: nn.Module) -> Optimizer:
+    """AdamW with a rate for the hidden matrices that is an angle: how far a step turns them."""
+    rules = {
+        hidden_matrices: partial(AdamW, lr=HYPERBALL_LR, weight_decay=0.0),
+        "*": partial(AdamW, lr=LR, weight_decay=0.0),
+    }
+    return ChainedOptimizer(module, rules)
+
+
 class Run(NamedTuple):
     """What makes the optimizer, and the callbacks."""
 
@@ -66,12 +75,14 @@ class Run(NamedTuple):
     callbacks: Callable[[], list[Callback]]
 
 
-NONE, CONSTANT, TIMESCALE, MUON = "AdamW, no decay", "AdamW, constant", "AdamW, timescale", "Muon and AdamW, timescale"
+NONE, CONSTANT, TIMESCALE = "AdamW, no decay", "AdamW, constant", "AdamW, timescale"
+HYPERBALL, MUON = "AdamW, Hyperball", "Muon and AdamW, timescale"
 RUNS = {
     NONE: Run(adamw, lambda: [WeightDecay(0.0)]),
     CONSTANT: Run(adamw, lambda: [WeightDecay(10.0)]),
     "AdamW, cosine to 0": Run(adamw, lambda: [WeightDecay(Cosine(15.0, 0.0))]),
     TIMESCALE: Run(adamw, lambda: [WeightDecay(Timescale(epochs=2))]),
+    HYPERBALL: Run(adamw_on_the_hyperball, lambda: [WeightDecay(0.0), Hyperball(include=(hidden_matrices,))]),
     MUON: Run(muon_and_adamw, lambda: [WeightDecay(Timescale(epochs=2))]),
 }
 

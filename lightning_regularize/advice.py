@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
 _NOTHING = 0.1  # of a timescale: weights left alone would keep 90 % of their size
+_ADAPTER = re.compile(r"(^|\.)lora_(embedding_)?[ab](\.|$)", re.IGNORECASE)  # as peft and torchtune call them
 _COUPLED = ("Adam", "NAdam", "RAdam", "Adamax", "RMSprop", "Adagrad", "Adadelta")  # and divide by the gradient's size
 
 
@@ -53,6 +55,7 @@ def advise(
     total_steps: float = math.inf,
     steps_per_epoch: float = math.inf,
     other_decays: Sequence[str] = (),
+    decaying: Iterable[str] = (),
 ) -> list[str]:
     """What a reader of the settings would ask about.
 
@@ -61,6 +64,7 @@ def advise(
         total_steps: Of the run; infinite if unknown, and then not judged.
         steps_per_epoch: Likewise.
         other_decays: What decays weights besides the optimizer, such as "L2Penalty".
+        decaying: Names of the parameters that decay, among which LoRA adapters are looked for.
 
     Returns:
         Sentences, none if all is well.
@@ -78,6 +82,12 @@ def advise(
         found["twice"] = [f"Weights decay twice: by the optimizer ({groups[0].what}) and by {_listed(other_decays)}."]
     elif len(other_decays) > 1:
         found["twice"] = [f"Weights decay twice: by {_listed(other_decays)}."]
+    if adapters := [name for name in decaying if _ADAPTER.search(name)]:
+        found["adapters"] = [
+            f"Weight decay of LoRA adapters ({len(adapters)}, such as {adapters[0]!r}) pulls towards the base model, "
+            "to which their product is added, and not towards smaller weights. If that is not meant, add '*lora_*' to "
+            "`exclude`."
+        ]
     return [_first_of(list(dict.fromkeys(sentences))) for sentences in found.values()]
 
 

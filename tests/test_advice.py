@@ -88,3 +88,23 @@ def test_many_groups_are_told_once():
     found = advise([group(label=f"layer {i}") for i in range(12)], total_steps=10)
     assert len(found) == 1
     assert found[0].endswith("The same holds for 11 other groups.")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "base_model.model.layers.0.q_proj.lora_A.default.weight",
+        "layers.0.q_proj.lora_B.weight",
+        "layers.0.attn.lora_a.weight",
+        "embed.lora_embedding_A.default",
+        "lora_b.weight",
+    ],
+)
+def test_decay_of_lora_adapters_pulls_towards_the_base_model(name):
+    (found,) = advise([], decaying=["head.weight", name, name])
+    assert f"LoRA adapters (2, such as {name!r}) pulls towards the base model" in found
+
+
+@pytest.mark.parametrize("name", ["layers.0.q_proj.weight", "flora_a.weight", "lora_alpha", "explora_b.weight"])
+def test_other_names_are_no_adapters(name):
+    assert advise([], decaying=[name]) == []

@@ -250,7 +250,8 @@ def _advice(trainer: pl.Trainer, rows: list[_Row]) -> list[str]:
     others = [c for c in callbacks if isinstance(c, (L2Penalty, ElasticNetPenalty, AnchorDecay, ConstrainedDecay))]
     names = [type(other).__name__ for other in others]
     steps = {"total_steps": total_steps(trainer), "steps_per_epoch": steps_per_epoch(trainer)}
-    return advise(groups, other_decays=names, **steps)
+    decaying = [row.info.name for row in rows if row.advice is not None]
+    return advise(groups, other_decays=names, decaying=decaying, **steps)
 
 
 def _sampled(callback: WeightDecay, steps_of_run: float, lr: float) -> Sequence[float]:
