@@ -44,7 +44,7 @@ from lightning_regularize._steps.buckets import (
     write_back_,
 )
 from lightning_regularize.norms import norms
-from lightning_regularize.units import norms_of_units, spread_of, sum_over_ranks, unit_buckets, unit_dims
+from lightning_regularize.units import check_dim, norms_of_units, spread_of, sum_over_ranks, unit_buckets, unit_dims
 
 __all__ = ["Penalty", "L1", "L2", "ElasticNet", "GroupLasso"]
 
@@ -293,6 +293,10 @@ class GroupLasso(Penalty):
         dim: The dims that hold the incoming weights of a unit; None takes what the layer says, see
             :func:`~lightning_regularize.units.norm_dims`.
 
+    Raises:
+        TypeError: If ``dim`` is neither an integer nor a sequence of integers.
+        ValueError: If ``dim`` is empty.
+
     Example:
         >>> weight = torch.tensor([[3.0, 4.0], [0.3, 0.4]])
         >>> GroupLasso().value(weight, strength=0.1)
@@ -311,6 +315,9 @@ class GroupLasso(Penalty):
     dim: int | Sequence[int] | None = None
     per_unit: ClassVar[bool] = True
     takes_lists: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_dim(self.dim)
 
     @torch.no_grad()
     def value(

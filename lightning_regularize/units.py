@@ -20,8 +20,8 @@ if dist.is_available():
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
 __all__ = [
-    "norm_dims", "units_are_known", "unit_dims", "unit_norms", "norms_of_units", "unit_buckets", "sum_over_ranks",
-    "spread_of", "at_least_float32", "in_float64",
+    "norm_dims", "units_are_known", "check_dim", "unit_dims", "unit_norms", "norms_of_units", "unit_buckets",
+    "sum_over_ranks", "spread_of", "at_least_float32", "in_float64",
 ]  # fmt: skip
 
 _BLOCK = 256  # elements reduced in float32 before float64 takes over: an error below 12 eps, even if all are equal
@@ -130,8 +130,6 @@ def _stated_dims(owner: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...] | 
     """The dims of the incoming weights of a unit, if the layer tells them."""
     if len(shape) < 2:
         return None
-    if is_named(owner, "Conv1D") and len(shape) == 2:
-        return (0,)
     for names in _SIZES:
         incoming, outgoing = (getattr(owner, name, None) for name in names)
         if not isinstance(incoming, int) or not isinstance(outgoing, int) or incoming == outgoing:
@@ -144,7 +142,24 @@ def _stated_dims(owner: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...] | 
             return (1,)
         if len(shape) == 3 and shape[1:] == (outgoing, incoming):
             return (2,)
-    return None
+    return (0,) if is_named(owner, "Conv1D") and len(shape) == 2 else None
+
+
+def check_dim(dim: object) -> None:
+    """Refuse what cannot be dims of a weight; whether a weight has them is seen later.
+
+    Raises:
+        TypeError: ``dim`` is neither None, nor an integer, nor a sequence of integers.
+        ValueError: It is an empty sequence.
+    """
+    dims = dim if isinstance(dim, (list, tuple)) else () if dim is None else (dim,)
+    if not all(isinstance(each, int) and not isinstance(each, bool) for each in dims):
+        raise TypeError(
+            f"`dim` should be None, an integer, or a sequence of integers, got {dim!r}: it names the dims of a weight "
+            "that hold the incoming weights of a unit."
+        )
+    if dim is not None and not dims:
+        raise ValueError(f"`dim` should name at least one dim of a weight, got {dim!r}. None asks the layer.")
 
 
 def unit_dims(weight: Tensor, dim: int | Sequence[int] | None = None) -> tuple[int, ...]:

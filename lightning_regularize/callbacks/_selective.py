@@ -11,7 +11,8 @@ from lightning_regularize._steps.watch import stepping_optimizers
 from lightning_regularize._trainer.strategies import held_parameters
 from lightning_regularize.callbacks._arguments import Described
 from lightning_regularize.groups import rule_name
-from lightning_regularize.selection import check_rules, matches, matching
+from lightning_regularize.selection import check_rules, matches, matching, tensor_name
+from lightning_regularize.units import norm_dims, units_are_known
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -92,6 +93,28 @@ class Selective(Described):
         frozen = all(not info.parameter.requires_grad for info in infos)
         why = "all parameters that it is for are frozen" if frozen else "no optimizer trains a parameter that it is for"
         self.warn(f"{type(self).__name__} has no effect as long as {why}: {[info.name for info in infos[:5]]}.")
+
+    def units(
+        self, info: ParameterInfo, dim: int | Sequence[int] | None, argument: str
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """What :func:`~lightning_regularize.units.norm_dims` returns; warns once for each class where it is a guess.
+
+        Args:
+            info: A parameter.
+            dim: What the user asks for.
+            argument: How the user would write it: "UnitNorm(..., dim=...)".
+
+        Raises:
+            ValueError: The parameter lacks ``dim``; or it is not given and cannot be told.
+        """
+        view, dims = norm_dims(info.owner, tensor_name(info.name), info.shape, dim=dim)
+        if dim is None and not units_are_known(info.owner, info.shape):
+            kind = type(info.owner).__name__
+            self.warn(
+                f"{type(self).__name__} takes dim 0 of weights for the output units of {kind}, and {kind} does not say "
+                f"what they are. If they are in another dim, say by `{argument}` which dims hold the incoming weights."
+            )
+        return view, dims
 
     def check_real(self, infos: Sequence[ParameterInfo], owner: str = "") -> None:
         """Refuse complex weights, which have neither a sign nor an order.

@@ -14,7 +14,6 @@ from lightning_regularize._trainer.strategies import check_view, check_weights_a
 from lightning_regularize.callbacks._base import Regularizer
 from lightning_regularize.callbacks._saved import POSITIVE, TENSOR
 from lightning_regularize.projections import Box, MaxNorm, NonNegative, Projection, SpectralBall
-from lightning_regularize.units import norm_dims, units_are_known
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence
@@ -133,17 +132,11 @@ class WeightConstraint(Regularizer):
             )
         view, dim = tuple(info.shape), None
         if self.projection.per_unit:
-            asked = getattr(self.projection, "dim", None)
+            asked, argument = getattr(self.projection, "dim", None), f"{type(self.projection).__name__}(..., dim=...)"
             try:
-                view, dim = norm_dims(info.owner, info.name.rpartition(".")[2], info.shape, dim=asked)
+                view, dim = self.units(info, asked, argument)
             except ValueError as error:
                 raise ValueError(f"WeightConstraint: {info.name!r}: {error}") from error
-            if asked is None and not units_are_known(info.owner, info.shape):
-                self.warn(
-                    f"WeightConstraint takes dim 0 of weights for the output units of {type(info.owner).__name__}, "
-                    f"and {type(info.owner).__name__} does not say what they are. If they are in another dim, say by "
-                    f"`{type(self.projection).__name__}(..., dim=...)` which dims hold the incoming weights."
-                )
         elif is_elementwise:
             view = tuple(info.parameter.shape)  # a piece will do
         check_view(info.name, info.parameter, view)

@@ -18,8 +18,7 @@ from lightning_regularize.callbacks._base import Regularizer
 from lightning_regularize.callbacks._penalty_methods import Gradient, Method, Proximal, Rounding, Target, by_dim
 from lightning_regularize.penalties import L1, L2, ElasticNet, GroupLasso, Penalty
 from lightning_regularize.schedules import Constant, Schedule, as_schedule, check_total_steps
-from lightning_regularize.selection import DEFAULT_EXCLUDE, tensor_name
-from lightning_regularize.units import norm_dims
+from lightning_regularize.selection import DEFAULT_EXCLUDE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -83,7 +82,8 @@ class PenaltyCallback(Regularizer):
     def _learn(self, info: ParameterInfo) -> Target | None:
         if not self.selects(info):
             return None
-        if not self.penalty().per_unit:
+        penalty = self.penalty()
+        if not penalty.per_unit:
             return Target(info, None, None)
         if self._sharding.is_flat(info.parameter):
             raise MisconfigurationException(
@@ -91,11 +91,10 @@ class PenaltyCallback(Regularizer):
                 "ModelParallelStrategy with fully_shard (FSDP2)."
             )
         try:
-            view, dim = norm_dims(info.owner, tensor_name(info.name), info.shape)
+            view, dim = self.units(info, getattr(penalty, "dim", None), f"{type(self).__name__}(..., dim=...)")
         except ValueError as error:
             raise MisconfigurationException(
-                f"{type(self).__name__} does not know what the units of {info.name!r} are, of shape "
-                f"{tuple(info.shape)}: leave it out by `exclude`."
+                f"{type(self).__name__} does not know what the units of {info.name!r} are: {error}"
             ) from error
         check_view(info.name, info.parameter, view)
         return Target(info, view, dim)
@@ -317,11 +316,12 @@ class ElasticNetPenalty(PenaltyCallback):
 class GroupLassoPenalty(PenaltyCallback):
     r"""Adds the gradient of :math:`a \sum_g \sqrt{|g|}\,\lVert w_g \rVert_2`, where a group is an output unit.
 
-    With ``method="proximal"`` whole neurons and channels become exactly zero. What a unit is, the layer says, see
-    :func:`~lightning_regularize.units.norm_dims`. Logged as ``penalty/group_lasso``.
+    With ``method="proximal"`` whole neurons and channels become exactly zero. Logged as ``penalty/group_lasso``.
 
     Args:
         strength: ``a``; see :class:`L1Penalty`.
+        dim: The dims that hold the incoming weights of a unit, an integer or a sequence of them. None takes what the
+            layer says, see :func:`~lightning_regularize.units.norm_dims`; a warning names layers that say nothing.
         include: Rules for what is penalized.
         exclude: Rules for what is not. By default biases, norms and other vectors.
         method: "gradient" or "proximal".
@@ -345,15 +345,17 @@ class GroupLassoPenalty(PenaltyCallback):
         self,
         strength: float | Schedule | Callable[[Position], float],
         *,
+        dim: int | Sequence[int] | None = None,
         include: Sequence[Rule] = ("*",),
         exclude: Sequence[Rule] = DEFAULT_EXCLUDE,
         method: Literal["gradient", "proximal"] = "gradient",
         total_steps: int | None = None,
     ) -> None:
         super().__init__(locals(), strength)
+        self._penalty = GroupLasso(dim)
 
     name = "group_lasso"
 
     def penalty(self) -> Penalty:
         """The norms of output units."""
-        return GroupLasso()
+        return self._penalty

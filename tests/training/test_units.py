@@ -5,6 +5,7 @@ import warnings
 import lightning.pytorch as L
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.optim import SGD
 
@@ -136,6 +137,18 @@ def test_a_graph_convolution_is_constrained_per_output():
     assert module.layers[0].weight.norm(dim=0).tolist() == pytest.approx([1.0] * 6, rel=1e-5, abs=0)
 
 
+PER_UNIT = {
+    "UnitNorm": (lambda **options: WeightConstraint(UnitNorm(**options)), "WeightConstraint", "UnitNorm(..., dim=...)"),
+    "group lasso": (
+        lambda **options: GroupLassoPenalty(0.1, method="proximal", **options),
+        "GroupLassoPenalty",
+        "GroupLassoPenalty(..., dim=...)",
+    ),
+}
+per_unit = pytest.mark.parametrize(("make", "callback", "argument"), PER_UNIT.values(), ids=PER_UNIT)
+
+
+@per_unit
 @pytest.mark.parametrize(
     ("layers", "told"),
     [
@@ -146,24 +159,89 @@ def test_a_graph_convolution_is_constrained_per_output():
     ],
     ids=["no sizes", "square", "two classes", "known"],
 )
-def test_where_the_units_are_a_guess_it_is_told_once_a_class(layers, told):
+def test_where_the_units_are_a_guess_it_is_told_once_a_class(layers, told, make, callback, argument):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        fit(Layered(*layers), WeightConstraint(UnitNorm()))
+        fit(Layered(*layers), make())
     messages = [str(w.message) for w in caught if "output units" in str(w.message)]
     assert len(messages) == len(told)
     for message, name in zip(messages, told, strict=True):
+        assert message.startswith(f"{callback} takes dim 0 of weights")
         assert f"and {name} does not say what they are" in message
-        assert "`UnitNorm(..., dim=...)`" in message
+        assert f"`{argument}`" in message
 
 
+@per_unit
 @pytest.mark.parametrize("layer", [Plain(), GraphConvolution(4, 4), GraphConvolution(4, 6)], ids=["0", "1", "2"])
-def test_a_dim_that_is_given_is_used_and_nothing_is_told(layer):
+def test_a_dim_that_is_given_is_used_and_nothing_is_told(layer, make, callback, argument):
+    module = Layered(layer)
+    with torch.no_grad():
+        module.layers[0].weight[:, 0] = 1e-6
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*output units")
-        module = fit(Layered(layer), WeightConstraint(UnitNorm(dim=0)))
-    outputs = module.layers[0].weight.shape[1]
-    assert module.layers[0].weight.norm(dim=0).tolist() == pytest.approx([1.0] * outputs, rel=1e-5, abs=0)
+        fit(module, make(dim=0))
+    outputs = module.layers[0].weight.norm(dim=0)
+    if callback == "WeightConstraint":
+        assert outputs.tolist() == pytest.approx([1.0] * len(outputs), rel=1e-5, abs=0)
+    else:
+        assert (outputs == 0).tolist() == [True] + [False] * (len(outputs) - 1)
+
+
+class Upside(nn.Linear):
+    """Its attributes contradict what is usual for its class."""
+
+    def __init__(self, in_features, out_features):
+        super().__init__(in_features, out_features, bias=False)
+        self.weight = nn.Parameter(self.weight.detach().T.contiguous())
+
+    def forward(self, x):
+        return x @ self.weight
+
+
+@per_unit
+def test_the_attributes_of_a_layer_precede_its_class(make, callback, argument):
+    module = Layered(Upside(4, 6))
+    with torch.no_grad():
+        module.layers[0].weight[:, 0] = 1e-6
+    fit(module, make())
+    outputs = module.layers[0].weight.norm(dim=0)
+    if callback == "WeightConstraint":
+        assert outputs.tolist() == pytest.approx([1.0] * 6, rel=1e-5, abs=0)
+    else:
+        assert (outputs == 0).tolist() == [True] + [False] * 5
+
+
+@pytest.mark.parametrize("method", ["proximal", "gradient"])
+@pytest.mark.parametrize("dim", [0, (0,), [-2]], ids=repr)
+def test_a_group_lasso_is_over_the_dim_that_is_given(dim, method):
+    """By hand, on a raw parameter whose gradient is zero."""
+    module = Layered(SparseAutoencoder())
+    penalty = GroupLassoPenalty(0.02, dim=dim, include=("*.W_enc",), method=method)
+    start, lr = module.layers[0].W_enc.detach().double(), 0.01
+    module.training_step = lambda batch, batch_idx: 0.0 * module.layers(torch.ones(2, 4)).sum()
+    make_trainer(penalty, max_epochs=1).fit(module, range(1))
+    expected = start * (1 - lr * 0.02 * 2 / start.norm(dim=0))  # the root of 4 inputs is 2
+    torch.testing.assert_close(module.layers[0].W_enc.detach().double(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("dim", "error", "message"),
+    [
+        ("0", TypeError, r"GroupLassoPenalty: `dim` should be None, an integer, or a sequence of integers, got '0'"),
+        (True, TypeError, r"got True"),
+        ([0.5], TypeError, r"got \[0\.5\]"),
+        ((), ValueError, r"GroupLassoPenalty: `dim` should name at least one dim of a weight, got \(\)"),
+    ],
+    ids=repr,
+)
+def test_a_dim_that_is_none_is_refused_at_once(dim, error, message):
+    with pytest.raises(error, match=message):
+        GroupLassoPenalty(0.1, dim=dim)
+
+
+def test_a_dim_that_a_weight_lacks_names_the_weight():
+    with pytest.raises(MisconfigurationException, match=r"units of 'layers\.0\.weight' are: `dim` .* got 2"):
+        fit(Layered(nn.Linear(4, 6)), GroupLassoPenalty(0.1, dim=2))
 
 
 class SparseAutoencoder(nn.Module):
@@ -182,6 +260,8 @@ def test_a_matrix_that_no_layer_describes_asks_for_its_dim():
     message = r"'layers\.0\.W_enc': .* Leave it out, as by `exclude=\(\"\*W_enc\",\)`, or say by `dim` what a unit is"
     with pytest.raises(ValueError, match=message):
         fit(Layered(SparseAutoencoder()), WeightConstraint(UnitNorm()))
+    with pytest.raises(MisconfigurationException, match=message.split(".*")[-1]):
+        fit(Layered(SparseAutoencoder()), GroupLassoPenalty(0.1))
     module = fit(Layered(SparseAutoencoder()), WeightConstraint(UnitNorm(dim=1), include=("*.W_dec",)))
     assert module.layers[0].W_dec.norm(dim=1).tolist() == pytest.approx([1.0] * 6, rel=1e-5, abs=0)
 
@@ -195,12 +275,18 @@ def test_an_embedding_that_is_the_output_layer_too_is_constrained_per_word():
             self.model = GPT2LMHeadModel(GPT2Config(vocab_size=11, n_embd=8, n_layer=1, n_head=2, n_positions=16))
 
         def training_step(self, batch, batch_idx):
-            return self.model(input_ids=torch.arange(10).view(2, 5)).logits.square().mean()
+            return 1e-3 * self.model(input_ids=torch.arange(1, 11).view(2, 5)).logits.square().mean()
 
-    module = fit(Language(), WeightConstraint(UnitNorm(), include=("*.wte.weight",)))
-    head = module.model.lm_head.weight
-    assert head is module.model.transformer.wte.weight
-    assert head.norm(dim=1).tolist() == pytest.approx([1.0] * 11, rel=1e-5, abs=0)
+    constraint = WeightConstraint(UnitNorm(), include=("*.wte.weight",))
+    penalty = GroupLassoPenalty(0.02, method="proximal", include=("*.wte.weight",))
+    for callback, expected in (constraint, [1.0] * 11), (penalty, [0.0, *[None] * 10]):
+        module = Language()
+        with torch.no_grad():
+            module.model.transformer.wte.weight[0] *= 1e-6  # no word of the batch's
+        head = fit(module, callback).model.lm_head.weight
+        assert head is module.model.transformer.wte.weight
+        for norm, asked in zip(head.norm(dim=1).tolist(), expected, strict=True):
+            assert norm > 1e-3 if asked is None else norm == pytest.approx(asked, rel=1e-5, abs=0)
 
 
 @pytest.mark.parametrize("sizes", [{}, {"kdim": 3, "vdim": 5}], ids=["packed", "separate"])
@@ -214,8 +300,18 @@ def test_the_projections_of_attention_are_constrained_per_output(sizes):
             key, value = (torch.ones(2, sizes.get(size, 4)) for size in ("kdim", "vdim"))
             return self.attention(x, key, value)[0]
 
-    module = fit(Layered(Attending()), WeightConstraint(UnitNorm()))
-    matrices = [p for name, p in module.named_parameters() if "weight" in name]
-    assert len(matrices) == (2 if not sizes else 4)
-    for weight in matrices:
-        assert weight.norm(dim=1).tolist() == pytest.approx([1.0] * len(weight), rel=1e-5, abs=0)
+    constraint, penalty = WeightConstraint(UnitNorm()), GroupLassoPenalty(1.0, method="proximal")
+    for callback in (constraint, penalty):
+        module = Layered(Attending())
+        matrices = [p for name, p in module.named_parameters() if "weight" in name]
+        assert len(matrices) == (2 if not sizes else 4)
+        with torch.no_grad():
+            for weight in matrices:
+                weight[0] = 1e-6
+        fit(module, callback)
+        for weight in matrices:
+            outputs = weight.norm(dim=1)
+            if callback is constraint:
+                assert outputs.tolist() == pytest.approx([1.0] * len(weight), rel=1e-5, abs=0)
+            else:
+                assert (outputs == 0).tolist() == [True] + [False] * (len(weight) - 1)
