@@ -64,6 +64,18 @@ def check_positive_integer(value: object, what: str) -> int:
     return value
 
 
+def check_rounding(rounding: object, seed: object) -> None:
+    """Refuse what is not a way of rounding, or not the seed of one.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    if rounding not in ("nearest", "stochastic"):
+        raise ValueError(f"`rounding` should be 'nearest' or 'stochastic', got {rounding!r}.")
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ValueError(f"`seed` should be an integer of at least 0, got {seed!r}.")
+
+
 def check_layer_decay(layer_decay: object) -> None:
     """Refuse what is not a number in (0, 1].
 

@@ -11,6 +11,7 @@ its length.
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,7 +32,7 @@ from lightning_regularize._steps.buckets import (
 from lightning_regularize.norms import power_sums
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from lightning_regularize._steps.buckets import Tensors
 
@@ -110,6 +111,47 @@ def decay_stochastic_(weight: Tensor, share: float | Tensor, *, seed: int) -> No
     pieces = torch.split(weight.view(-1), _PIECE) if weight.is_contiguous() else (weight,)
     for piece in pieces:
         piece.copy_(_round_stochastically(piece.float().mul_(1 - share), piece.dtype, generator))
+
+
+@torch.no_grad()
+def change_stochastically_(tensor: Tensor, change: Callable[[Tensor], None], *, seed: int) -> None:
+    r"""Change one tensor in float32, and round to its low precision at random, so that the mean is right.
+
+    Rounding to nearest, what is added to a number is lost while it is below half the distance to the next number, such
+    as 1/256 of it in bfloat16. Tensors of float32 and wider are changed as they are.
+
+    Args:
+        tensor: Any shape, floating.
+        change: Changes in place what it is given: the tensor, or a float32 copy of it.
+        seed: As of :func:`decay_stochastic_`.
+
+    Example:
+        >>> gradient = torch.ones(100_000, dtype=torch.bfloat16)
+        >>> change_stochastically_(gradient, lambda wide: wide.add_(1e-3), seed=0)
+        >>> abs(gradient.double().mean().item() - 1.001) < 1e-4
+        True
+    """
+    if tensor.dtype not in HALF:
+        change(tensor)
+        return
+    generator, wide = torch.Generator(tensor.device).manual_seed(seed), tensor.float()
+    change(wide)
+    tensor.copy_(_round_stochastically(wide, tensor.dtype, generator))
+
+
+def noise_seed(seed: int, step: int, name: str) -> int:
+    """Return a seed for one tensor in one step, the same in every process and in a resumed run.
+
+    Args:
+        seed: The user's.
+        step: The number of the step.
+        name: What tells the tensor from others.
+
+    Example:
+        >>> noise_seed(0, 7, "layer.weight") == noise_seed(0, 7, "layer.weight") != noise_seed(0, 8, "layer.weight")
+        True
+    """
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{step}/{name}".encode(), digest_size=6).digest(), "big")
 
 
 @torch.no_grad()

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 from abc import ABC
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, final
@@ -18,9 +17,18 @@ from torch.optim import LBFGS, SGD, Adam, NAdam
 
 from lightning_regularize._sharding import Sharding, gradient_of, local_piece, local_tensor, settle_gradient_
 from lightning_regularize._steps.buckets import HALF, refreshed
-from lightning_regularize.decay import check_share, couple_, decay_, decay_cautiously_, decay_stochastic_
+from lightning_regularize.decay import (
+    change_stochastically_,
+    check_share,
+    couple_,
+    decay_,
+    decay_cautiously_,
+    decay_stochastic_,
+    noise_seed,
+)
 from lightning_regularize.norms import norms
 from lightning_regularize.theory import decay_rounding_threshold
+from lightning_regularize.units import at_least_float32
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -51,6 +59,11 @@ class Target(NamedTuple):
         """What a decoupled step removes: learning rate times weight decay."""
         return self.group["lr"] * self.weight_decay  # type: ignore[no-any-return]
 
+    @property
+    def pull(self) -> float:
+        """What a coupled step adds of the weight to its gradient; an optimizer that maximizes subtracts that."""
+        return -self.weight_decay if self.group.get("maximize") else self.weight_decay
+
 
 class DecayMethod(ABC):  # noqa: B024 each method does one of three things, none does all
     """How weights decay around one step of an optimizer. ``before`` and ``after`` are called around each real step."""
@@ -68,7 +81,7 @@ class DecayMethod(ABC):  # noqa: B024 each method does one of three things, none
     rounds_like_a_product = True
     """Are half-precision weights multiplied by a factor that may round to 1?"""
 
-    def on_gradients(self, targets: Sequence[Target], scale: Tensor | None) -> None:  # noqa: B027
+    def on_gradients(self, targets: Sequence[Target], scale: Tensor | None, step: int) -> None:  # noqa: B027
         """Gradients are complete, and multiplied by ``scale``; by default nothing is to be done."""
 
     def before(self, optimizer: Optimizer, targets: Sequence[Target], step: int) -> None:  # noqa: B027
@@ -137,22 +150,34 @@ class ByOptimizer(DecayMethod):
 @final
 @dataclass
 class Coupled(DecayMethod):
-    r"""As the gradient of an L2 penalty: :math:`g \leftarrow g + \lambda w`, then the step."""
+    r"""As the gradient of an L2 penalty: :math:`g \leftarrow g + \lambda w`, then the step.
+
+    Args:
+        stochastic: Round half-precision gradients at random, see
+            :func:`~lightning_regularize.decay.change_stochastically_`.
+        seed: Of that noise.
+    """
+
+    stochastic: bool = False
+    seed: int = 0
 
     adds_to_gradients = True
     rounds_like_a_product = False
 
-    def on_gradients(self, targets: Sequence[Target], scale: Tensor | None) -> None:
+    def on_gradients(self, targets: Sequence[Target], scale: Tensor | None, step: int) -> None:
         """Add the gradient of the penalty, multiplied as the gradients are."""
         for alike in _by_strength(targets):
-            value = -alike[0].weight_decay if alike[0].group.get("maximize") else alike[0].weight_decay
-            gradients, weights = [], []
-            for target in alike:
-                gradient = settle_gradient_(target.parameter)
-                if gradient is not None:  # LBFGS may decay what has none
-                    gradients.append(local_tensor(gradient))
-                    weights.append(local_tensor(target.parameter))
-            couple_(gradients, weights, value if scale is None else scale * value)
+            # LBFGS may decay what has no gradient.
+            found = [(target, g) for target in alike if (g := settle_gradient_(target.parameter)) is not None]
+            weights = [local_tensor(target.parameter) for target, _ in found]
+            gradients = [local_tensor(gradient) for _, gradient in found]
+            value = alike[0].pull if scale is None else scale * alike[0].pull
+            if not self.stochastic:
+                couple_(gradients, weights, value)
+                continue
+            for (target, _), gradient, weight in zip(found, gradients, weights, strict=True):
+                add = functools.partial(couple_, weights=weight.to(at_least_float32(weight)), weight_decay=value)
+                change_stochastically_(gradient, add, seed=noise_seed(self.seed, step, target.name))
 
 
 @final
@@ -172,7 +197,7 @@ class Decoupled(DecayMethod):
 
     def before(self, optimizer: Optimizer, targets: Sequence[Target], step: int) -> None:
         """Decay, as AdamW does before its update."""
-        seed = f"{self.seed}/{step}" if self.stochastic else None
+        seed = (self.seed, step) if self.stochastic else None
         _decay([(alike[0].share, alike) for alike in _by_strength(targets)], seed)
 
 
@@ -195,7 +220,7 @@ class Independent(DecayMethod):
 
     def before(self, optimizer: Optimizer, targets: Sequence[Target], step: int) -> None:
         """Decay by the weight decay itself."""
-        seed = f"{self.seed}/{step}" if self.stochastic else None
+        seed = (self.seed, step) if self.stochastic else None
         _decay([(alike[0].weight_decay, alike) for alike in _by_strength(targets)], seed)
 
 
@@ -355,16 +380,15 @@ def _check_shares(shares: Iterable[float | Tensor]) -> None:
 
 
 @torch.no_grad()
-def _decay(shares: Sequence[tuple[float | Tensor, Sequence[Target]]], seed: str | None = None) -> None:
-    """Decay each list by its share; with a seed, round at random, one tensor after another with noise of its own."""
+def _decay(shares: Sequence[tuple[float | Tensor, Sequence[Target]]], seed: tuple[int, int] | None = None) -> None:
+    """Decay each list by its share; with a seed and a step, round at random, each tensor with noise of its own."""
     _check_shares(share for share, _ in shares)
     for share, targets in shares:
         if seed is None:
             decay_(_local_weights(targets), share)
             continue
         for target in targets:
-            digest = hashlib.blake2b(f"{seed}/{target.name}".encode(), digest_size=6).digest()
-            decay_stochastic_(local_piece(target.parameter), share, seed=int.from_bytes(digest, "big"))
+            decay_stochastic_(local_piece(target.parameter), share, seed=noise_seed(*seed, target.name))
 
 
 METHODS: dict[str, type[DecayMethod]] = {

@@ -146,7 +146,7 @@ def test_the_noise_is_another_for_each_parameter_and_each_step(other):
 def test_coupled_decay_adds_the_gradient_of_a_penalty(maximize, scale, expected):
     weight = nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.float64))
     weight.grad = torch.ones_like(weight)
-    Coupled().on_gradients(targets(SGD([weight], lr=0.1, maximize=maximize)), scale)
+    Coupled().on_gradients(targets(SGD([weight], lr=0.1, maximize=maximize)), scale, 0)
     torch.testing.assert_close(weight.grad, torch.tensor(expected, dtype=torch.float64))
 
 
@@ -159,7 +159,7 @@ def test_coupled_decay_is_the_weight_decay_of_torchs_optimizers_to_the_last_bit(
         for weights in (found, expected):
             for weight, gradient in zip(weights, gradients(weights, step), strict=True):
                 weight.grad = gradient
-        Coupled().on_gradients(targets(ours), None)
+        Coupled().on_gradients(targets(ours), None, 0)
         ours.step()
         torchs.step()
     for weight, other in zip(found, expected, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,20 +13,23 @@ from lightning_regularize._sharding import local_piece, local_tensor, settle_gra
 from lightning_regularize._steps.buckets import HALF, buckets, calls
 from lightning_regularize._steps.clock import rate_of
 from lightning_regularize._trainer.strategies import check_gradients_are_the_modules, check_weights_are_the_optimizers
+from lightning_regularize.decay import change_stochastically_, noise_seed
 from lightning_regularize.penalties import L2
 from lightning_regularize.selection import is_normalized
 from lightning_regularize.step_sizes import knows, step_sizes, thresholds, unknown_metric
-from lightning_regularize.units import unit_buckets, unit_dims
+from lightning_regularize.units import at_least_float32, unit_buckets, unit_dims
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
     from lightning_regularize._steps.hooks import Step
     from lightning_regularize._steps.run import Run
+    from lightning_regularize.callbacks._base import Regularizer
     from lightning_regularize.callbacks.penalty import PenaltyCallback
+    from lightning_regularize.decay_methods import Target as Decaying
     from lightning_regularize.selection import ParameterInfo
     from lightning_regularize.step_sizes import StepSize
 
@@ -92,6 +96,13 @@ class Gradient(Method):
                 weights = [target.as_units(target.parameter) for target, _ in pairs]
                 gradients = [target.as_units(gradient) for target, gradient in pairs]
                 before = [g.clone() for g in gradients] if is_measured else []
+                if owner.rounds_at_random:
+                    for (target, _), g, w in zip(pairs, gradients, weights, strict=True):
+                        wide = w.to(at_least_float32(w))
+                        add = functools.partial(penalty.add_gradient_, weight=wide, strength=scaled, dim=dim)
+                        name = f"{type(owner).__name__}/{target.info.name}"
+                        change_stochastically_(local_piece(g), add, seed=noise_seed(owner.seed, step.number, name))
+                    continue
                 for g, w in calls(penalty.takes_lists, gradients, weights):
                     penalty.add_gradient_(g, w, scaled, dim=dim)
                 if before:
@@ -184,19 +195,20 @@ class Rounding:
     """How much of a penalty is left when half precision has rounded it?
 
     Args:
-        has_half: Are there weights of half precision?
+        has_half: Are there weights of half precision, and are they rounded to nearest?
+        method: "gradient", "proximal", or "coupled" for weight decay.
     """
 
-    def __init__(self, has_half: bool) -> None:
-        self._has_half, self._is_done = has_half, False
+    def __init__(self, has_half: bool, method: str) -> None:
+        self._has_half, self._method, self._is_done = has_half, method, False
         self._fractions: list[float] = []  # of each step that was looked at: what was moved, or added, of all
         self._counts: list[Tensor] = []
 
-    def counts_in(self, owner: PenaltyCallback, step: Step) -> bool:
+    def counts_in(self, owner: Regularizer, step: Step) -> bool:
         """Is this a step to look at? The first is, and what is logged; but not while the learning rate warms up."""
         if self._is_done or not self._has_half or not (not self._fractions or owner.run.logs_now()):
             return False
-        if owner.method == "gradient":
+        if self._method != "proximal":
             return True
         positions = [owner.run.clock.position(group, step.number) for group in step.optimizer.param_groups]
         return any(at.lr >= 0.5 * at.peak_lr for at in positions)
@@ -214,6 +226,16 @@ class Rounding:
                 added = (new.float() - old.float()) * term
                 self._counts.append(torch.stack([added.sum(dtype=torch.float64), term.double().square().sum()]))
 
+    def measure_coupled(self, targets: Sequence[Decaying], scale: Tensor | None, change: Callable[[], None]) -> None:
+        """Call ``change``, which adds coupled decay to the gradients, and compare."""
+        found = [(t, g) for t in targets if (g := settle_gradient_(t.parameter)) is not None and g.dtype in HALF]
+        gradients = [local_tensor(gradient) for _, gradient in found]
+        before = [gradient.clone() for gradient in gradients]
+        change()
+        factor: Any = 1.0 if scale is None else scale
+        self.compare(before, gradients, [local_tensor(t.parameter).float() * (factor * t.pull) for t, _ in found])
+        self.sum_up()
+
     def sum_up(self) -> None:
         """A step has ended."""
         if self._counts:
@@ -221,18 +243,18 @@ class Rounding:
             number, of = torch.stack([each.double().to(counts[0].device) for each in counts]).sum(dim=0).tolist()
             self._fractions.append(number / of if of else float(of == number))
 
-    def warn_if_lost(self, owner: PenaltyCallback) -> None:
+    def warn_if_lost(self, owner: Regularizer) -> None:
         """Warn once if a penalty hardly acts, or in gradients by another strength; all ranks should take part."""
         if self._is_done or not self._has_half:
             return
-        if owner.method == "gradient":
+        if self._method != "proximal":
             off = owner.run.largest(max((abs(fraction - 1) for fraction in self._fractions), default=-1.0))
             self._is_done = off >= 0
             if off > _TOLERANCE:
                 owner.warn(
-                    f"{type(owner).__name__}(method='gradient') is off by up to {off:.0%} of its strength here: what "
-                    "it adds to half-precision gradients is rounded with them. Use float32 weights with "
-                    "precision='bf16-mixed'."
+                    f"{type(owner).__name__}(method={self._method!r}) is off by up to {off:.0%} of its strength here: "
+                    "what it adds to half-precision gradients is rounded with them. Use float32 weights with "
+                    "precision='bf16-mixed', or rounding='stochastic', which is right in the mean."
                 )
             return
         moved = owner.run.largest(max(self._fractions, default=-1.0))

@@ -9,7 +9,7 @@ from weakref import WeakSet
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_regularize._checks import check_number
+from lightning_regularize._checks import check_number, check_rounding
 from lightning_regularize._steps.buckets import HALF, calls
 from lightning_regularize._steps.targets import Targets
 from lightning_regularize._steps.watch import stepping_optimizers
@@ -52,6 +52,14 @@ class PenaltyCallback(Regularizer):
         if self.method not in _METHODS:
             raise ValueError(f"`method` should be 'gradient' or 'proximal', got {self.method!r}.")
         self._method = _METHODS[self.method]()
+        rounding, self.seed = self.arguments.get("rounding", "nearest"), self.arguments.get("seed", 0)
+        check_rounding(rounding, self.seed)
+        self.rounds_at_random = rounding == "stochastic"
+        if self.rounds_at_random and self.method != "gradient":
+            raise ValueError(
+                f"`rounding='stochastic'` is for what is added to gradients, and needs method='gradient', got "
+                f"{self.method!r}."
+            )
 
     @property
     @abstractmethod
@@ -70,9 +78,10 @@ class PenaltyCallback(Regularizer):
         needs_shapes = self.penalty().per_unit
         infos = self.select(run, "nothing to pull at", initialized=needs_shapes)
         self._sharding = run.sharding()
+        has_half = any(info.parameter.dtype in HALF for info in infos)
         self._method.check(run, self, infos)
         self._targets: Targets[Target] = Targets(run.infos, self._learn)
-        self.rounding = Rounding(any(info.parameter.dtype in HALF for info in infos))
+        self.rounding = Rounding(has_half and not self.rounds_at_random, self.method)
         self._checked: WeakSet[Optimizer] = WeakSet()
         for optimizer in run.optimizers:
             for leaf in stepping_optimizers(optimizer):
@@ -179,6 +188,9 @@ class L1Penalty(PenaltyCallback):
         exclude: Rules for what is not. By default biases, norms and other vectors.
         method: "gradient" for every optimizer; "proximal" for SGD, Adam, AdamW, NAdam, RMSprop and Adagrad.
         total_steps: Length of the schedule in steps of an optimizer; by default what the Trainer expects.
+        rounding: How half-precision gradients are rounded when the penalty's is added: "nearest", or "stochastic", at
+            random so that the mean is right, where a small penalty would be lost beside large gradients.
+        seed: Of stochastic rounding.
 
     Raises:
         TypeError: An argument is of the wrong type.
@@ -202,6 +214,8 @@ class L1Penalty(PenaltyCallback):
         exclude: Sequence[Rule] = DEFAULT_EXCLUDE,
         method: Literal["gradient", "proximal"] = "gradient",
         total_steps: int | None = None,
+        rounding: Literal["nearest", "stochastic"] = "nearest",
+        seed: int = 0,
     ) -> None:
         super().__init__(locals(), strength)
 
@@ -225,6 +239,9 @@ class L2Penalty(PenaltyCallback):
         exclude: Rules for what is not. By default biases, norms and other vectors.
         method: "gradient" or "proximal".
         total_steps: Length of the schedule in steps of an optimizer; by default what the Trainer expects.
+        rounding: How half-precision gradients are rounded when the penalty's is added: "nearest", or "stochastic", at
+            random so that the mean is right, where a small penalty would be lost beside large gradients.
+        seed: Of stochastic rounding.
 
     Raises:
         TypeError: An argument is of the wrong type.
@@ -247,6 +264,8 @@ class L2Penalty(PenaltyCallback):
         exclude: Sequence[Rule] = DEFAULT_EXCLUDE,
         method: Literal["gradient", "proximal"] = "gradient",
         total_steps: int | None = None,
+        rounding: Literal["nearest", "stochastic"] = "nearest",
+        seed: int = 0,
     ) -> None:
         super().__init__(locals(), strength)
 
@@ -271,6 +290,9 @@ class ElasticNetPenalty(PenaltyCallback):
         exclude: Rules for what is not. By default biases, norms and other vectors.
         method: "gradient" or "proximal".
         total_steps: Length of the schedule in steps of an optimizer; by default what the Trainer expects.
+        rounding: How half-precision gradients are rounded when the penalty's is added: "nearest", or "stochastic", at
+            random so that the mean is right, where a small penalty would be lost beside large gradients.
+        seed: Of stochastic rounding.
 
     Raises:
         TypeError: An argument is of the wrong type.
@@ -295,6 +317,8 @@ class ElasticNetPenalty(PenaltyCallback):
         exclude: Sequence[Rule] = DEFAULT_EXCLUDE,
         method: Literal["gradient", "proximal"] = "gradient",
         total_steps: int | None = None,
+        rounding: Literal["nearest", "stochastic"] = "nearest",
+        seed: int = 0,
     ) -> None:
         super().__init__(locals(), as_schedule(schedule, name="schedule"))
         self.l1, self.l2 = check_number(l1, "`l1`"), check_number(l2, "`l2`")
@@ -326,6 +350,9 @@ class GroupLassoPenalty(PenaltyCallback):
         exclude: Rules for what is not. By default biases, norms and other vectors.
         method: "gradient" or "proximal".
         total_steps: Length of the schedule in steps of an optimizer; by default what the Trainer expects.
+        rounding: How half-precision gradients are rounded when the penalty's is added: "nearest", or "stochastic", at
+            random so that the mean is right, where a small penalty would be lost beside large gradients.
+        seed: Of stochastic rounding.
 
     Raises:
         TypeError: An argument is of the wrong type.
@@ -350,6 +377,8 @@ class GroupLassoPenalty(PenaltyCallback):
         exclude: Sequence[Rule] = DEFAULT_EXCLUDE,
         method: Literal["gradient", "proximal"] = "gradient",
         total_steps: int | None = None,
+        rounding: Literal["nearest", "stochastic"] = "nearest",
+        seed: int = 0,
     ) -> None:
         super().__init__(locals(), strength)
         self._penalty = GroupLasso(dim)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from weakref import WeakKeyDictionary, WeakSet
@@ -9,7 +10,7 @@ from weakref import WeakKeyDictionary, WeakSet
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lightning_regularize._checks import is_named
+from lightning_regularize._checks import check_rounding, is_named
 from lightning_regularize._steps.buckets import HALF
 from lightning_regularize._steps.group_decay import Given, GroupDecay
 from lightning_regularize._steps.hooks import ATTRIBUTE, Step, hooks_of
@@ -20,6 +21,7 @@ from lightning_regularize._trainer.deepspeed import ZeroTwin
 from lightning_regularize._trainer.run import group_labels
 from lightning_regularize._trainer.strategies import check_gradients_are_the_modules, check_weights_are_the_optimizers
 from lightning_regularize.callbacks._base import Regularizer
+from lightning_regularize.callbacks._penalty_methods import Rounding
 from lightning_regularize.callbacks._saved import NUMBER, Value
 from lightning_regularize.decay_methods import METHODS, DecayMethod, Target, check_method, will_move
 from lightning_regularize.groups import Grouping, check_something_decays
@@ -77,7 +79,8 @@ class WeightDecay(Regularizer):
             :mod:`lightning_regularize.decay_methods`.
         rounding: ``"nearest"``, as optimizers do; ``"stochastic"`` for half-precision weights and the methods
             ``"decoupled"`` and ``"independent"``: rounded to nearest, ``w * (1 - lr * weight_decay)`` is ``w`` again
-            below :math:`2^{-9}` in bfloat16 and :math:`2^{-12}` in float16, and nothing decays.
+            below :math:`2^{-9}` in bfloat16 and :math:`2^{-12}` in float16, and nothing decays. With ``"coupled"`` the
+            sum with half-precision gradients is rounded so.
         seed: Of stochastic rounding.
 
     Raises:
@@ -120,12 +123,11 @@ class WeightDecay(Regularizer):
             )
         if method == "independent" and timescales_in(self.schedule):
             raise ValueError("A Timescale counts on decay by lr * weight_decay, got method='independent'.")
-        if rounding not in ("nearest", "stochastic"):
-            raise ValueError(f"`rounding` should be 'nearest' or 'stochastic', got {rounding!r}.")
-        if rounding == "stochastic" and method not in ("decoupled", "independent"):
-            raise ValueError(f"`rounding='stochastic'` needs method='decoupled' or 'independent', got {method!r}.")
-        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-            raise ValueError(f"`seed` should be an integer of at least 0, got {seed!r}.")
+        check_rounding(rounding, seed)
+        if rounding == "stochastic" and method not in ("decoupled", "independent", "coupled"):
+            raise ValueError(
+                f"`rounding='stochastic'` needs method='decoupled' or 'independent' or 'coupled', got {method!r}."
+            )
         self.method, self.rounding, self.seed = method, rounding, seed
         self._twin: ZeroTwin | None = None
 
@@ -180,6 +182,7 @@ class WeightDecay(Regularizer):
         self._shows_at_end = run.trainer is not None and run.module.automatic_optimization
         self._has_half = any(info.parameter.dtype in HALF for info in infos)
         self._is_rounding_warned = False
+        self._lost = Rounding(self._has_half and self.rounding == "nearest", "coupled")
         self._checked: WeakSet[Any] = WeakSet()
         for optimizer in run.optimizers:
             for leaf in stepping_optimizers(optimizer):
@@ -294,7 +297,12 @@ class WeightDecay(Regularizer):
 
     def on_gradients(self, step: Step) -> None:
         if self.decay_method.adds_to_gradients:
-            self.decay_method.on_gradients(self._find_decaying(step), step.scale)
+            targets = self._find_decaying(step)
+            changes = functools.partial(self.decay_method.on_gradients, targets, step.scale, step.number)
+            if self._lost.counts_in(self, step):
+                self._lost.measure_coupled(targets, step.scale, changes)
+            else:
+                changes()
         if self._twin is not None and self._twin.optimizer is step.optimizer:  # no hook comes later
             self._twin.update(self._values(step.watch, step.optimizer, step.number))
         if self.run.logs_now():
@@ -378,6 +386,15 @@ class WeightDecay(Regularizer):
                     yield d.info, watch, i, float(value) * d.factor, groups.ratio(group) * d.factor, d.rule
 
     # -- after training ------------------------------------------------------------------------------------------------
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.run is not None and isinstance(self.schedule, Constant):
+            self._lost.warn_if_lost(self)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.run is not None:
+            self._lost.warn_if_lost(self)
+        super().on_train_end(trainer, pl_module)
 
     def end(self, run: Run) -> None:
         self._twin = None
