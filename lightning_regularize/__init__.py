@@ -1,6 +1,7 @@
 """Regularization for PyTorch Lightning, added to a ``Trainer`` as callbacks."""
 
 from lightning_regularize._trainer import names as _names  # noqa: F401  first: it looks at what is imported already
+from lightning_regularize.callbacks.activation import ActivationPenalty
 from lightning_regularize.callbacks.anchor_decay import AnchorDecay
 from lightning_regularize.callbacks.constrained_decay import ConstrainedDecay
 from lightning_regularize.callbacks.constraint import WeightConstraint
@@ -27,6 +28,7 @@ __all__ = [
     "L2Penalty",
     "ElasticNetPenalty",
     "GroupLassoPenalty",
+    "ActivationPenalty",
     "WeightConstraint",
     "DropoutSchedule",
     "WeightNormMonitor",

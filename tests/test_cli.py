@@ -64,6 +64,7 @@ ALONE = {
     "ConstrainedDecay": {"bound": "start", "exclude": ["layers.3.*"]},
     "Hyperball": {"exclude": ["layers.3.*"]},
     "GeneralizationGapMonitor": {"metric": "loss"},
+    "ActivationPenalty": {"strength": 0.01, "include": ["layers.0"]},
 }
 
 

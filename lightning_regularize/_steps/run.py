@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from lightning_regularize._steps.clock import Clock
     from lightning_regularize._steps.hooks import Work
+    from lightning_regularize.schedules import ScheduleLike
 
 
 class Run(ABC):
@@ -64,6 +65,13 @@ class Run(ABC):
     def root(self) -> nn.Module:
         """The module as it is wrapped for training."""
         return self.module
+
+    def value(self, schedule: ScheduleLike) -> float:
+        """The present value of a schedule for what belongs to no optimizer: at the optimizer that made fewest steps."""
+        step = min((watch.steps for watch in self.watches), default=0)
+        nothing: dict[str, Any] = {"params": []}
+        group = next((group for watch in self.watches for group in watch.optimizer.param_groups), nothing)
+        return self.clock.value(schedule, group, step)
 
     def infos(self) -> list[ParameterInfo]:
         """All parameters of the module as they are now, each as an optimizer holds it."""

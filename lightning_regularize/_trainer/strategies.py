@@ -104,6 +104,27 @@ def _refuse_keeper(trainer: pl.Trainer | None, before: str, after: str) -> None:
         )
 
 
+# Activations
+
+
+def check_activations_are_whole(trainer: pl.Trainer, owner: str) -> None:
+    """Refuse strategies under which a penalty on activations would be another one than that in the loss.
+
+    Raises:
+        MisconfigurationException: Tensor parallelism cuts activations, or DeepSpeed multiplies the loss by itself.
+    """
+    if getattr(trainer.strategy, "_tensor_parallel_size", 1) != 1:
+        raise MisconfigurationException(
+            f"{owner} needs whole activations, and tensor parallelism cuts some of them: use FSDP2 alone, "
+            "ModelParallelStrategy(tensor_parallel_size=1)."
+        )
+    if is_named(trainer.strategy, "DeepSpeedStrategy"):
+        raise MisconfigurationException(
+            f"{owner} has to know what the loss is multiplied by, and DeepSpeed multiplies it by itself: use another "
+            "strategy."
+        )
+
+
 # FSDP1
 
 

@@ -9,7 +9,6 @@ import math
 import re
 import types
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,6 +19,7 @@ from torch._dynamo.utils import guard_failures
 from torch.nn.modules.dropout import _DropoutNd
 
 from lightning_regularize.callbacks._base import Regularizer
+from lightning_regularize.callbacks._modules import check_module_rules, matches_module
 from lightning_regularize.schedules import Constant, Position, Schedule, as_schedule, check_total_steps, value_at
 from lightning_regularize.selection import canonical
 
@@ -118,13 +118,12 @@ class DropoutSchedule(Regularizer):
         self.schedule = as_schedule(p, name="p")
         if isinstance(self.schedule, Constant):
             _check_rate(self.schedule.value)
-        if not _is_list(include) or not all(isinstance(rule, (str, type)) for rule in include):
-            raise TypeError(f"`include` should be a sequence of globs, 'type:Name' or module classes, got {include!r}.")
+        rules = check_module_rules(include)
         if not _is_list(attributes) or not all(isinstance(name, str) for name in attributes):
             raise TypeError(f"`attributes` should be a sequence of names, got {attributes!r}.")
         if not isinstance(same, bool):
             raise TypeError(f"`same` should be True or False, got {same!r}.")
-        self.include = tuple(include)
+        self.include = rules
         self.attributes, self.same = tuple(attributes), same
         self.total_steps = check_total_steps(total_steps)
 
@@ -171,7 +170,7 @@ class DropoutSchedule(Regularizer):
         Raises:
             MisconfigurationException: There is one.
         """
-        idle = [rule for rule in self.include if not any(_matches(rule, r.name, r.module) for r in self._rates)]
+        idle = [rule for rule in self.include if not any(matches_module(rule, r.name, r.module) for r in self._rates)]
         absent = [attribute for attribute in self.attributes if all(attribute != r.attribute for r in self._rates)]
         if idle or absent:
             what = f"`include` {idle}" if idle else f"`attributes` {absent}"
@@ -228,11 +227,7 @@ class DropoutSchedule(Regularizer):
             )
 
     def _set_rates(self) -> None:
-        watches = self.run.watches
-        step = min((watch.steps for watch in watches), default=0)
-        nothing: dict[str, Any] = {"params": []}
-        group = next((group for watch in watches for group in watch.optimizer.param_groups), nothing)
-        p = _check_rate(self.run.clock.value(self.schedule, group, step))
+        p = _check_rate(self.run.value(self.schedule))
         if self._levels:
             p = min(self._levels, key=lambda level: abs(level - p))
         for rate, share in zip(self._rates, self._shares, strict=True):
@@ -254,7 +249,7 @@ class DropoutSchedule(Regularizer):
         """All that is a rate, or is called like one."""
         for name, module in root.named_modules():
             name = canonical(name, root)
-            if not any(_matches(rule, name, module) for rule in self.include):
+            if not any(matches_module(rule, name, module) for rule in self.include):
                 continue
             usual = dict.fromkeys(attribute for attribute in vars(module) if _RATE_NAME.fullmatch(attribute))
             if isinstance(module, nn.RNNBase):  # a single recurrent layer has none
@@ -329,14 +324,6 @@ def _read_of(variable: str, code: types.CodeType) -> set[str]:
             loaded = loaded[-1]
     inner = [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
     return read.union(*(_read_of(variable, each) for each in inner))
-
-
-def _matches(rule: str | type, name: str, module: nn.Module) -> bool:
-    if isinstance(rule, type):
-        return isinstance(module, rule)
-    if rule.startswith("type:"):
-        return rule.removeprefix("type:") in (base.__name__ for base in type(module).__mro__)
-    return fnmatchcase(name, rule)
 
 
 def _is_compiled(module: nn.Module) -> bool:

@@ -27,6 +27,7 @@ from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 
 from lightning_regularize import (
+    ActivationPenalty,
     AnchorDecay,
     ConstrainedDecay,
     DropoutSchedule,
@@ -367,6 +368,9 @@ ROWS = {
     "GroupLassoPenalty proximal": Row(
         '`GroupLassoPenalty(method="proximal")`', lambda: [GroupLassoPenalty(0.02, method="proximal")], NetworkWithSGD
     ),
+    "ActivationPenalty": Row(
+        "`ActivationPenalty`", lambda: [ActivationPenalty(Linear(0.1, 0.0), include=("hidden", "output"))]
+    ),
     "MaxNorm": Row("`WeightConstraint(MaxNorm)`", lambda: [WeightConstraint(MaxNorm(0.6))]),
     "FrobeniusBall": Row(
         "`WeightConstraint(FrobeniusBall)`, relative", lambda: [WeightConstraint(FrobeniusBall(0.9, relative=True))]
@@ -413,10 +417,18 @@ def left_out(message):
     return f"left out: {message}"
 
 
+def averaged(message):
+    """Weights are the same in all processes, and not those of one process."""
+    return f"averaged: {message}"
+
+
 FLAT = refused("use FSDPStrategy(use_orig_params=True)")
 CUT = refused("FSDP1 cuts weights anywhere: use ModelParallelStrategy with fully_shard (FSDP2)")
 ZERO_WEIGHTS = refused("overwrites them with its own at the next step: use DDP, FSDP2 (ModelParallelStrategy), or ZeRO")
 ZERO_GRADIENTS = refused("keeps to itself: use DDP, FSDP2 (ModelParallelStrategy), or ZeRO stage 0")
+
+SCALED = refused("DeepSpeed multiplies it by itself: use another strategy")
+WHOLE = refused("tensor parallelism cuts some of them: use FSDP2 alone")
 
 FSDP1 = {
     **dict.fromkeys(("GroupLassoPenalty", "GroupLassoPenalty proximal"), CUT),
@@ -435,10 +447,15 @@ ZERO = {
     **dict.fromkeys(("MaxNorm", "FrobeniusBall", "SpectralBall", "Box"), ZERO_WEIGHTS),
     **dict.fromkeys(("AnchorDecay", "AnchorDecay selective", "ConstrainedDecay", "Hyperball"), ZERO_WEIGHTS),
     **dict.fromkeys(("ChainedOptimizer", "Muon"), refused("and not several optimizers in one: use DDP or FSDP2")),
+    "ActivationPenalty": SCALED,
 }
 EXCEPTIONS = {
     "fsdp1": FSDP1,
-    "fsdp1 flat": {row: FLAT for row in ROWS if row != "DropoutSchedule"},
+    "fsdp1 flat": {row: FLAT for row in ROWS if row not in ("DropoutSchedule", "ActivationPenalty")},
+    "ddp uneven": {"ActivationPenalty": averaged("each process takes the mean over its own samples")},
+    "tensor": {"ActivationPenalty": WHOLE},
+    "fsdp2 x tensor": {"ActivationPenalty": WHOLE},
+    "deepspeed 0": {"ActivationPenalty": SCALED},
     "deepspeed 1": ZERO,
     "deepspeed 2": ZERO,
     "deepspeed 3": ZERO | {"stable_rank": left_out("no stable rank of what FSDP1 or ZeRO-3 has cut")},
@@ -461,11 +478,15 @@ def _mark(cell, notes):
     if cell == EQUAL:
         return "="
     kind, _, message = cell.partition(": ")
-    text = f'{MARKS[kind][1]}: "... {message} ..."'
+    text = MARKS[kind][1].format(message)
     return f"{MARKS[kind][0]} {notes.setdefault(text, len(notes) + 1)}"
 
 
-MARKS = {"refused": ("no", "Refused before training begins"), "left out": ("(=)", "Left out, with a warning")}
+MARKS = {
+    "refused": ("no", 'Refused before training begins: "... {} ..."'),
+    "left out": ("(=)", 'Left out, with a warning: "... {} ..."'),
+    "averaged": ("mean", "As the loss plus the penalty: {}, and gradients are the mean over processes."),
+}
 
 
 def write_page(path):
@@ -483,6 +504,12 @@ def assert_cell(row, column, outcomes, alone, atol=None):
     says, _, message = TABLE[row][column].partition(": ")
     if says == "refused":
         assert all(message in outcome.error for outcome in outcomes), outcomes[0].error or "it trained"
+        return
+    if says == "averaged":
+        first, *others = outcomes
+        assert not first.error
+        assert all((w == other.weights[name]).all() for other in others for name, w in first.weights.items())
+        assert any(abs(w - alone.weights[name]).max() > 1e-6 for name, w in first.weights.items())
         return
     exact = COLUMNS[column].dtype == torch.float64
     atol = atol or (1e-12 if exact else 1e-6)

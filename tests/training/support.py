@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lightning_regularize import (
+    ActivationPenalty,
     AnchorDecay,
     ConstrainedDecay,
     DropoutSchedule,
@@ -57,6 +58,8 @@ REGULARIZERS = {
     "constrained": lambda: ConstrainedDecay("warm_start", factor=0.9, warm_start_steps=3),
     "dropout": lambda: DropoutSchedule(Linear(0.5, 0.0)),
 }
+# What acts while a Trainer calls the loss' backward pass, and cannot be attached to an optimizer.
+IN_BACKWARD = {"activations": lambda: ActivationPenalty(Linear(0.1, 0.0), include=("hidden",))}
 # What only looks on. The gap is that of ``train_loss`` and ``val_loss``, which the module logs.
 MONITORS = {
     "monitor": lambda: WeightNormMonitor(
@@ -65,7 +68,7 @@ MONITORS = {
     "gap": lambda: GeneralizationGapMonitor("loss"),
     "summary": lambda: RegularizationSummary(),
 }
-CALLBACKS = {**REGULARIZERS, **MONITORS}
+CALLBACKS = {**REGULARIZERS, **IN_BACKWARD, **MONITORS}
 
 
 class Batches:
