@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_regularize._checks import check_is_number, check_positive_integer
-from lightning_regularize._sharding import local_piece
+from lightning_regularize._sharding import local_piece, piece_like
 from lightning_regularize._steps.buckets import HALF, Tensors, buckets, listed, put_back_, stacked
 from lightning_regularize.units import (
     at_least_float32,
@@ -44,7 +44,7 @@ if dist.is_available():
 
 __all__ = [
     "Projection",
-    "MaxNorm", "UnitNorm", "NonNegative", "Box", "FrobeniusBall", "FrobeniusSphere", "SpectralBall",
+    "MaxNorm", "UnitNorm", "NonNegative", "Box", "FrobeniusBall", "FrobeniusSphere", "SpectralBall", "NM",
     "norm_dims", "unit_dims", "unit_norms", "sum_over_ranks",
 ]  # fmt: skip
 
@@ -102,6 +102,17 @@ class Projection(ABC):
         projected = weight.detach().clone()
         self.project_(projected, dim=dim)
         return projected
+
+    def check_shape(self, shape: Sequence[int], dim: Sequence[int] | None) -> None:  # noqa: B027
+        """Refuse a weight that this projection cannot act on, before training.
+
+        Args:
+            shape: The shape of the whole weight.
+            dim: As for :meth:`project_`.
+
+        Raises:
+            ValueError: It cannot; the message says why.
+        """
 
     def at_start(self, weight: Tensor) -> "Projection":
         """Return this projection with a relative radius replaced by the number it means for the weights at the start.
@@ -446,6 +457,84 @@ class SpectralBall(Projection):
         """
         matrix = _matrix(weight, unit_dims(weight, self.dim if dim is None else dim))
         return _power_iteration(matrix[None], _longest_row(matrix[None]), _COLD_ITERATIONS)[1][0]
+
+
+@final
+@dataclass(frozen=True)
+class NM(Projection):
+    r"""Of every ``m`` neighbors along the input dim ``n`` are zero: 2 of 4 is what sparse tensor cores are made for.
+
+    The ``n`` smallest magnitudes become zero, the first of equal ones, which is the nearest point of the set. The input
+    dim is the first of those that hold the incoming weights of a unit: dim 1 of a Linear or a convolution. The zeros
+    are chosen anew in every step. A DTensor that ranks cut along the input dim is gathered for the time of the call.
+
+    Args:
+        n: How many are zero, at least 1 and less than ``m``.
+        m: Of how many; it should divide the size of the input dim.
+        dim: The dims that hold the incoming weights of a unit; None takes what the layer says, see :func:`norm_dims`.
+
+    Raises:
+        ValueError: If ``n`` or ``m`` is not a positive integer, or ``n`` is not less than ``m``.
+
+    Example:
+        >>> NM(2, 4).project(torch.tensor([[0.1, -3.0, 2.0, 0.5], [4.0, 3.0, 2.0, -1.0]]))
+        tensor([[ 0., -3.,  2.,  0.],
+                [ 4.,  3.,  0.,  0.]])
+
+    References:
+        Zhou et al., Learning N:M Fine-grained Structured Sparse Neural Networks from Scratch, ICLR 2021;
+        Mishra et al., Accelerating Sparse Deep Neural Networks, 2021, https://arxiv.org/abs/2104.08378.
+    """
+
+    n: int
+    m: int
+    dim: int | Sequence[int] | None = None
+    per_unit: ClassVar[bool] = True
+    takes_lists: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_positive_integer(self.n, "`n`")
+        check_positive_integer(self.m, "`m`")
+        if self.n >= self.m:
+            raise ValueError(f"`n` should be less than `m`, or all weights are zero, got n={self.n} and m={self.m}.")
+
+    def check_shape(self, shape: Sequence[int], dim: Sequence[int] | None) -> None:
+        """Refuse a weight whose input dim ``m`` does not divide, see :meth:`Projection.check_shape`.
+
+        Raises:
+            ValueError: If ``m`` does not divide the size of the input dim.
+        """
+        along = min(dim) if dim else 1
+        if shape[along] % self.m:
+            raise ValueError(
+                f"`m` should divide the size of the input dim, got m={self.m} for dim {along} of shape {tuple(shape)}."
+            )
+
+    @torch.no_grad()
+    def project_(self, weight: Tensors, *, dim: int | Sequence[int] | None = None) -> Tensor:
+        """Set the smallest weights to zero in place, see :meth:`Projection.project_`.
+
+        Raises:
+            ValueError: If ``m`` does not divide the size of the input dim.
+        """
+        weights, changed = listed(weight), []
+        along = [unit_dims(each, self.dim if dim is None else dim)[:1] for each in weights]
+        for each, dims in zip(weights, along, strict=True):
+            self.check_shape(each.shape, dims)
+        for indices, (those,) in unit_buckets(along, weights):
+            is_cut = spread_of(those[0]) is not None
+            rows = torch.stack([each.full_tensor() for each in those]) if is_cut else stacked(those)  # type: ignore[attr-defined]
+            input_dim = along[indices[0]][0] + 1
+            groups = rows.unflatten(input_dim, (-1, self.m)).movedim(input_dim + 1, -1)  # type: ignore[no-untyped-call]
+            smallest = groups.abs().argsort(dim=-1, stable=True)[..., : self.n]
+            changed.append((groups.gather(-1, smallest) != 0).any())
+            groups.scatter_(-1, smallest, 0)
+            if is_cut:
+                pieces = [piece_like(whole, each) for whole, each in zip(rows.unbind(), those, strict=True)]
+                torch._foreach_copy_([local_piece(each) for each in those], pieces)
+            else:
+                put_back_(those, rows)
+        return _any(changed, weights)
 
 
 def _check_number(name: str, value: object) -> None:

@@ -135,6 +135,7 @@ class WeightConstraint(Regularizer):
             asked, argument = getattr(self.projection, "dim", None), f"{type(self.projection).__name__}(..., dim=...)"
             try:
                 view, dim = self.units(info, asked, argument)
+                self.projection.check_shape(view, dim)
             except ValueError as error:
                 raise ValueError(f"WeightConstraint: {info.name!r}: {error}") from error
         elif is_elementwise:

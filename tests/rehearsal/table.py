@@ -15,7 +15,7 @@ from lightning_regularize import (
     WeightDecay,
     WeightNormMonitor,
 )
-from lightning_regularize.projections import FrobeniusBall, MaxNorm, SpectralBall
+from lightning_regularize.projections import NM, FrobeniusBall, MaxNorm, SpectralBall
 from lightning_regularize.schedules import Cosine
 
 
@@ -62,6 +62,7 @@ ROWS = (
     Row("max-norm", lambda: WeightConstraint(MaxNorm(3.0)), 25),
     Row("Frobenius ball", lambda: WeightConstraint(FrobeniusBall(3.0)), 25),
     Row("spectral ball", lambda: WeightConstraint(SpectralBall(3.0)), 60),
+    Row("2 of 4", lambda: WeightConstraint(NM(2, 4)), 40),
     Row("AnchorDecay", lambda: AnchorDecay(0.01), 6),
     Row("AnchorDecay, selective", lambda: AnchorDecay(0.5, method="selective"), 40, takes_half=False),
     Row("ConstrainedDecay", lambda: ConstrainedDecay(), 20),

@@ -44,7 +44,7 @@ from lightning_regularize import (
     hidden_matrices,
     regularize,
 )
-from lightning_regularize.projections import Box, FrobeniusBall, MaxNorm, SpectralBall
+from lightning_regularize.projections import NM, Box, FrobeniusBall, MaxNorm, SpectralBall
 from lightning_regularize.quantities import QUANTITIES
 from lightning_regularize.schedules import Cosine, Linear
 from tests.strategies import CPUDeepSpeedStrategy, CPUFSDPStrategy
@@ -376,6 +376,7 @@ ROWS = {
         "`WeightConstraint(FrobeniusBall)`, relative", lambda: [WeightConstraint(FrobeniusBall(0.9, relative=True))]
     ),
     "SpectralBall": Row("`WeightConstraint(SpectralBall)`", lambda: [WeightConstraint(SpectralBall(0.7))]),
+    "NM": Row("`WeightConstraint(NM)`", lambda: [WeightConstraint(NM(2, 4), include=("output.weight",))]),
     "Box": Row("`WeightConstraint(Box)`", lambda: [WeightConstraint(Box(-0.3, 0.3))]),
     "AnchorDecay": Row("`AnchorDecay`", lambda: [AnchorDecay(Linear(1.0, 0.1), exclude=("output.*",))]),
     "AnchorDecay selective": Row(
@@ -432,7 +433,7 @@ WHOLE = refused("tensor parallelism cuts some of them: use FSDP2 alone")
 
 FSDP1 = {
     **dict.fromkeys(("GroupLassoPenalty", "GroupLassoPenalty proximal"), CUT),
-    **dict.fromkeys(("MaxNorm", "FrobeniusBall", "SpectralBall"), CUT),
+    **dict.fromkeys(("MaxNorm", "FrobeniusBall", "SpectralBall", "NM"), CUT),
     **dict.fromkeys(
         ("AnchorDecay", "AnchorDecay selective", "Hyperball"),
         refused("FSDP1 cuts them anywhere: use ModelParallelStrategy with fully_shard (FSDP2)"),
@@ -444,7 +445,7 @@ ZERO = {
     **dict.fromkeys(("coupled", "L1Penalty", "L2Penalty", "GroupLassoPenalty"), ZERO_GRADIENTS),
     **dict.fromkeys(("decoupled", "independent", "cautious", "stable"), ZERO_WEIGHTS),
     **dict.fromkeys(("L1Penalty proximal", "ElasticNetPenalty", "GroupLassoPenalty proximal"), ZERO_WEIGHTS),
-    **dict.fromkeys(("MaxNorm", "FrobeniusBall", "SpectralBall", "Box"), ZERO_WEIGHTS),
+    **dict.fromkeys(("MaxNorm", "FrobeniusBall", "SpectralBall", "NM", "Box"), ZERO_WEIGHTS),
     **dict.fromkeys(("AnchorDecay", "AnchorDecay selective", "ConstrainedDecay", "Hyperball"), ZERO_WEIGHTS),
     **dict.fromkeys(("ChainedOptimizer", "Muon"), refused("and not several optimizers in one: use DDP or FSDP2")),
     "ActivationPenalty": SCALED,
