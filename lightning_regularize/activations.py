@@ -111,7 +111,7 @@ def gradient(outputs: Tensor, norm: str = "l1") -> Tensor:
 
 
 def _checked(outputs: Tensor, norm: str) -> _Norm:
-    if norm not in NORMS:
+    if norm not in list(NORMS):  # a list would have no hash
         raise ValueError(f"`norm` should be one of {', '.join(map(repr, NORMS))}, got {norm!r}.")
     if not outputs.dim():
         raise ValueError("`outputs` should have a dim for the samples of a batch, got a 0-d tensor.")

@@ -118,7 +118,7 @@ class ActivationPenalty(Regularizer):
         self.include = check_module_rules(include)
         if not self.include:
             raise ValueError("`include` should name at least one module, got none.")
-        if norm not in activations.NORMS:
+        if norm not in list(activations.NORMS):
             names = ", ".join(map(repr, activations.NORMS))
             raise ValueError(f"`norm` should be one of {names}, got {norm!r}.")
         self.norm = norm

@@ -366,6 +366,7 @@ CONSTRUCTOR = {
     "negative": ({"strength": -1.0}, ValueError, "`strength` should be"),
     "text": ({"strength": "1e-4"}, TypeError, "`strength` should be"),
     "norm": ({"norm": "l3"}, ValueError, "`norm` should be one of 'l1', 'l2', 'logsumexp', got 'l3'"),
+    "norms": ({"norm": ["l1"]}, ValueError, r"`norm` should be one of .*, got \['l1'\]"),
     "one glob": ({"include": "act"}, TypeError, "`include` should be a sequence of globs"),
     "a module": ({"include": [nn.Tanh()]}, TypeError, "`include` should be a sequence of globs"),
     "nothing": ({"include": ()}, ValueError, "`include` should name at least one module, got none"),
