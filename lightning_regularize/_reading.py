@@ -24,7 +24,7 @@ from lightning_regularize.norms import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from torch import Tensor
 
@@ -35,29 +35,32 @@ if TYPE_CHECKING:
 
 
 class Reading:
-    """What is read of the parameters of one optimizer around one step.
+    """What is read of the weights of one optimizer around one step.
 
     The names of sums are those of :data:`~lightning_regularize.quantities.Sums`.
 
     Args:
-        parameters: The parameters by name; the same on every rank.
-        sizes: How many elements the whole parameters have.
+        weights: The weights by name, or what this rank holds of them; the names are the same on every rank.
+        sizes: How many elements the whole weights have.
         sharding: Which ranks hold pieces of them.
         needs: The names of the sums to find.
         norm_type: The exponent of the sums of powers.
+        like: What ``sharding`` knows the weights by; by default they are parameters, and known by themselves.
     """
 
     def __init__(
         self,
-        parameters: Mapping[str, Tensor],
+        weights: Mapping[str, Tensor],
         sizes: Sequence[int],
         sharding: Sharding,
         needs: Collection[str],
         norm_type: float,
+        like: Sequence[Tensor] | None = None,
     ) -> None:
-        self.names = list(parameters)
+        self.names = list(weights)
         self.sizes = sizes
-        self._parameters = list(parameters.values())
+        self._weights = list(weights.values())
+        self._like = self._weights if like is None else like
         self._sharding = sharding
         self._needs = needs
         self._norm_type = norm_type
@@ -70,7 +73,7 @@ class Reading:
     @torch.no_grad()
     def read_weights(self, threshold: float | None = None) -> None:
         """Sums over the weights as they are now; ``threshold`` is the largest magnitude that ``below`` counts."""
-        weights = dense_pieces(self._parameters)
+        weights = dense_pieces(self._weights)
         powers = {norm_type: power_sums(weights, norm_type) for norm_type in self._norm_types("weight")}
         self._add_powers("weight", powers)
         if "zeros" in self._needs:
@@ -97,18 +100,18 @@ class Reading:
     def read_spectra(self, is_matrix: Sequence[bool]) -> None:
         """The squared largest singular values of what is a matrix; each is gathered first."""
         found = [
-            spectral_norm(whole_tensor(local_tensor(parameter), parameter).flatten(1)) if matrix else None
-            for parameter, matrix in zip(self._parameters, is_matrix, strict=True)
+            spectral_norm(whole_tensor(local_tensor(weight), like).flatten(1)) if matrix else None
+            for weight, like, matrix in zip(self._weights, self._like, is_matrix, strict=True)
         ]
         zero = next((norm.new_zeros(()) for norm in found if norm is not None), torch.zeros(()))
         spectra = [zero if norm is None else norm for norm in found]
         self._columns["none"]["spectral_square"] = torch.stack(spectra).square() if spectra else torch.zeros(0)
 
     def draw(self, label: str, tensors: Sequence[Tensor | None], scale: Tensor | None = None) -> None:
-        """Histograms of tensors that belong to the parameters; their ends are divided by ``scale``."""
-        if not self._parameters:
+        """Histograms of tensors that belong to the weights; their ends are divided by ``scale``."""
+        if not self._weights:
             return
-        ranges, counts = measure(self._filled(tensors), self._sharding, self._parameters, BINS)
+        ranges, counts = measure(self._filled(tensors), self._sharding, self._like, BINS)
         self._drawn.append(label)
         ranges = ranges if scale is None else ranges / scale.to(ranges)
         self._columns["none"] |= {f"{label}_low": ranges[:, 0], f"{label}_high": ranges[:, 1]}
@@ -117,14 +120,19 @@ class Reading:
     def keep_weights(self) -> None:
         """A copy of the weights, until :meth:`read_changes`."""
         if self._norm_types("update"):
-            self._before = copies(self._parameters)
+            self._before = copies(self._weights)
 
-    def read_changes(self) -> None:
-        """Sums over what has changed since :meth:`keep_weights`; later calls do nothing."""
+    def read_changes(self, look: Callable[[], Sequence[Tensor]] | None = None) -> None:
+        """Sums over what has changed since :meth:`keep_weights`; later calls do nothing.
+
+        Args:
+            look: Returns the weights as they are now, if they are other tensors than before.
+        """
         if self._before is None:
             return
         norm_types = self._norm_types("update")
-        powers, self._columns["sum"]["radial"] = change_sums(self._before, self._parameters, norm_types)
+        now = self._weights if look is None else look()
+        powers, self._columns["sum"]["radial"] = change_sums(self._before, now, norm_types)
         self._before = None
         self._add_powers("update", dict(zip(norm_types, powers, strict=True)))
 
@@ -138,8 +146,8 @@ class Reading:
                 self._columns["max" if math.isinf(norm_type) else "sum"][name] = powers[norm_type]
 
     def _filled(self, tensors: Sequence[Tensor | None]) -> list[Tensor]:
-        pairs = zip(tensors, self._parameters, strict=True)
-        return [local_tensor(p).new_empty(0) if tensor is None else tensor for tensor, p in pairs]
+        pairs = zip(tensors, self._weights, strict=True)
+        return [local_tensor(weight).new_empty(0) if tensor is None else tensor for tensor, weight in pairs]
 
     def reduced(self) -> Tensor:
         """All numbers, over all ranks; one collective for each way in which parameters are spread."""
@@ -148,7 +156,7 @@ class Reading:
             if columns:
                 device = next(iter(columns.values())).device
                 matrix = torch.stack([column.to(device) for column in columns.values()], dim=1)
-                matrix = matrix if op == "none" else self._sharding.reduce(matrix, self._parameters, op)
+                matrix = matrix if op == "none" else self._sharding.reduce(matrix, self._like, op)
                 found.append(matrix.T.to(found[0].device if found else device).double().flatten())
         return torch.cat(found) if found else torch.zeros(0, dtype=torch.float64)
 
@@ -160,7 +168,7 @@ class Reading:
         return len(self.names) * sum(map(len, self._columns.values()))
 
     def sums(self, numbers: Tensor) -> tuple[dict[str, Tensor], dict[str, Histogram]]:
-        """The sums of each parameter, and histograms by key, from the numbers of :meth:`reduced`."""
+        """The sums of each weight, and histograms by key, from the numbers of :meth:`reduced`."""
         columns = [name for columns in self._columns.values() for name in columns]
         sums = dict(zip(columns, numbers.view(len(columns), len(self.names)).unbind(), strict=True))
         drawn = {}

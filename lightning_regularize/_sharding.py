@@ -40,6 +40,11 @@ def local_piece(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, _SHARDED) else tensor
 
 
+def is_dtensor(tensor: Tensor) -> bool:
+    """Does a rank hold a piece that knows the whole, as under FSDP2 and tensor parallel?"""
+    return isinstance(tensor, _SHARDED)
+
+
 def gradient_of(parameter: Tensor) -> Tensor | None:
     """The gradient of ``parameter``, spread over ranks as that is; tensor parallel may leave it in summands."""
     gradient = parameter.grad

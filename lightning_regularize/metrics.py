@@ -16,8 +16,9 @@ from torchmetrics.wrappers.abstract import WrapperMetric
 from lightning_regularize._checks import check_number
 from lightning_regularize._rows import dense_pieces
 from lightning_regularize._sharding import Sharding
+from lightning_regularize._used import Piece, select_used
 from lightning_regularize.norms import check_norm_type, combine, counts_at_most, norms
-from lightning_regularize.selection import check_rules, select
+from lightning_regularize.selection import check_rules, parameter_infos
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,9 +29,11 @@ __all__ = ["WeightNorm", "Sparsity", "GeneralizationGap"]
 
 
 class WeightNorm(Metric):
-    r"""The norm of a module's trainable parameters together, at the last ``update``.
+    r"""The norm of a module's trainable weights together, at the last ``update``.
 
     .. math:: \lVert w \rVert_p = \bigl(\sum_i |w_i|^p\bigr)^{1/p}
+
+    Of a layer that is pruned or parametrized, the weight that it uses counts, and not what that is computed from.
 
     Args:
         norm_type: ``p``, at least 1, or ``math.inf``.
@@ -69,8 +72,10 @@ class WeightNorm(Metric):
 
     def update(self, module: nn.Module) -> None:
         """Measure a module; under FSDP1 the wrapped one."""
-        parameters = [info.parameter for info in select(module, include=self.include, exclude=self.exclude)]
-        found = norms(parameters, self.norm_type, sharding=Sharding(module))
+        sharding = Sharding(module)
+        pieces = _pieces(module, sharding, self.include, self.exclude)
+        like = [piece.like for piece in pieces]
+        found = norms([piece.tensor for piece in pieces], self.norm_type, sharding=sharding, parameters=like)
         self.value = self.value.new_tensor(combine(found.tolist(), self.norm_type))
 
     def compute(self) -> Tensor:
@@ -83,7 +88,9 @@ class WeightNorm(Metric):
 
 
 class Sparsity(Metric):
-    """The share of a module's trainable parameters that are zero, or at most ``threshold``, at the last ``update``.
+    """The share of a module's trainable weights that are zero, or at most ``threshold``, at the last ``update``.
+
+    Of a layer that is pruned or parametrized, the weight that it uses counts, and not what that is computed from.
 
     Args:
         threshold: Largest magnitude that counts, at least 0; 0 counts exact zeros.
@@ -121,10 +128,11 @@ class Sparsity(Metric):
 
     def update(self, module: nn.Module) -> None:
         """Measure a module; under FSDP1 the wrapped one."""
-        infos = select(module, include=self.include, exclude=self.exclude)
-        parameters = [info.parameter for info in infos]
-        found = Sharding(module).reduce(counts_at_most(dense_pieces(parameters), self.threshold), parameters)
-        elements = sum(info.shape.numel() for info in infos)
+        sharding = Sharding(module)
+        pieces = _pieces(module, sharding, self.include, self.exclude)
+        counts = counts_at_most(dense_pieces([piece.tensor for piece in pieces]), self.threshold)
+        found = sharding.reduce(counts, [piece.like for piece in pieces])
+        elements = sum(piece.shape.numel() for piece in pieces)
         self.value = self.value.new_tensor(found.sum().item() / elements if elements else float("nan"))
 
     def compute(self) -> Tensor:
@@ -190,6 +198,22 @@ class GeneralizationGap(WrapperMetric):
     def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
         """A figure and its axes, of ``val`` or else of :meth:`compute`, as torchmetrics draws them."""
         return self._plot(val, ax)
+
+
+def _pieces(module: nn.Module, sharding: Sharding, include: Sequence[Rule], exclude: Sequence[Rule]) -> list[Piece]:
+    """What this rank holds of the weights that the layers of a module use.
+
+    Raises:
+        ValueError: One is computed from flat pieces.
+    """
+    weights = select_used(parameter_infos(module), include=include, exclude=exclude)
+    for weight in weights:
+        if weight.is_computed and sharding.is_flat(weight.info.parameter):
+            raise ValueError(
+                f"{weight.info.name!r} is computed from parameters that FSDP1 or ZeRO-3 has cut into flat pieces: use "
+                "FSDP2, or leave it out by `exclude`."
+            )
+    return [weight.piece() for weight in weights]
 
 
 def _last(values: Tensor) -> Tensor:

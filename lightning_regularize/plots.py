@@ -15,7 +15,8 @@ import difflib
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from itertools import pairwise
 from pathlib import Path
@@ -25,7 +26,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_regularize._checks import check_positive_integer
+from lightning_regularize._sharding import is_dtensor
+from lightning_regularize._used import used_weights
 from lightning_regularize.schedules import Schedule, ScheduleLike, simulate
+from lightning_regularize.selection import parameter_infos
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -190,7 +194,8 @@ def plot_histograms(
 ) -> tuple[Figure, Panels]:
     """Draw how the values of weights are distributed.
 
-    A module gets one panel a parameter. A mapping from labels to tensors is laid over each other in one panel on common
+    A module gets one panel a parameter; of a layer that is pruned or parametrized, one of the weight that it uses. A
+    mapping from labels to tensors is laid over each other in one panel on common
     bins, such as ``{"before": before.parameters(), "after": after.parameters()}``, and has one panel a label when it
     has more than 6. Only finite values are drawn; the label says how many were not.
 
@@ -215,7 +220,7 @@ def plot_histograms(
     check_positive_integer(bins, "`bins`")
     if not isinstance(weights, (nn.Module, Mapping)):
         raise TypeError(f"`weights` should be a module, or map labels to tensors, got {type(weights).__name__}.")
-    named = weights.named_parameters() if isinstance(weights, nn.Module) else weights.items()
+    named = _used_by(weights) if isinstance(weights, nn.Module) else weights.items()
     values = {name: _values(name, tensors) for name, tensors in named}
     if not any(len(tensor) for tensor in values.values()):
         raise ValueError("`weights` should have at least one value, got none.")
@@ -389,14 +394,30 @@ def _readable_kind(count: int, *, own_figure: bool) -> Literal["lines", "grid", 
     return "grid" if count <= _MOST_PANELS and own_figure else "heatmap"
 
 
+def _used_by(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    # The weights that layers use, without those that are packed in some way that cannot be told.
+    for weight in used_weights(parameter_infos(module)):
+        name, is_float = weight.info.name, weight.info.parameter.is_floating_point()
+        for source in weight.recipe.sources.values():
+            _check_readable(name, source)
+        tensor = weight.piece().tensor
+        if is_float or tensor.is_floating_point() or tensor.is_complex():
+            yield name, tensor
+        else:
+            warnings.warn(f"plot_histograms leaves out {name!r}, which is packed in {tensor.dtype}.", stacklevel=3)
+
+
 def _values(name: str, tensors: Tensor | Iterable[Tensor]) -> Tensor:
     # All values as one vector on the CPU, wide enough for the range of any data type.
     tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
     for tensor in tensors:
-        # A DTensor has `full_tensor`. Reading it is a collective, which on one rank alone would wait for ever.
-        if tensor.is_complex() or tensor.is_meta or hasattr(tensor, "full_tensor"):
-            raise ValueError(f"`weights[{name!r}]` should be real, in memory and whole, got {tensor!r}.")
+        _check_readable(name, tensor)
     return torch.cat([tensor.detach().flatten().cpu().double() for tensor in tensors] or [torch.zeros(0).double()])
+
+
+def _check_readable(name: str, tensor: Tensor) -> None:
+    if tensor.is_complex() or tensor.is_meta or is_dtensor(tensor):  # which is read by a collective: a rank would wait
+        raise ValueError(f"`weights[{name!r}]` should be real, in memory and whole, got {tensor!r}.")
 
 
 def _limits(values: Tensor) -> tuple[float, float]:

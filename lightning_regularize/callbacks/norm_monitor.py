@@ -5,18 +5,19 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
 from lightning_regularize import group_settings, quantities
 from lightning_regularize._checks import check_number, check_positive_integer
 from lightning_regularize._reading import Reading
-from lightning_regularize._sharding import gradient_of, is_elsewhere
+from lightning_regularize._sharding import gradient_of, is_elsewhere, local_tensor
 from lightning_regularize._steps.targets import Targets
 from lightning_regularize._trainer import loggers
 from lightning_regularize._trainer.run import group_labels, logs_now
 from lightning_regularize._trainer.strategies import deepspeed_keeper, held_parameters, hides_gradients, torch_optimizer
+from lightning_regularize._used import Piece, used_weight, used_weights
 from lightning_regularize.callbacks._base import Regularizer
 from lightning_regularize.callbacks.weight_decay import WeightDecay
 from lightning_regularize.decay_methods import will_move
@@ -29,11 +30,12 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import lightning.pytorch as pl
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from lightning_regularize._steps.hooks import Step
     from lightning_regularize._steps.run import Run
     from lightning_regularize._steps.watch import Watch
+    from lightning_regularize._used import UsedWeight
     from lightning_regularize.histograms import Histogram
     from lightning_regularize.selection import ParameterInfo, Rule
 
@@ -45,6 +47,40 @@ _BESIDE = (*_NONFINITE, "below_threshold", "timescale_epochs", "weight_histogram
 _BYTES = 16 * BINS  # of a histogram on disk: a count and an edge a bin
 
 
+class _Row(NamedTuple):
+    """A parameter that an optimizer holds, and the weight that a layer makes of it.
+
+    Of a computed weight the largest source has the name of the weight. The others add their gradients, and no elements.
+    """
+
+    name: str
+    weight: UsedWeight
+    parameter: nn.Parameter
+
+    def piece(self) -> Piece:
+        if self.parameter is self.weight.info.parameter:
+            return self.weight.piece()
+        return Piece(local_tensor(self.parameter).new_empty(0), self.parameter, torch.Size([0]))
+
+
+def _rows_of(weight: UsedWeight) -> list[_Row]:
+    largest, sources = weight.info.parameter, weight.recipe.sources
+    return [_Row(weight.info.name if p is largest else name, weight, p) for name, p in sources.items()]
+
+
+class _Read(NamedTuple):
+    """What is known of the weights of an optimizer around a step that is logged."""
+
+    watch: Watch
+    rows: list[_Row]
+    reading: Reading
+    settings: list[dict[str, Any]] | None
+
+    def read_changes(self) -> None:
+        """Of plain parameters and computed weights."""
+        self.reading.read_changes(lambda: [row.piece().tensor for row in self.rows])
+
+
 class WeightNormMonitor(Regularizer):
     r"""Logs how large weights and gradients are, and how far a step moves the weights.
 
@@ -52,6 +88,10 @@ class WeightNormMonitor(Regularizer):
 
     Keys are ``<quantity>/<part>``. The part ``total`` is always there; ``detail`` adds parts such as
     ``weight_norm/net.0.weight``. With several optimizers each has its own total, ``weight_norm/optimizer0 total``.
+    Of a layer that is pruned or parametrized (weight norm, spectral norm, ...) the weight that it uses is measured,
+    under its own name. Such a weight has no gradient: gradient quantities are of the parameters that it is computed
+    from, together. Effective decay and timescale are of the largest of them, and theory expects nothing of it.
+
     All go to all loggers on the step axis of ``train_loss``, totals also to ``trainer.callback_metrics``. Only
     trainable parameters count, and only what is asked for is computed, on the steps that are logged.
 
@@ -153,7 +193,7 @@ class WeightNormMonitor(Regularizer):
     def check(self, run: Run) -> None:
         self._seen: set[int] = set()  # indices of optimizers that stepped
         self._batches = 0
-        self._readings: dict[int, tuple[Watch, Reading, list[dict[str, Any]] | None]] = {}
+        self._readings: dict[int, _Read] = {}
         self._histogram_bytes = 0
         trainer = run.trainer
         if trainer is None:
@@ -171,19 +211,20 @@ class WeightNormMonitor(Regularizer):
 
     def begin(self, run: Run) -> None:
         self._sharding = run.sharding()
-        infos = run.infos()
+        infos = [weight.info for weight in used_weights(run.infos())]
         try:
             require_matches(self.include, infos, argument="include")
             require_matches(self.exclude, infos, argument="exclude")
         except ValueError as error:
             raise ValueError(f"WeightNormMonitor: {error}") from error
-        self._targets: Targets[ParameterInfo] = Targets(run.infos, self._learn)
+        self._targets: Targets[UsedWeight] = Targets(run.infos, self._learn)
         if run.trainer.is_global_zero:
             keys = [QUANTITIES[quantity].key for quantity in self.quantities]
             loggers.define_step_axis(run.trainer.loggers, [*keys, *_BESIDE])
 
-    def _learn(self, info: ParameterInfo) -> ParameterInfo | None:
-        return info if self.selects(info) else None
+    def _learn(self, info: ParameterInfo) -> UsedWeight | None:
+        weight = used_weight(info)
+        return weight if weight is not None and self.selects(weight.info) else None
 
     def on_gradients(self, step: Step) -> None:
         """Gradients are complete here, and not yet clipped."""
@@ -192,13 +233,15 @@ class WeightNormMonitor(Regularizer):
         # LBFGS evaluates its closure again: the first time counts.
         if logs_now(trainer, self.every_n_steps) and watch.index not in self._readings:
             self._logged[watch.index] = watch.steps
-            infos = self._of_optimizer(watch)
-            self._readings[watch.index] = watch, self._read(infos, step), self._settings(infos, trainer, watch)
+            rows = self._rows(watch)
+            self._readings[watch.index] = _Read(
+                watch, rows, self._read(rows, step), self._settings(rows, trainer, watch)
+            )
 
     def after_step(self, step: Step, *, is_real: bool) -> None:
         """Of several inner optimizers the last one completes the change."""
         if is_real and step.watch.index in self._readings and step.optimizer is step.watch.leaves[-1]:
-            self._readings[step.watch.index][1].read_changes()
+            self._readings[step.watch.index].read_changes()
 
     def after_batch(self, trainer: pl.Trainer) -> None:
         """All optimizers have stepped: one transfer to the host, and one row, for all."""
@@ -206,21 +249,21 @@ class WeightNormMonitor(Regularizer):
         if not self._readings:
             return
         readings, self._readings = list(self._readings.values()), {}
-        for _, reading, _settings in readings:
+        for read in readings:
             # DeepSpeed writes the module's weights after its optimizer's step; of a step that was skipped: no change.
-            reading.read_changes()
-        reduced = [reading.reduced() for _, reading, _settings in readings]
+            read.read_changes()
+        reduced = [read.reading.reduced() for read in readings]
         numbers = torch.cat([each.to(reduced[0].device) for each in reduced]).cpu()
-        of_readings = torch.split(numbers, [reading.count for _, reading, _settings in readings])
+        of_readings = torch.split(numbers, [read.reading.count for read in readings])
         totals: dict[str, float] = {}
         details: dict[str, float] = {}
         drawn: dict[str, Histogram] = {}
         taken: set[str] = set()
-        for (watch, reading, settings), own in zip(readings, of_readings, strict=True):
+        for (watch, rows, reading, settings), own in zip(readings, of_readings, strict=True):
             sums, pictures = reading.sums(own)
             sums |= group_settings.known_sums(sums, reading.sizes, settings, self.norm_type, expected=self.expected)
             totals |= self._totals(watch, sums)
-            details |= self._details(watch, reading.names, sums, taken)
+            details |= self._details(watch, rows, sums, taken)
             drawn |= pictures
         loggers.gather(trainer, totals, details=self._at_most(details), histograms=self._affordable(drawn))
 
@@ -248,49 +291,62 @@ class WeightNormMonitor(Regularizer):
 
     # -- on what -----------------------------------------------------------------------------------------------------
 
-    def _read(self, infos: list[ParameterInfo], step: Step) -> Reading:
+    def _read(self, rows: list[_Row], step: Step) -> Reading:
         """Whatever can be known before the step; nothing waits for the device."""
-        parameters, sizes = {info.name: info.parameter for info in infos}, [math.prod(info.shape) for info in infos]
-        reading = Reading(parameters, sizes, self._sharding, self._needs, self.norm_type)
+        pieces = [row.piece() for row in rows]
+        weights = {row.name: piece.tensor for row, piece in zip(rows, pieces, strict=True)}
+        sizes, like = [math.prod(piece.shape) for piece in pieces], [piece.like for piece in pieces]
+        reading = Reading(weights, sizes, self._sharding, self._needs, self.norm_type, like)
         reading.read_weights(self.threshold)
         if self.histograms:
-            reading.draw("weight", list(parameters.values()))
+            reading.draw("weight", list(weights.values()))
         if "gradient" in self.quantities:
             is_hidden = hides_gradients(self.run.trainer)
-            gradients = [None if is_hidden else gradient_of(parameter) for parameter in parameters.values()]
+            gradients = [None if is_hidden else gradient_of(row.parameter) for row in rows]
             reading.read_gradients(gradients, step.scale)
             if self.histograms:
                 reading.draw("gradient", gradients, step.scale)
         if "stable_rank" in self.quantities:
-            reading.read_spectra([self._is_matrix(info) for info in infos])
+            reading.read_spectra([self._is_matrix(row, piece) for row, piece in zip(rows, pieces, strict=True)])
         reading.keep_weights()
         return reading
 
-    def _of_optimizer(self, watch: Watch) -> list[ParameterInfo]:
+    def _rows(self, watch: Watch) -> list[_Row]:
+        """What is read of the weights of an optimizer."""
         for leaf in watch.leaves:  # layers may have been replaced
             self._targets.of(leaf)
-        trainable = [info for info in self._targets if info.parameter.requires_grad]
-        readable = [info for info in trainable if not is_elsewhere(info.parameter)]
+        if outdated := [weight for weight in self._targets if not weight.is_up_to_date]:
+            for weight in outdated:
+                self._targets.forget(weight.stored.parameter)
+            self._targets.refresh()
+        trainable = [weight for weight in self._targets if weight.is_trainable]
+        readable = [weight for weight in trainable if not is_elsewhere(weight.info.parameter)]
         if len(readable) < len(trainable):
             self.warn(
                 "DeepSpeed has put parameters on a disk, where WeightNormMonitor cannot read them; it leaves them out."
             )
-        if len(self.run.watches) == 1:
-            return readable
-        held = {id(p) for leaf in watch.leaves for group in leaf.param_groups for p in group["params"]}
-        return [info for info in readable if id(info.parameter) in held]
+        if cut := [w.info.name for w in readable if w.is_computed and self._sharding.is_flat(w.info.parameter)]:
+            self.warn(
+                f"WeightNormMonitor leaves out {len(cut)} weights such as {cut[0]!r}, which layers compute from "
+                "parameters that FSDP1 or ZeRO-3 has cut into flat pieces; use FSDP2."
+            )
+            readable = [weight for weight in readable if weight.info.name not in cut]
+        if len(self.run.watches) > 1:
+            held = {id(p) for leaf in watch.leaves for group in leaf.param_groups for p in group["params"]}
+            readable = [weight for weight in readable if id(weight.info.parameter) in held]
+        return [row for weight in readable for row in _rows_of(weight)]
 
-    def _is_matrix(self, info: ParameterInfo) -> bool:
-        if len(info.shape) < 2 or 0 in info.shape:
+    def _is_matrix(self, row: _Row, piece: Piece) -> bool:
+        if len(piece.shape) < 2 or 0 in piece.shape:
             return False
-        if self._sharding.is_flat(info.parameter):
+        if self._sharding.is_flat(row.parameter):
             self.warn(
                 "WeightNormMonitor logs no stable rank of what FSDP1 or ZeRO-3 has cut into flat pieces; use FSDP2."
             )
             return False
         return True
 
-    def _settings(self, infos: list[ParameterInfo], trainer: pl.Trainer, watch: Watch) -> list[dict[str, Any]] | None:
+    def _settings(self, rows: list[_Row], trainer: pl.Trainer, watch: Watch) -> list[dict[str, Any]] | None:
         """What the optimizer's groups say of each parameter, and what WeightDecay says; None if nobody asks."""
         if not self.expected and not {"effective_decay", "timescale"} & set(self.quantities):
             return None
@@ -318,7 +374,10 @@ class WeightNormMonitor(Regularizer):
                     by_id.pop(key, None)
                 elif key in by_id:
                     by_id[key] = by_id[key] | {"weight_decay": value, "lr": method.rate(by_id[key]["lr"])}
-        return [by_id.get(id(info.parameter), group_settings.NO_SETTINGS) for info in infos]
+        found = [by_id.get(id(row.parameter), group_settings.NO_SETTINGS) for row in rows]
+        # Theory is about what an optimizer holds, not about what a layer computes from it.
+        computed = {id(each): each | {"rule": f"{each['rule']} of computed weights"} for each in found}
+        return [computed[id(each)] if row.weight.is_computed else each for row, each in zip(rows, found, strict=True)]
 
     # -- under which names -------------------------------------------------------------------------------------------
 
@@ -341,33 +400,32 @@ class WeightNormMonitor(Regularizer):
             del counted["weight_nonfinite"]
         return values | {f"{name}/{part}": counted[name] for name in _NONFINITE if name in counted}
 
-    def _details(self, watch: Watch, names: list[str], sums: dict[str, Tensor], taken: set[str]) -> dict[str, float]:
+    def _details(self, watch: Watch, rows: list[_Row], sums: dict[str, Tensor], taken: set[str]) -> dict[str, float]:
         """The values of the parts that ``detail`` asks for, by key; ``taken`` are parts of other optimizers."""
-        part_of = self._parts(watch, names)
+        part_of = self._parts(watch, rows)
         parts = list(dict.fromkeys(part_of.values()))
         if not parts:
             return {}
         places = {part: i for i, part in enumerate(parts)}
-        index = [places.get(part_of.get(name, ""), len(parts)) for name in names]  # the last is of no part
+        index = [places.get(part_of.get(row.name, ""), len(parts)) for row in rows]  # the last is of no part
         of_parts = quantities.combined(sums, index, max(index) + 1, self.norm_type)
         labels = [f"{self.run.label(watch)} {part}" if part in taken else part for part in parts]
         taken |= set(parts)
         return self._values(labels, {name: values[: len(parts)] for name, values in of_parts.items()})
 
-    def _parts(self, watch: Watch, names: list[str]) -> dict[str, str]:
-        """The part of the model that each parameter belongs to, by its name."""
+    def _parts(self, watch: Watch, rows: list[_Row]) -> dict[str, str]:
+        """The part of the model that each row belongs to, by its name."""
         if self.detail == "total":
             return {}
         if self.detail == "parameter":
-            parts = {name: name for name in names}
+            parts = {row.name: row.weight.info.name for row in rows}
         elif self.detail == "module":
-            parts = {name: quantities.module_of(name) for name in names}
+            parts = {row.name: quantities.module_of(row.weight.info.name) for row in rows}
         else:
             labels = group_labels(watch.optimizer, self.run.label(watch))
             of_groups = zip(labels, held_parameters(watch.optimizer), strict=True)
             by_id = {id(p): label for label, parameters in of_groups for p in parameters}
-            held = [info for info in self._targets if id(info.parameter) in by_id]
-            parts = {info.name: by_id[id(info.parameter)] for info in held}
+            parts = {row.name: by_id[id(row.parameter)] for row in rows if id(row.parameter) in by_id}
         called_total = {part for part in set(parts.values()) if _TOTAL.fullmatch(part)}
         return {name: f"{part} ({self.detail})" if part in called_total else part for name, part in parts.items()}
 

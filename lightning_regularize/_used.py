@@ -1,0 +1,242 @@
+"""Which tensor does a layer use, and which parameters, that an optimizer holds, is it computed from?
+
+Parametrizations, the older weight and spectral normalization, and pruning masks compute a weight anew in each forward
+pass. To compute it here changes nothing: the modules that do so are in evaluation mode meanwhile, in which spectral
+normalization uses its vectors as the last forward pass has left them; they get copies of their buffers, and random
+generators are put back.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from lightning_regularize._sharding import is_dtensor, local_tensor, piece_like, whole_tensor
+from lightning_regularize.selection import ParameterInfo, matching, tensor_name
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+
+class Piece(NamedTuple):
+    """What this rank holds of a used weight.
+
+    Args:
+        tensor: The elements.
+        like: A tensor that is spread over ranks in the same way.
+        shape: The shape of the whole.
+    """
+
+    tensor: Tensor
+    like: Tensor
+    shape: torch.Size
+
+
+@dataclass(frozen=True, eq=False)
+class UsedWeight:
+    """A tensor that a layer uses.
+
+    Args:
+        info: What rules see of it. A computed weight has the name by which the layer knows it, and those of its sources
+            as aliases; ``parameter`` is the largest source then.
+        stored: What is known of that parameter by itself.
+        recipe: How it is computed.
+    """
+
+    info: ParameterInfo
+    stored: ParameterInfo
+    recipe: Recipe
+
+    @property
+    def is_computed(self) -> bool:
+        """Does the layer compute it from other tensors?"""
+        return bool(self.recipe.makers)
+
+    @property
+    def is_trainable(self) -> bool:
+        """Is any of the parameters that it is computed from trained?"""
+        return any(source.requires_grad for source in self.recipe.sources.values())
+
+    @property
+    def is_up_to_date(self) -> bool:
+        """Is it computed as it was? Masks and parametrizations may come and go while training."""
+        now = _recipe_of(self.stored)
+        return now is not None and now.makers == self.recipe.makers
+
+    @torch.no_grad()
+    def piece(self) -> Piece:
+        """Its elements as they are now, of a computed weight a copy. All ranks take part where sources are spread."""
+        parameter = self.info.parameter
+        if not self.is_computed:
+            return Piece(_unpacked(parameter), parameter, self.info.shape)
+        with _generators_put_back(parameter.device):
+            weight = self.recipe.compute(self.info.owner)
+        if weight.shape != parameter.shape:
+            return Piece(weight, weight, weight.shape)
+        # Of what is spread over ranks, a rank keeps no more than its piece.
+        return Piece(piece_like(weight, parameter) if is_dtensor(parameter) else weight, parameter, weight.shape)
+
+
+def used_weight(info: ParameterInfo) -> UsedWeight | None:
+    """What a layer computes from a parameter, or the parameter itself.
+
+    Parameters of a parametrization, such as the factors of a low-rank one, are weights of their own.
+
+    Args:
+        info: What is known of the parameter. Of a tied one the first use counts.
+
+    Returns:
+        None if a larger parameter is the one that stands for the weight, so that each weight is found once.
+
+    Example:
+        >>> from lightning_regularize.selection import parameter_infos
+        >>> layer = torch.nn.utils.parametrizations.weight_norm(nn.Linear(2, 3, bias=False))
+        >>> [used.info.name for info in parameter_infos(layer) if (used := used_weight(info))]
+        ['weight']
+    """
+    recipe = _recipe_of(info) or Recipe((), info.name, {info.name: info.parameter}, {})
+    if not recipe.makers:
+        return UsedWeight(info, info, recipe)
+    largest = max(recipe.sources.values(), key=torch.Tensor.numel)
+    if largest is not info.parameter:
+        return None
+    aliases = tuple(dict.fromkeys([*recipe.sources, *info.aliases]))
+    return UsedWeight(replace(info, name=recipe.name, aliases=aliases), info, recipe)
+
+
+def used_weights(infos: Sequence[ParameterInfo]) -> list[UsedWeight]:
+    """The weights that the layers use, each once, in the order of the parameters that stand for them."""
+    return [used for info in infos if (used := used_weight(info)) is not None]
+
+
+def select_used(infos: Sequence[ParameterInfo], *, include: Sequence[Any], exclude: Sequence[Any]) -> list[UsedWeight]:
+    """Those that are trained and that rules select, see :func:`~lightning_regularize.selection.select`."""
+    used = {id(weight.info): weight for weight in used_weights(infos)}
+    chosen = matching([weight.info for weight in used.values()], include=include, exclude=exclude)
+    return [used[id(info)] for info in chosen if used[id(info)].is_trainable]
+
+
+# How a weight is computed
+
+
+class Recipe(NamedTuple):
+    """How a layer computes a weight.
+
+    Args:
+        makers: A list of parametrizations and its members, or the hooks, in the order in which they act; none of a
+            plain parameter.
+        name: The canonical name of the weight.
+        sources: The parameters that it is computed from, by canonical name.
+        inputs: All parameters that the computation reads, by their names in the module that makes it. They are looked
+            up once, because between a forward and a backward pass FSDP2 shows others.
+    """
+
+    makers: tuple[Any, ...]
+    name: str
+    sources: Mapping[str, nn.Parameter]
+    inputs: Mapping[str, nn.Parameter]
+
+    def compute(self, owner: nn.Module) -> Tensor:
+        """The whole weight of ``owner``."""
+        whole: dict[str, Any] = {name: _whole(parameter) for name, parameter in self.inputs.items()}
+        if isinstance(self.makers[0], ParametrizationList):
+            return _parametrized(self.makers[0], whole)
+        stand_in = _StandIn(owner, whole)
+        for hook in self.makers:
+            made, _ = _makes(hook)
+            if isinstance(hook, BasePruningMethod):
+                whole[made] = hook.apply_mask(stand_in)  # type: ignore[no-untyped-call]
+            elif isinstance(hook, SpectralNorm):
+                whole[made] = hook.compute_weight(stand_in, do_power_iteration=False)  # type: ignore[arg-type]
+            else:
+                whole[made] = hook.compute_weight(stand_in)
+        weight: Tensor = whole[self.name.rpartition(".")[2]]
+        return weight
+
+
+def _recipe_of(info: ParameterInfo) -> Recipe | None:
+    """How the layer makes a weight of a parameter; None if it does not hold the parameter under its name any more."""
+    owner, (path, _, leaf) = info.owner, info.name.rpartition(".")
+    tensor = tensor_name(info.name)
+    if is_parametrized(owner, tensor):
+        made_by: Any = owner.parametrizations[tensor]  # type: ignore[index]
+        if leaf in made_by._parameters:
+            name = path.removesuffix(f"parametrizations.{tensor}") + tensor
+            sources = {f"{path}.{key}": source for key, source in made_by._parameters.items() if source is not None}
+            return Recipe((made_by, *made_by), name, sources, dict(made_by.named_parameters()))
+    if leaf not in owner._parameters:
+        return None
+    # One hook may go on with what another one makes: a mask on the direction of weight normalization.
+    hooks = [hook for hook in owner._forward_pre_hooks.values() if _makes(hook)[1]]
+    becomes = {source: made for made, sources in map(_makes, hooks) for source in sources}
+    start = f"{path}." if path else ""
+    made = _end(leaf, becomes)
+    inputs = {key: p for key, p in owner._parameters.items() if p is not None and _end(key, becomes) == made}
+    makers = tuple(hook for hook in hooks if _end(_makes(hook)[0], becomes) == made)
+    return Recipe(makers, start + made, {start + key: source for key, source in inputs.items()}, inputs)
+
+
+def _makes(hook: Any) -> tuple[str, tuple[str, ...]]:
+    """The name of the tensor that a hook of torch makes, and those of the tensors that it reads."""
+    if isinstance(hook, WeightNorm):
+        return hook.name, (f"{hook.name}_g", f"{hook.name}_v")
+    if isinstance(hook, (SpectralNorm, BasePruningMethod)):
+        name = hook.name if isinstance(hook, SpectralNorm) else hook._tensor_name
+        return name, (f"{name}_orig",)
+    return "", ()
+
+
+def _end(name: str, becomes: Mapping[str, str]) -> str:
+    while name in becomes:
+        name = becomes[name]
+    return name
+
+
+class _StandIn:
+    """What hooks read instead of a module: its attributes, of which some are replaced."""
+
+    def __init__(self, module: nn.Module, instead: Mapping[str, Any]) -> None:
+        self._module, self._instead = module, instead
+
+    def __getattr__(self, name: str) -> Any:
+        found = self._instead[name] if name in self._instead else getattr(self._module, name)
+        return _whole(found) if isinstance(found, Tensor) else found
+
+
+def _parametrized(made_by: ParametrizationList, parameters: Mapping[str, Tensor]) -> Tensor:
+    modes = [(module, module.training) for module in made_by.modules()]
+    buffers = {name: _whole(buffer).clone() for name, buffer in made_by.named_buffers()}
+    try:
+        for module, _ in modes:
+            module.training = False
+        weight: Tensor = functional_call(made_by, {**buffers, **parameters})
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    return weight
+
+
+@contextmanager
+def _generators_put_back(device: torch.device) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return whole_tensor(local_tensor(tensor), tensor)
+
+
+def _unpacked(parameter: Tensor) -> Tensor:
+    """The numbers that a quantized tensor stands for; any other tensor is its own."""
+    piece = local_tensor(parameter)
+    is_quantized = piece.is_quantized or type(piece).dequantize is not Tensor.dequantize
+    return piece.dequantize() if is_quantized else parameter
