@@ -18,6 +18,7 @@ from lightning_regularize.norms import (
     change_sums,
     copies,
     counts_at_most,
+    element_sums,
     nonfinite_counts,
     power_sums,
     spectral_norm,
@@ -91,9 +92,17 @@ class Reading:
         filled = dense_pieces(self._filled(gradients))
         powers = power_sums(filled, self._norm_type)
         self._columns["sum"]["gradient_nonfinite"] = nonfinite_counts(filled, powers)
+        sums = {}
+        if "gradient_sum" in self._needs:
+            sums["gradient_sum"] = element_sums(filled), 1.0
+        if "gradient_square" in self._needs:
+            sums["gradient_square"] = powers if self._norm_type == 2 else power_sums(filled, 2.0), 2.0
         if scale is not None:
             powers = powers / scale.to(powers) ** (1 if math.isinf(self._norm_type) else self._norm_type)
-        self._add_powers("gradient", {self._norm_type: powers})
+        for name, (found, exponent) in sums.items():
+            self._columns["sum"][name] = found if scale is None else found / scale.to(found) ** exponent
+        if "gradient_power" in self._needs:
+            self._columns["max" if math.isinf(self._norm_type) else "sum"]["gradient_power"] = powers
         sizes = torch.tensor([gradient.numel() for gradient in filled], dtype=powers.dtype)
         self._columns["sum"]["gradient_size"] = sizes.to(powers.device, non_blocking=True)
 

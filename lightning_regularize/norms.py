@@ -222,6 +222,12 @@ def _with_extremes(sums: Tensor, pieces: Sequence[Tensor], norm_type: float) -> 
 
 
 @torch.no_grad()
+def element_sums(pieces: Sequence[Tensor]) -> Tensor:
+    """The sum of the elements of each tensor; arguments and result as for :func:`power_sums`."""
+    return per_tensor([(rows, rows.values.sum(dim=1)) for rows in rows_of(pieces)], pieces)
+
+
+@torch.no_grad()
 def counts_at_most(pieces: Sequence[Tensor], threshold: float = 0.0) -> Tensor:
     """How many elements of each tensor have a magnitude of at most ``threshold``; NaN has none.
 

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
         :math:`\\sum |x|^p`, or the largest magnitude.
     ``weight_square``, ``update_square``
         :math:`\\sum x^2`.
+    ``gradient_sum``, ``gradient_square``
+        :math:`\\sum g` and :math:`\\sum g^2`.
     ``radial``
         :math:`\\sum w \\delta`.
     ``size``, ``zeros``, ``below``, ``weight_nonfinite``, ``gradient_size``, ``gradient_nonfinite``
@@ -211,6 +213,19 @@ def _has_elements(sums: Sums) -> Tensor:
     return sums["size"] > 0
 
 
+def _has_gradient(sums: Sums) -> Tensor:
+    return sums["gradient_size"] > 0
+
+
+def _gradient_mean(sums: Sums) -> Tensor:
+    return sums["gradient_sum"] / sums["gradient_size"]
+
+
+def _gradient_std(sums: Sums) -> Tensor:
+    variance = sums["gradient_square"] / sums["gradient_size"] - _gradient_mean(sums).square()
+    return variance.clamp_min(0.0).sqrt()
+
+
 QUANTITIES: dict[str, Quantity] = {
     "weight": Quantity(
         "weight_norm",
@@ -229,7 +244,19 @@ QUANTITIES: dict[str, Quantity] = {
         "gradient_norm",
         frozenset({"gradient_power", "gradient_size", "gradient_nonfinite"}),
         _norm("gradient"),
-        lambda s: s["gradient_size"] > 0,
+        _has_gradient,
+    ),
+    "gradient_mean": Quantity(
+        "gradient_mean",
+        frozenset({"gradient_sum", "gradient_size", "gradient_nonfinite"}),
+        lambda s, _: _gradient_mean(s),
+        _has_gradient,
+    ),
+    "gradient_std": Quantity(
+        "gradient_std",
+        frozenset({"gradient_sum", "gradient_square", "gradient_size", "gradient_nonfinite"}),
+        lambda s, _: _gradient_std(s),
+        _has_gradient,
     ),
     "update": Quantity(
         "update_norm",
@@ -256,6 +283,12 @@ QUANTITIES: dict[str, Quantity] = {
         "stable_rank",
         frozenset({"weight_square", "spectral_square"}),
         lambda s, _: s["matrix_square"] / s["spectral_square"],
+        lambda s: s["matrices"] > 0,
+    ),
+    "spectral_norm": Quantity(
+        "spectral_norm",
+        frozenset({"weight_square", "spectral_square"}),
+        lambda s, _: s["spectral_square"].sqrt(),
         lambda s: s["matrices"] > 0,
     ),
     "effective_decay": Quantity(

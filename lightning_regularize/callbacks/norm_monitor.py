@@ -101,23 +101,27 @@ class WeightNormMonitor(Regularizer):
     ``weight``           weight_norm         norm of the weights as the step finds them
     ``rms``              rms                 root of their mean square
     ``gradient``         gradient_norm       norm of the gradient, unscaled, before clipping
+    ``gradient_mean``    gradient_mean       mean of the gradient's elements
+    ``gradient_std``     gradient_std        standard deviation of the gradient's elements around it
     ``update``           update_norm         norm of what the step changes; 0 if a GradScaler skips it
     ``ratio``            ratio               update norm over weight norm; about 1e-3 is healthy
     ``angle``            angle               angle between the weights before and after the step, in radians
     ``sparsity``         sparsity            share of exact zeros
     ``stable_rank``      stable_rank         :math:`\lVert W\rVert_F^2 / \sigma_1^2`, of matrices (kernels flattened)
+    ``spectral_norm``    spectral_norm       :math:`\sigma_1`, the largest singular value, of matrices
     ``effective_decay``  effective_decay     lr times weight decay, the share that a decoupled step removes
     ``timescale``        timescale           over how many steps the decay acts, 1 / (lr * weight decay)
     ===================  ==================  =====================================================================
 
     Beside them: ``gradient_nonfinite/total`` and, where there are any, ``weight_nonfinite/total`` count elements that
     are NaN or infinite; ``below_threshold`` goes with ``sparsity``, and ``timescale_epochs`` with ``timescale``. The
-    stable rank of several matrices is that of a matrix with these as diagonal blocks. Effective decay and timescale
-    are means over the elements that decay at all. What a part does not have, such as the ratio to weights that are all
-    0 or the mean of no elements, is left out.
+    stable rank and the spectral norm of several matrices are those of a matrix with these as diagonal blocks. Effective
+    decay and timescale are means over the elements that decay at all. What a part does not have, such as the ratio to
+    weights that are all 0 or the mean of no elements, is left out.
 
     Most cost one read of weights or gradients; ``update``, ``ratio`` and ``angle`` keep a copy of the weights
-    during a logged step, and ``stable_rank`` reads each matrix 64 times and gathers it where it is sharded.
+    during a logged step, and ``stable_rank`` and ``spectral_norm`` read each matrix 64 times and gather it
+    where it is sharded.
 
     Args:
         every_n_steps: Period in batches that step; None logs on the very steps on which Lightning logs.
@@ -262,6 +266,7 @@ class WeightNormMonitor(Regularizer):
         for (watch, rows, reading, settings), own in zip(readings, of_readings, strict=True):
             sums, pictures = reading.sums(own)
             sums |= group_settings.known_sums(sums, reading.sizes, settings, self.norm_type, expected=self.expected)
+            self._warn_of_unknown_rules(rows, settings, sums)
             totals |= self._totals(watch, sums)
             details |= self._details(watch, rows, sums, taken)
             drawn |= pictures
@@ -300,13 +305,13 @@ class WeightNormMonitor(Regularizer):
         reading.read_weights(self.threshold)
         if self.histograms:
             reading.draw("weight", list(weights.values()))
-        if "gradient" in self.quantities:
+        if "gradient_size" in self._needs:
             is_hidden = hides_gradients(self.run.trainer)
             gradients = [None if is_hidden else gradient_of(row.parameter) for row in rows]
             reading.read_gradients(gradients, step.scale)
             if self.histograms:
                 reading.draw("gradient", gradients, step.scale)
-        if "stable_rank" in self.quantities:
+        if "spectral_square" in self._needs:
             reading.read_spectra([self._is_matrix(row, piece) for row, piece in zip(rows, pieces, strict=True)])
         reading.keep_weights()
         return reading
@@ -340,9 +345,8 @@ class WeightNormMonitor(Regularizer):
         if len(piece.shape) < 2 or 0 in piece.shape:
             return False
         if self._sharding.is_flat(row.parameter):
-            self.warn(
-                "WeightNormMonitor logs no stable rank of what FSDP1 or ZeRO-3 has cut into flat pieces; use FSDP2."
-            )
+            asked = " and ".join(q.replace("_", " ") for q in ("stable_rank", "spectral_norm") if q in self.quantities)
+            self.warn(f"WeightNormMonitor logs no {asked} of what FSDP1 or ZeRO-3 has cut into flat pieces; use FSDP2.")
             return False
         return True
 
@@ -378,6 +382,22 @@ class WeightNormMonitor(Regularizer):
         # Theory is about what an optimizer holds, not about what a layer computes from it.
         computed = {id(each): each | {"rule": f"{each['rule']} of computed weights"} for each in found}
         return [computed[id(each)] if row.weight.is_computed else each for row, each in zip(rows, found, strict=True)]
+
+    def _warn_of_unknown_rules(
+        self, rows: list[_Row], settings: list[dict[str, Any]] | None, sums: dict[str, Tensor]
+    ) -> None:
+        if not self.expected or settings is None:
+            return
+        unknown = {
+            found["rule"]
+            for row, found, is_known in zip(rows, settings, sums["known"].tolist(), strict=True)
+            if not is_known and not row.weight.is_computed and found["lr"] * found["weight_decay"] > 0
+        }
+        if rules := ", ".join(sorted(unknown - {"SGD"})):  # of which the gradient has to be among the quantities
+            self.warn(
+                f"WeightNormMonitor: no expected values are known for weights that {rules} decays. Only measured "
+                "values of them are logged."
+            )
 
     # -- under which names -------------------------------------------------------------------------------------------
 

@@ -349,7 +349,7 @@ def monitor(**options):
     return lambda: [WeightDecay(Linear(0.1, 0.9)), WeightNormMonitor(detail="parameter", **options)]
 
 
-SHARDED = tuple(quantity for quantity in QUANTITIES if quantity != "stable_rank")
+SHARDED = tuple(quantity for quantity in QUANTITIES if quantity not in ("stable_rank", "spectral_norm"))
 
 ROWS = {
     "WeightDecay": Row("`WeightDecay` with a schedule, exclusion and factors", decay("optimizer")),
@@ -387,7 +387,9 @@ ROWS = {
     ),
     "Hyperball": Row("`Hyperball`", lambda: [WeightDecay(0.0), Hyperball()]),
     "DropoutSchedule": Row("`DropoutSchedule`", lambda: [DropoutSchedule(Linear(0.5, 0.0))]),
-    "WeightNormMonitor": Row("`WeightNormMonitor`, all but `stable_rank`", monitor(quantities=SHARDED, threshold=0.1)),
+    "WeightNormMonitor": Row(
+        "`WeightNormMonitor`, all but `stable_rank`, `spectral_norm`", monitor(quantities=SHARDED, threshold=0.1)
+    ),
     "WeightNormMonitor inf": Row(
         "`WeightNormMonitor(norm_type=math.inf)`",
         monitor(quantities=("weight", "gradient", "update"), norm_type=torch.inf),

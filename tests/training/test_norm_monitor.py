@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_regularize import WeightDecay, WeightNormMonitor, schedules
 from lightning_regularize.quantities import QUANTITIES
 from tests.distributed import run_distributed
-from tests.models import MODELS
+from tests.models import MODELS, randn
 from tests.reading import read_csv, read_tensorboard, read_wandb
 from tests.training.support import QUIET, Batches, Regression, adamw, make_trainer
 
@@ -203,6 +203,29 @@ def test_stable_rank_is_of_matrices_as_blocks_of_one():
     )
 
 
+@pytest.mark.parametrize("shape", [(4, 3), (70, 90), (300, 80), (8, 4, 3, 3)], ids=str)
+def test_the_spectral_norm_is_that_of_the_singular_values(shape):
+    module = Regression()
+    module.spare = nn.Parameter(randn(*shape, seed=0).double())
+    monitor = WeightNormMonitor(quantities=("spectral_norm",), detail="parameter")
+    logged = fit(monitor, module=module, steps=1).logged()
+    expected = torch.linalg.svdvals(randn(*shape, seed=0).double().flatten(1))[0].item()
+    assert logged["spectral_norm/spare"][0] == pytest.approx(expected, rel=1e-3, abs=0)
+    assert logged["spectral_norm/total"][0] == pytest.approx(expected, rel=1e-3, abs=0)  # the largest
+    assert "spectral_norm/hidden.bias" not in logged
+
+
+@pytest.mark.parametrize("norm_type", [1.0, 2.0, math.inf])
+def test_mean_and_standard_deviation_of_gradients_equal_their_definitions(norm_type):
+    asked = ("gradient_mean", "gradient_std")
+    logged, oracle = monitored(WeightNormMonitor(quantities=asked, detail="parameter", norm_type=norm_type))
+    gradients = {"total": torch.cat(list(oracle.gradients[1].values())), **oracle.gradients[1]}
+    for part, gradient in gradients.items():
+        assert logged[f"gradient_mean/{part}"][1] == pytest.approx(gradient.mean().item(), rel=1e-6, abs=1e-15)
+        std = gradient.std(unbiased=False).item()
+        assert logged[f"gradient_std/{part}"][1] == pytest.approx(std, rel=1e-6, abs=1e-9)
+
+
 def decay_and_no_decay(make, **options):
     def configure(parameters):
         weight, *others = parameters
@@ -299,6 +322,45 @@ def test_theory_of_sgd_takes_the_gradient_where_it_is_measured():
     assert logged["weight_norm/hidden.weight/expected"][0] == pytest.approx(expected, rel=1e-6, abs=0)
     without = fit(WeightNormMonitor(expected=True), module=Regression(make)).logged()
     assert not any("expected" in key for key in without)
+
+
+WITHOUT_THEORY = {
+    "RMSprop": torch.optim.RMSprop,
+    "Adagrad": torch.optim.Adagrad,
+    "NAdam": torch.optim.NAdam,
+    "Adam": torch.optim.Adam,  # adds the decay to the gradient
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_THEORY)
+def test_an_optimizer_without_a_theory_is_told_once(name):
+    module = Regression(lambda parameters: WITHOUT_THEORY[name](parameters, lr=0.01, weight_decay=0.1))
+    with pytest.warns(UserWarning, match=f"no expected values are known for weights that {name} decays") as caught:
+        logged = fit(WeightNormMonitor(expected=True), module=module).logged()
+    assert sum("no expected values" in str(warning.message) for warning in caught) == 1
+    assert not any("expected" in key for key in logged)
+
+
+def test_one_without_a_theory_beside_one_with_it_is_told():
+    class Both(Regression):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            for optimizer in self.optimizers():
+                optimizer.zero_grad()
+                self.manual_backward(self.loss(batch))
+                optimizer.step()
+
+        def configure_optimizers(self):
+            rmsprop = torch.optim.RMSprop(self.output.parameters(), lr=0.01, weight_decay=0.1)
+            return [adamw(self.hidden.parameters()), rmsprop]
+
+    with pytest.warns(UserWarning, match="no expected values are known for weights that RMSprop decays"):
+        logged = fit(WeightNormMonitor(expected=True), module=Both()).logged()
+    assert "weight_norm/optimizer0 total/expected" in logged
+    assert "weight_norm/optimizer1 total/expected" not in logged
 
 
 # -- which steps -----------------------------------------------------------------------------------------------------
@@ -1103,7 +1165,7 @@ def _train_on_two(rank, world_size, strategy, path):
     warnings.simplefilter("ignore")
     kept = Kept()
     monitor = WeightNormMonitor(
-        quantities=EVERYTHING if strategy != "fsdp1" else tuple(q for q in EVERYTHING if q != "stable_rank"),
+        quantities=EVERYTHING if strategy != "fsdp1" else READ_ONLY,
         detail="parameter",
         histograms=True,
         expected=True,
@@ -1135,7 +1197,7 @@ def _count_collectives(rank, world_size):
     return len(calls)
 
 
-READ_ONLY = tuple(quantity for quantity in EVERYTHING if quantity != "stable_rank")
+READ_ONLY = tuple(quantity for quantity in EVERYTHING if quantity not in ("stable_rank", "spectral_norm"))
 
 
 def test_all_parameters_and_quantities_share_one_collective():
@@ -1171,7 +1233,7 @@ class Spread(Regression):
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "fsdp1"])
 def test_two_processes_log_what_one_does(strategy, tmp_path):
-    quantities = EVERYTHING if strategy != "fsdp1" else tuple(q for q in EVERYTHING if q != "stable_rank")
+    quantities = EVERYTHING if strategy != "fsdp1" else READ_ONLY
     board = TensorBoardLogger(tmp_path / "one")
     monitor = WeightNormMonitor(quantities=quantities, detail="parameter", histograms=True, expected=True)
     kept = Kept()

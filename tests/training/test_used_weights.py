@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning"),
 ]
 
-QUANTITIES = ("weight", "rms", "sparsity", "stable_rank")
+QUANTITIES = ("weight", "rms", "sparsity", "stable_rank", "spectral_norm")
 
 
 class Doubled(nn.Module):
@@ -124,6 +124,7 @@ def by_definition(weight):
         "weight_norm": weight.norm().item(),
         "rms": weight.square().mean().sqrt().item(),
         "sparsity": (weight == 0).double().mean().item(),
+        "spectral_norm": largest.item(),
         "stable_rank": (square / largest.square()).item(),
     }
 
