@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import ref
 
@@ -10,7 +11,7 @@ from lightning_regularize._steps.hooks import UnsupportedOptimizerError
 from lightning_regularize.schedules import Position, depends_on_step_alone, value_at
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from torch import Tensor
 
@@ -42,6 +43,8 @@ class Clock:
         """The number of epochs that are complete; the training loop keeps it."""
         self.steps_per_epoch = math.inf
         """Steps of each optimizer in an epoch; infinite if unknown."""
+        self.warn_of_peak: Callable[[str], None] = _say_nothing
+        """Called once, when a learning rate rises above what counted as its peak, and a schedule follows it."""
         # By the identity of a group's first parameter. (A WeakTensorKeyDictionary takes ten times as long.)
         self._peaks: dict[int, tuple[ref[Tensor], float]] = {}
         self._ahead: dict[int, _Ahead] = {}  # by the identity of a schedule
@@ -85,9 +88,17 @@ class Clock:
             if not 0 <= step - ahead.first < len(ahead.values):
                 ahead = self._look_ahead(schedule, step)
             return ahead.values[step - ahead.first]
+        before = self._known_peak(group)
         at = self.position(group, step)
         try:
-            return value_at(schedule, at)
+            value = value_at(schedule, at)
+            if step and 0 < before < at.peak_lr and value_at(schedule, replace(at, peak_lr=before)) != value:
+                self.warn_of_peak(
+                    f"{schedule!r} follows the learning rate, which has risen to {at.peak_lr:g}. Its largest value "
+                    f"before, {before:g}, counted as the peak; from now on {at.peak_lr:g} does."
+                )
+                self.warn_of_peak = _say_nothing
+            return value
         except ValueError as error:
             if not math.isnan(at.lr):
                 raise
@@ -104,6 +115,11 @@ class Clock:
         self._ahead[id(schedule)] = ahead = _Ahead(schedule, self.total_steps, step, values)
         return ahead
 
+    def _known_peak(self, group: dict[str, Any]) -> float:
+        """The largest rate that the group was seen to have; 0 if it is new."""
+        known = self._peaks.get(id(group["params"][0])) if group["params"] else None
+        return known[1] if known is not None and known[0]() is group["params"][0] else 0.0
+
     def _peak(self, group: dict[str, Any]) -> float:
         """The largest rate that the group is known to have had, or, with a cycling scheduler, is going to have."""
         lr = group.get("lr", 1.0)
@@ -112,12 +128,15 @@ class Clock:
         if not group["params"] or lr is None:
             return max(peak, float(lr or 0.0))
         first: Tensor = group["params"][0]
-        known = self._peaks.get(id(first))
-        before = known[1] if known is not None and known[0]() is first else 0.0
+        before = self._known_peak(group)
         peak = max(peak, float(lr), before)
         if peak != before:
             self._peaks[id(first)] = ref(first), peak
         return peak
+
+
+def _say_nothing(message: str) -> None:
+    """Nobody asked to be warned."""
 
 
 def rate_of(optimizer: Any, group: dict[str, Any]) -> float | Tensor:

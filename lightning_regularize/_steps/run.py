@@ -36,6 +36,7 @@ class Run(ABC):
 
     def __init__(self, module: nn.Module, clock: Clock) -> None:
         self.module, self.clock = module, clock
+        clock.warn_of_peak = self.warn
         self.watches: list[Watch] = []
         self.has_begun = self.is_over = False
         self._instead: list[Any] | None = None

@@ -355,6 +355,7 @@ class RaisesTheRate(Regression):
         self.optimizers().param_groups[0]["lr"] = 0.02 if step < 3 else 0.1 if step < 8 else 0.01
 
 
+@pytest.mark.filterwarnings("ignore:.* follows the learning rate, which has risen:UserWarning")
 @pytest.mark.parametrize("schedule", [FollowLR(0.5), Timescale(steps=20), Warmup(FollowLR(0.5), steps=2)], ids=repr)
 @pytest.mark.parametrize("method", ["optimizer", "decoupled"])
 def test_a_peak_of_the_rate_before_the_checkpoint_is_known_after_it(schedule, method, tmp_path):
