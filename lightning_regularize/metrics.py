@@ -72,8 +72,7 @@ class WeightNorm(Metric):
 
     def update(self, module: nn.Module) -> None:
         """Measure a module; under FSDP1 the wrapped one."""
-        sharding = Sharding(module)
-        pieces = _pieces(module, sharding, self.include, self.exclude)
+        pieces, sharding = _pieces(module, self.include, self.exclude)
         like = [piece.like for piece in pieces]
         found = norms([piece.tensor for piece in pieces], self.norm_type, sharding=sharding, parameters=like)
         self.value = self.value.new_tensor(combine(found.tolist(), self.norm_type))
@@ -128,8 +127,7 @@ class Sparsity(Metric):
 
     def update(self, module: nn.Module) -> None:
         """Measure a module; under FSDP1 the wrapped one."""
-        sharding = Sharding(module)
-        pieces = _pieces(module, sharding, self.include, self.exclude)
+        pieces, sharding = _pieces(module, self.include, self.exclude)
         counts = counts_at_most(dense_pieces([piece.tensor for piece in pieces]), self.threshold)
         found = sharding.reduce(counts, [piece.like for piece in pieces])
         elements = sum(piece.shape.numel() for piece in pieces)
@@ -200,20 +198,21 @@ class GeneralizationGap(WrapperMetric):
         return self._plot(val, ax)
 
 
-def _pieces(module: nn.Module, sharding: Sharding, include: Sequence[Rule], exclude: Sequence[Rule]) -> list[Piece]:
-    """What this rank holds of the weights that the layers of a module use.
+def _pieces(module: nn.Module, include: Sequence[Rule], exclude: Sequence[Rule]) -> tuple[list[Piece], Sharding]:
+    """What this rank holds of the weights that the layers of a module use, and how they are spread over ranks.
 
     Raises:
         ValueError: One is computed from flat pieces.
     """
     weights = select_used(parameter_infos(module), include=include, exclude=exclude)
+    sharding = Sharding(module)
     for weight in weights:
         if weight.is_computed and sharding.is_flat(weight.info.parameter):
             raise ValueError(
                 f"{weight.info.name!r} is computed from parameters that FSDP1 or ZeRO-3 has cut into flat pieces: use "
                 "FSDP2, or leave it out by `exclude`."
             )
-    return [weight.piece() for weight in weights]
+    return [weight.piece() for weight in weights], sharding
 
 
 def _last(values: Tensor) -> Tensor:

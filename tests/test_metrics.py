@@ -95,10 +95,11 @@ def test_metrics_can_be_plotted(metric):
         (lambda: WeightNorm(0.5), ValueError, "`norm_type` should be at least 1"),
         (lambda: Sparsity(-1.0), ValueError, "`threshold` should be finite and at least 0, got -1.0"),
         (lambda: Sparsity(include=("wieght",)), ValueError, "Did you mean 'weight'"),
+        (lambda: WeightNorm()(torch.ones(2)), TypeError, "`module` should be a torch.nn.Module, got Tensor"),
         (lambda: GeneralizationGap(0.5), TypeError, "`metric` should be a torchmetrics.Metric, got float"),
         (lambda: GeneralizationGap(MeanMetric()).update(1.0, stage="test"), ValueError, "`stage` should be 'train'"),
     ],
-    ids=["norm", "threshold", "rule", "metric", "stage"],
+    ids=["norm", "threshold", "rule", "module", "metric", "stage"],
 )
 def test_bad_arguments_are_refused(make, error, message):
     with pytest.raises(error, match=message):
