@@ -88,6 +88,9 @@ Rule = str | type[nn.Module] | Callable[[ParameterInfo], bool]
 * ``"type:Embedding"``: the owner's class, or one of its bases, has this name;
 * a module class, of which the owner is an instance;
 * a function of a :class:`ParameterInfo`.
+
+In a sequence of rules, ``"!rule"`` takes back what rules before it have selected: ``("norm", "!*.q_norm.weight")`` are
+all gains of norms but those of queries. It may be a word or a glob, and not the first; rules after it select again.
 """
 
 DEFAULT_EXCLUDE: tuple[Rule, ...] = ("bias", "norm", "vector")
@@ -175,6 +178,8 @@ def select(module: nn.Module, *, include: Sequence[Rule] = ("*",), exclude: Sequ
         ['0.weight']
         >>> [info.name for info in select(module, include=("1.*", "bias"))]
         ['0.bias', '1.weight', '1.bias']
+        >>> [info.name for info in select(module, include=("*", "!1.*"))]
+        ['0.weight', '0.bias']
     """
     include, exclude = check_rules(include, argument="include"), check_rules(exclude, argument="exclude")
     chosen = matching(parameter_infos(module), include=include, exclude=exclude)
@@ -203,11 +208,61 @@ def matching(
     """
     require_matches(include, infos, argument="include")
     require_matches(exclude, infos, argument="exclude")
-    return [
-        info
-        for info in infos
-        if any(matches(rule, info) for rule in include) and not any(matches(rule, info) for rule in exclude)
-    ]
+    return [info for info in infos if is_selected(info, include=include, exclude=exclude)]
+
+
+def is_selected(info: ParameterInfo, *, include: Sequence[Rule], exclude: Sequence[Rule]) -> bool:
+    """Does ``include`` select a parameter, and ``exclude`` not? Rules should have been checked by :func:`check_rules`.
+
+    Args:
+        info: A parameter.
+        include: Rules, of which one has to match.
+        exclude: Rules, of which none may match.
+
+    Returns:
+        True if so.
+
+    Example:
+        >>> weight, bias = parameter_infos(nn.Linear(2, 3))
+        >>> [is_selected(info, include=("*",), exclude=("bias",)) for info in (weight, bias)]
+        [True, False]
+    """
+    return selecting_rule(include, info) is not None and selecting_rule(exclude, info) is None
+
+
+def selecting_rule(rules: Iterable[Rule], info: ParameterInfo) -> Rule | None:
+    """The rule that selects a parameter: the first that matches, after the last that takes it back.
+
+    Args:
+        rules: What :func:`check_rules` lets pass.
+        info: A parameter.
+
+    Returns:
+        One of ``rules``; None if they do not select it.
+
+    Example:
+        >>> weight, bias = parameter_infos(nn.Linear(2, 3))
+        >>> selecting_rule(("vector", "bias"), bias), selecting_rule(("bias", "!*"), bias)
+        ('bias', None)
+    """
+    selecting: Rule | None = None
+    for rule in rules:
+        taken_back = taken_back_by(rule)
+        if taken_back is None:
+            selecting = rule if selecting is None and matches(rule, info) else selecting
+        elif selecting is not None and matches(taken_back, info):
+            selecting = None
+    return selecting
+
+
+def taken_back_by(rule: Rule) -> Rule | None:
+    """The rule for what ``"!rule"`` takes back; None of one that selects.
+
+    Example:
+        >>> taken_back_by("!head.*"), taken_back_by("head.*")
+        ('head.*', None)
+    """
+    return rule[1:] if isinstance(rule, str) and rule.startswith("!") else None
 
 
 # Rules
@@ -225,7 +280,7 @@ def check_rules(rules: Sequence[Rule], *, argument: str) -> tuple[Rule, ...]:
 
     Raises:
         TypeError: If ``rules`` is no sequence, or holds something that cannot be a rule.
-        ValueError: If it holds a word that is neither a kind nor a glob.
+        ValueError: If it holds a word that is neither a kind nor a glob, or begins with one that takes back.
 
     Example:
         >>> check_rules(["bias", "head.*"], argument="exclude")
@@ -242,7 +297,13 @@ classes or functions, got 'biases'. Did you mean 'bias'? To match names write '*
         alone = f"; one alone is ({written},)" if is_rule else "; a list or a tuple is one"
         raise TypeError(f"`{argument}` should be a sequence of rules, got {given!r}{alone}.")
     expected = f"`{argument}` should hold kinds ({', '.join(KINDS)}), globs, 'type:Name', module classes or functions"
-    for rule in rules:
+    if rules and taken_back_by(rules[0]) is not None:
+        raise ValueError(
+            f"`{argument}`: {rules[0]!r} is the first rule and has nothing to take back. For all but that write "
+            f"('*', {rules[0]!r})."
+        )
+    for given_rule in rules:
+        rule = given_rule if (taken_back := taken_back_by(given_rule)) is None else taken_back
         if isinstance(rule, str):
             is_word = rule in KINDS or rule == hidden_matrices.__name__
             if not is_word and not rule.startswith("type:") and set(".*?[").isdisjoint(rule):
@@ -262,7 +323,7 @@ def matches(rule: Rule, info: ParameterInfo) -> bool:
     """Does ``rule`` select this parameter? A tied tensor is selected by any of its names and owners.
 
     Args:
-        rule: One that :func:`check_rules` lets pass.
+        rule: One that :func:`check_rules` lets pass, and that takes nothing back.
         info: A parameter.
 
     Returns:
@@ -322,7 +383,7 @@ def require_matches(rules: Iterable[Rule], infos: Sequence[ParameterInfo], *, ar
         argument: The name under which the rules were given, for the message.
 
     Raises:
-        ValueError: If a glob, a type or a function matches none of them.
+        ValueError: If a glob, a type or a function matches none of them, or takes back nothing.
 
     Example:
         >>> infos = parameter_infos(nn.Sequential(nn.Linear(2, 2)))
@@ -330,11 +391,18 @@ def require_matches(rules: Iterable[Rule], infos: Sequence[ParameterInfo], *, ar
         Traceback (most recent call last):
         ValueError: `exclude`: '*.wieght' matches no parameter; the nearest are '0.weight', '0.bias'.
     """
+    before: list[Rule] = []
     for rule in rules:
-        if rule not in KINDS and not any(matches(rule, info) for info in infos):
-            nearest = ", ".join(map(repr, _nearest(rule, infos)))
+        pattern = rule if (taken_back := taken_back_by(rule)) is None else taken_back
+        matching_infos = [info for info in infos if matches(pattern, info)]
+        if pattern not in KINDS and not matching_infos:
+            nearest = ", ".join(map(repr, _nearest(pattern, infos)))
             hint = f"the nearest are {nearest}" if nearest else f"the module has {len(infos)}"
             raise ValueError(f"`{argument}`: {rule!r} matches no parameter; {hint}.")
+        is_idle = all(selecting_rule(before, info) is None for info in matching_infos)
+        if taken_back is not None and matching_infos and is_idle:
+            raise ValueError(f"`{argument}`: {rule!r} takes back nothing: no rule before it selects what it matches.")
+        before.append(rule)
 
 
 def _nearest(rule: Rule, infos: Sequence[ParameterInfo]) -> list[str]:

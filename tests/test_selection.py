@@ -737,6 +737,47 @@ def test_exclude_wins_over_include():
     assert names(select(MLP(), include=("hidden.*", "norm"), exclude=("bias",))) == ["hidden.weight", "norm.weight"]
 
 
+@pytest.mark.parametrize(
+    ("rules", "expected"),
+    [
+        (("bias", "!hidden.*"), ["norm.bias", "output.bias"]),
+        (("*", "!bias", "!norm"), ["hidden.weight", "output.weight"]),
+        (("bias", "!*", "hidden.bias"), ["hidden.bias"]),  # and rules after it select again
+        (("bias", "norm", "!type:_BatchNorm"), ["hidden.bias", "output.bias"]),
+        (("hidden.*", "!embedding"), ["hidden.weight", "hidden.bias"]),  # a kind may be absent
+    ],
+    ids=str,
+)
+def test_a_rule_takes_back_what_rules_before_it_have_selected(rules, expected):
+    model = MLP()
+    assert names(select(model, include=rules)) == expected
+    excluded = names(select(model, exclude=rules))
+    assert sorted(expected + excluded) == sorted(names(parameter_infos(model)))
+
+
+def test_a_tied_tensor_is_taken_back_by_any_name():
+    selected = select(LanguageModel(depth=1), include=("embedding", "!lm_head.*", "*.o_proj.weight"))
+    assert names(selected) == ["layers.0.o_proj.weight"]
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        (("!norm",), r"'!norm' is the first rule and has nothing to take back\. .* \('\*', '!norm'\)"),
+        (("!norm", "*"), "'!norm' is the first rule"),
+        (("*", "!nrom"), "got 'nrom'. Did you mean 'norm'"),
+        (("*", "!"), "globs, .* got ''"),
+        (("norm", "!hiden.*"), "'!hiden.*' matches no parameter; the nearest are 'hidden.bias'"),
+        (("norm", "!hidden.*"), "'!hidden.*' takes back nothing: no rule before it selects what it matches"),
+        (("bias", "!*.bias", "!hidden.bias"), "'!hidden.bias' takes back nothing"),
+    ],
+    ids=str,
+)
+def test_a_rule_that_takes_back_nothing_raises(rules, message):
+    with pytest.raises(ValueError, match=message):
+        select(MLP(), include=rules)
+
+
 def test_default_exclude_leaves_weights_and_embeddings():
     selected = select(LanguageModel(depth=1), exclude=DEFAULT_EXCLUDE)
     assert names(selected) == [name for name, kind in LLAMA.items() if kind in {"weight", "embedding"}]

@@ -11,7 +11,7 @@ from lightning_regularize._steps.watch import stepping_optimizers
 from lightning_regularize._trainer.strategies import held_parameters
 from lightning_regularize.callbacks._arguments import Described
 from lightning_regularize.groups import rule_name
-from lightning_regularize.selection import check_rules, matches, matching, tensor_name
+from lightning_regularize.selection import check_rules, is_selected, matching, tensor_name
 from lightning_regularize.units import norm_dims, units_are_known
 
 if TYPE_CHECKING:
@@ -52,8 +52,7 @@ class Selective(Described):
 
     def selects(self, info: ParameterInfo) -> bool:
         """Do ``include`` and ``exclude`` select a parameter?"""
-        is_excluded = any(matches(rule, info) for rule in self.exclude)
-        return not is_excluded and any(matches(rule, info) for rule in self.include)
+        return is_selected(info, include=self.include, exclude=self.exclude)
 
     def select(self, run: Run, what: str, *, initialized: bool = True) -> list[ParameterInfo]:
         """The parameters that ``include`` and ``exclude`` select, at least one.
