@@ -6,12 +6,13 @@ import math
 import warnings
 import zlib
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import nn  # noqa: TC002  for the examples below
 
 from lightning_regularize._checks import check_number
 from lightning_regularize._layers import layer_scales
+from lightning_regularize.schedules import Schedule
 from lightning_regularize.selection import (
     DEFAULT_EXCLUDE,
     ParameterInfo,
@@ -19,12 +20,16 @@ from lightning_regularize.selection import (
     matches,
     parameter_infos,
     require_matches,
+    selecting_rule,
+    taken_back_by,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from lightning_regularize.selection import Rule
+
+    Factor: TypeAlias = float | Callable[[ParameterInfo], float]
 
 
 @dataclass(frozen=True)
@@ -36,21 +41,22 @@ class Grouping:
 
     Args:
         exclude: Rules for what does not decay.
-        factors: Rule -> factor on the weight decay, at least 0; the first match wins.
+        factors: Rule -> factor on the weight decay, at least 0, or a function that makes one of a
+            :class:`ParameterInfo`; the first match wins.
 
     Raises:
-        TypeError: A rule is of no known type, or ``factors`` is no mapping.
+        TypeError: A rule or a factor is of no known type, or ``factors`` is no mapping.
         ValueError: A rule is not understood, or a factor is negative, infinite or NaN.
 
     Example:
-        >>> grouping = Grouping(factors={"0.*": 0.5})
+        >>> grouping = Grouping(factors={"0.*": lambda info: 1 / info.shape[1]})
         >>> layers = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
         >>> [grouping.decide(info) for info in parameter_infos(layers)]
         [(0.5, '0.*'), (0.0, 'bias'), (1.0, ''), (0.0, 'bias')]
     """
 
     exclude: Sequence[Rule] = DEFAULT_EXCLUDE
-    factors: Mapping[Any, float] = field(default_factory=dict)
+    factors: Mapping[Any, Factor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not hasattr(self.factors, "items"):
@@ -58,44 +64,88 @@ class Grouping:
                 f"`factors` should map rules to numbers, got {self.factors!r}. Write, for example, {{'head.*': 0.1}}."
             )
         object.__setattr__(self, "exclude", check_rules(self.exclude, argument="exclude"))
-        check_rules(tuple(self.factors), argument="factors")
-        factors = {
-            rule: check_number(factor, f"the factor of {rule_name(rule)!r}") for rule, factor in self.factors.items()
-        }
+        check_keys(self.factors, argument="factors")
+        factors = {rule: _check_factor(factor, rule) for rule, factor in self.factors.items()}
         object.__setattr__(self, "factors", factors)
 
     def decide(self, info: ParameterInfo) -> tuple[float, str]:
         """The factor of ``info``, and the name of the rule that decided, or an empty one."""
         if reason := self._exclusion(info):
             return 0.0, reason
-        rule = self._factor_rule(info)
-        return (1.0, "") if rule is None else (float(self.factors[rule]), rule_name(rule))
+        rule = first_match(self.factors, info)
+        if rule is None:
+            return 1.0, ""
+        factor: Any = self.factors[rule]
+        if callable(factor):
+            factor = check_number(factor(info), f"the factor of {rule_name(rule)!r} for {info.name!r}")
+        return float(factor), rule_name(rule)
 
     def check(self, infos: Sequence[ParameterInfo]) -> None:
         """Refuse rules that do nothing in a module with the parameters ``infos``.
 
         Raises:
-            ValueError: A rule matches nothing, or a factor's rule only what does not decay or has a factor before.
+            TypeError: A function gives a factor that is no number.
+            ValueError: A rule matches nothing, or a factor's rule only what does not decay or has a factor before; or
+                a function gives a factor that is negative, infinite or NaN.
         """
         require_matches(self.exclude, infos, argument="exclude")
         require_matches(self.factors, infos, argument="factors")
-        decisive = {self._factor_rule(info) for info in infos if not self._exclusion(info)}
+        for rule in self.exclude:
+            taken_back = taken_back_by(rule)
+            found = [info for info in infos if taken_back is not None and matches(taken_back, info)]
+            if found and all(info.declared for info in found):
+                raise ValueError(
+                    f"`exclude`: {rule!r} takes back nothing: the model declares by `no_weight_decay()` that what it "
+                    "matches does not decay, and that stays so."
+                )
+        decisive = {first_match(self.factors, info) for info in infos if not self._exclusion(info)}
         for rule in self.factors:
             if rule not in decisive and any(matches(rule, info) for info in infos):
                 raise ValueError(
                     f"The factor of {rule_name(rule)!r} never applies: all that it matches is excluded "
                     "or has a factor from a rule before it. Change `exclude` or the order of `factors`."
                 )
+        for info in infos:
+            self.decide(info)
 
     def _exclusion(self, info: ParameterInfo) -> str:
         """Why ``info`` does not decay, or an empty string."""
-        rule = next((rule for rule in self.exclude if matches(rule, info)), None)
+        rule = selecting_rule(self.exclude, info)
         if rule is not None:
             return rule_name(rule)
         return "the model's own declaration" if info.declared else ""
 
-    def _factor_rule(self, info: ParameterInfo) -> Rule | None:
-        return next((rule for rule in self.factors if matches(rule, info)), None)
+
+def check_keys(rules: Iterable[Rule], *, argument: str) -> None:
+    """Refuse what cannot be a key of a mapping from rules, of which the first that matches wins.
+
+    Raises:
+        TypeError: A key is of no known type.
+        ValueError: A key is not understood, or takes back, which has no meaning there.
+    """
+    for rule in rules:
+        if taken_back_by(rule) is not None:
+            raise ValueError(
+                f"`{argument}`: {rule!r} takes nothing back in a mapping, of which the first rule that matches wins. "
+                "Give what it stands for an entry of its own, before the others."
+            )
+    check_rules(tuple(rules), argument=argument)
+
+
+def first_match(rules: Iterable[Rule], info: ParameterInfo) -> Rule | None:
+    """The first of ``rules`` that matches ``info``; None if none does."""
+    return next((rule for rule in rules if matches(rule, info)), None)
+
+
+def _check_factor(factor: object, rule: Rule) -> Any:
+    if isinstance(factor, Schedule):
+        raise TypeError(
+            f"the factor of {rule_name(rule)!r} should be a number or a function of a ParameterInfo, got {factor!r}. A "
+            f"schedule for a rule is written WeightDecay({{{rule_name(rule)!r}: {factor!r}, '*': ...}})."
+        )
+    if callable(factor) and not isinstance(factor, type):
+        return factor
+    return check_number(factor, f"the factor of {rule_name(rule)!r}")
 
 
 @dataclass(frozen=True)
@@ -124,7 +174,7 @@ def param_groups(
     weight_decay: float,
     *,
     exclude: Sequence[Rule] = DEFAULT_EXCLUDE,
-    factors: Mapping[Any, float] | None = None,
+    factors: Mapping[Any, Factor] | None = None,
     lr: float | None = None,
     layer_decay: float | None = None,
 ) -> list[dict[str, Any]]:
@@ -139,7 +189,8 @@ def param_groups(
         module: Its trainable parameters are grouped, each tensor once.
         weight_decay: Weight decay of the group with factor 1; at least 0.
         exclude: Rules for what does not decay.
-        factors: Rule -> factor on ``weight_decay``; the first match wins.
+        factors: Rule -> factor on ``weight_decay``, or a function that makes one of a :class:`ParameterInfo`, such as
+            :class:`~lightning_regularize.factors.WidthPower`; the first match wins.
         lr: Learning rate of the groups; None leaves it to the optimizer.
         layer_decay: ``d``, in (0, 1]; needs ``lr``. BEiT's fine-tuning uses 0.65 to 0.9.
 

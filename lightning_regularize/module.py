@@ -27,6 +27,8 @@ from lightning_regularize.selection import DEFAULT_EXCLUDE, Rule, parameter_info
 if TYPE_CHECKING:
     from torch import nn
 
+    from lightning_regularize.selection import ParameterInfo
+
 OptimizerCallable = Callable[[Iterable[Any]], Optimizer]  # as in lightning.pytorch.cli, which needs an extra package
 LRSchedulerCallable = Callable[[Optimizer], LRScheduler | ReduceLROnPlateau]
 
@@ -43,7 +45,8 @@ class RegularizedModule(LightningModule):
         weight_decay: Weight decay of the group with factor 1, whatever ``optimizer`` says; 0.01 is AdamW's default in
             torch.
         exclude: Rules for what does not decay.
-        factors: Rule -> factor on ``weight_decay``, first match wins.
+        factors: Rule -> factor on ``weight_decay``, or a function that makes one of a
+            :class:`~lightning_regularize.ParameterInfo`, first match wins.
         layer_decay: The learning rate shrinks by this factor from layer to layer towards the input; see
             :func:`~lightning_regularize.param_groups`.
         interval: Whether the LR scheduler steps each "step" or each "epoch"; ReduceLROnPlateau steps each epoch.
@@ -72,7 +75,7 @@ class RegularizedModule(LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         weight_decay: float = 0.01,
         exclude: Sequence[Rule] = DEFAULT_EXCLUDE,
-        factors: Mapping[Any, float] | None = None,
+        factors: Mapping[Any, float | Callable[[ParameterInfo], float]] | None = None,
         layer_decay: float | None = None,
         interval: Literal["step", "epoch"] = "step",
     ) -> None:
@@ -219,7 +222,7 @@ def regularize(
     weight_decay: float | None = None,
     *,
     exclude: Sequence[Rule] = DEFAULT_EXCLUDE,
-    factors: Mapping[Any, float] | None = None,
+    factors: Mapping[Any, float | Callable[[ParameterInfo], float]] | None = None,
 ) -> LightningModule:
     """Let a module exclude biases, norms and other vectors from weight decay in any Trainer, by its own callbacks.
 
@@ -232,7 +235,8 @@ def regularize(
         module: Changed in place; of ``lightning.pytorch`` or ``pytorch_lightning``.
         weight_decay: As of :class:`~lightning_regularize.WeightDecay`; None keeps what each group has.
         exclude: Rules for what does not decay.
-        factors: Rule -> factor on the weight decay, first match wins.
+        factors: Rule -> factor on the weight decay, or a function that makes one of a
+            :class:`~lightning_regularize.ParameterInfo`, first match wins.
 
     Returns:
         The same module.

@@ -1,6 +1,7 @@
 """Oracles: splits written out by hand, what torch does with groups made by hand, BEiT's and timm's layers."""
 
 import functools
+import math
 
 import numpy as np
 import pytest
@@ -9,7 +10,9 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.optim import SGD, AdamW
 
+from lightning_regularize.factors import WidthPower
 from lightning_regularize.groups import Description, describe, layer_groups, param_groups
+from lightning_regularize.schedules import Linear
 from tests.models import MLP, MODELS, ConvNet, LanguageModel, VisionTransformer
 
 torch.set_num_threads(1)  # threads that wait for each other on a busy machine cost ten times what the work does
@@ -538,3 +541,80 @@ def test_any_optimizer_takes_layer_groups():
 def test_layer_groups_out_of_place_are_refused(model, layer_decay, message):
     with pytest.raises(ValueError, match=message):
         layer_groups(model(), 0.1, layer_decay)
+
+
+# Factors that are computed, and rules that take back
+
+
+def depth_of(info):
+    return 1 / (1 + int(info.name.split(".")[0]))
+
+
+def blocks():
+    return nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 16), nn.LayerNorm(16), nn.Linear(16, 2))
+
+
+def test_a_factor_may_be_a_function_of_a_parameter():
+    factors = {"3.*": 0.5, "weight": depth_of}
+    groups = param_groups(blocks(), 0.1, factors=factors)
+    assert [(group["name"], group["weight_decay"], len(group["params"])) for group in groups] == [
+        ("decay", 0.1, 1), ("decay x0.5", 0.05, 2), ("no_decay", 0.0, 5)
+    ]  # fmt: skip
+    assert [row.rule for row in describe(blocks(), factors=factors) if row.kind == "weight"] == [
+        "weight", "weight", "3.*"
+    ]  # fmt: skip
+
+
+def test_a_function_is_asked_only_for_what_decays():
+    seen = []
+    describe(blocks(), factors={"*": lambda info: seen.append(info.name) or 1.0})
+    assert set(seen) == {"0.weight", "1.weight", "3.weight"}
+
+
+def test_a_function_may_exclude_and_give_numbers_of_numpy():
+    rows = describe(blocks(), factors={"*": lambda info: np.float32(info.shape[0] > 8)})
+    assert [row.group for row in rows if row.kind == "weight"] == ["no_decay", "decay", "no_decay"]
+
+
+@pytest.mark.parametrize(
+    ("factors", "error", "message"),
+    [
+        ({"weight": lambda info: -1.0}, ValueError, "the factor of 'weight' for '0.weight' should be finite and at"),
+        ({"weight": lambda info: math.nan}, ValueError, "for '0.weight' should be finite and at least 0, got nan"),
+        ({"weight": lambda info: "1"}, TypeError, "for '0.weight' should be a number, got '1'"),
+        ({"weight": Linear(0, 1)}, TypeError, r"A schedule for a rule is written WeightDecay\(\{'weight': Linear"),
+        ({"weight": WidthPower}, TypeError, "the factor of 'weight' should be a number, got <class"),
+        ({"weight": None}, TypeError, "the factor of 'weight' should be a number, got None"),
+        ({"weight": 2.0, "!0.*": 1.0}, ValueError, "`factors`: '!0.*' takes nothing back in a mapping"),
+        ({"!0.*": 1.0}, ValueError, "takes nothing back in a mapping, of which the first rule that matches wins"),
+    ],
+    ids=["negative", "nan", "text", "schedule", "class", "none", "second", "first"],
+)
+def test_what_is_no_factor_raises(factors, error, message):
+    with pytest.raises(error, match=message):
+        param_groups(blocks(), 0.1, factors=factors)
+
+
+class WithDeclaration(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.token = nn.Parameter(torch.ones(1, 1, 4))
+        self.q_norm, self.k_norm = nn.RMSNorm(4), nn.LayerNorm(4)
+
+    def no_weight_decay(self):
+        return {"token"}
+
+
+def test_exclude_may_take_back():
+    rows = describe(WithDeclaration(), exclude=("bias", "norm", "!q_norm.weight"))
+    assert [(row.name, row.group, row.rule) for row in rows] == [
+        ("token", "no_decay", "the model's own declaration"),
+        ("q_norm.weight", "decay", ""),
+        ("k_norm.weight", "no_decay", "norm"),
+        ("k_norm.bias", "no_decay", "bias"),
+    ]
+
+
+def test_what_the_model_declares_is_not_taken_back():
+    with pytest.raises(ValueError, match=r"'!tok\*' takes back nothing: the model declares by `no_weight_decay\(\)`"):
+        describe(WithDeclaration(), exclude=("*", "!tok*"))
