@@ -9,6 +9,8 @@ from lightning.pytorch.cli import LightningCLI
 from torch import nn
 
 from lightning_regularize import RegularizedModule, WeightConstraint, WeightDecay
+from lightning_regularize.factors import WidthPower
+from lightning_regularize.schedules import Constant, FollowLR
 from tests.models import randn
 
 pytest.importorskip("jsonargparse")
@@ -116,7 +118,7 @@ def run(path, subcommand="fit"):
 
 def write(tmp_path, content):
     path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(content))
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
     return path
 
 
@@ -204,3 +206,31 @@ def test_constraints_are_built_with_their_numbers(tmp_path):
     first, second = (c.projection for c in cli.trainer.callbacks if isinstance(c, WeightConstraint))
     assert repr(first) == "MaxNorm(max_norm=0.5, dim=None)"
     assert repr(second) == "Box(low=-0.3, high=0.3)"
+
+
+RULES = """
+class_path: lightning_regularize.WeightDecay
+init_args:
+  weight_decay:
+    "layers.3.*": 0.1
+    embedding: 0.0
+    "*":
+      class_path: lightning_regularize.schedules.FollowLR
+      init_args: {value: 0.2}
+  exclude: [bias, norm, vector, "!layers.1.weight"]
+  factors:
+    "layers.0.*":
+      class_path: lightning_regularize.factors.WidthPower
+      init_args: {base: 1, power: 0.5}
+"""
+
+
+def test_a_schedule_for_each_rule_and_a_factor_of_the_width_are_built_from_yaml(tmp_path):
+    cli = run(write(tmp_path, config(tmp_path, [yaml.safe_load(RULES)])))
+    (decay,) = (callback for callback in cli.trainer.callbacks if isinstance(callback, WeightDecay))
+    assert decay.rules.names == ["layers.3.*", "embedding", "*"]
+    assert decay.rules.schedules == [Constant(0.1), Constant(0.0), FollowLR(0.2)]
+    assert decay.grouping.factors == {"layers.0.*": WidthPower(1)}
+    logged = cli.trainer.callback_metrics
+    assert logged["weight_decay/pg1/layers.3.*"] == pytest.approx(0.1, rel=1e-6, abs=0)
+    assert logged["weight_decay/pg1/*"] == pytest.approx(0.2 * 0.1 * 2, rel=1e-6, abs=0)  # StepLR, and 4 inputs

@@ -6,7 +6,6 @@ A schedule writes over what the user gave, keeps the ratios between groups, and 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from operator import mul
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, ref
 
@@ -21,8 +20,9 @@ if TYPE_CHECKING:
 
     from lightning_regularize._steps.targets import Held
 
-    ValueOf = Callable[[dict[str, Any], int, float], float]
-    """From a group, the number of a step and the ratio of the group to the weight decay in that step."""
+    ValueOf = Callable[[int, dict[str, Any], int, float], float | None]
+    """From the number of a schedule, a group, the number of a step and the ratio of the group to the weight decay in
+    that step; None for what the user gave the group."""
 
 
 _UNWRITTEN = object()
@@ -45,10 +45,11 @@ class _Leaf:
     held: Held
     groups: list[dict[str, Any]] = field(default_factory=list)
     position: tuple[Any, ...] = ()
-    values: list[Any] = field(default_factory=list)
-    written: list[Any] | None = None
+    values: list[dict[int, Any]] = field(default_factory=list)
+    written: list[dict[int, Any]] | None = None
     ratios: list[float] | None = None
-    largest_factors: list[float] = field(default_factory=list)
+    largest_factors: list[dict[int, float]] = field(default_factory=list)  # by schedule, of what decays in a group
+    shown: list[tuple[int, float]] = field(default_factory=list)  # schedule and factor of the value that a group shows
     held_version: int = 0
 
 
@@ -60,7 +61,7 @@ class GroupDecay:
     Args:
         optimizer: The optimizer that the training loop knows; its groups have the values that the user gave.
         value_of: The weight decay of a group; None to leave the groups as they are.
-        factors_of: The factors of the parameters in each group of an optimizer.
+        settings_of: For each group of an optimizer, the schedule and the factor of each of its parameters.
         shows_value: Does a group show its value? It shows 0 where something else than the optimizer decays.
         of_run: What is known of all groups in the run, by parameter: an optimizer may be made of another one's groups.
         warn: Says that somebody else writes into the groups.
@@ -70,14 +71,14 @@ class GroupDecay:
         self,
         optimizer: Any,
         value_of: ValueOf | None,
-        factors_of: Callable[[Any], list[list[float]]],
+        settings_of: Callable[[Any], list[list[tuple[int, float]]]],
         *,
         shows_value: bool,
         of_run: MutableMapping[Tensor, list[Given]],
         warn: Callable[[str], None],
     ) -> None:
         self._optimizer, self._value_of = ref(optimizer), value_of
-        self._factors_of, self._shows_value, self._warn = factors_of, shows_value, warn
+        self._settings_of, self._shows_value, self._warn = settings_of, shows_value, warn
         self._of_run = of_run
         # With the group, which keeps its identity from being used twice.
         self._of_group: dict[int, tuple[dict[str, Any], Given]] = {}
@@ -147,8 +148,12 @@ class GroupDecay:
 
     # -- what it is now ------------------------------------------------------------------------------------------------
 
-    def values(self, leaf: Any, number: int, epoch: int = 0) -> list[Any]:
-        """The weight decay of factor 1 in each group of an optimizer that steps, in step ``number``."""
+    def values(self, leaf: Any, number: int, epoch: int = 0) -> list[dict[int, Any]]:
+        """The weight decay of factor 1 in each group of an optimizer that steps, in step ``number``.
+
+        Returns:
+            For each group the values by schedule, of schedules by which something in it decays.
+        """
         return self._computed(leaf, number, epoch).values
 
     def _computed(self, leaf: Any, number: int, epoch: int) -> _Leaf:
@@ -158,41 +163,56 @@ class GroupDecay:
         if found is None:
             found = self._leaves[leaf] = _Leaf(held_by(leaf))
         found.groups = groups = self._groups if leaf is self._optimizer() else user_groups(leaf)
+        is_known = found.held_version == found.held.version and len(found.largest_factors) == len(groups)
+        if not is_known or not found.held_version:
+            found.largest_factors = self._largest_factors(leaf)
+            found.shown = [max(factors.items(), default=(0, 0.0)) for factors in found.largest_factors]
+            found.held_version, found.position = found.held.version, ()
         if self._value_of is None:
-            found.values = [group.get(_DECAY, 0.0) for group in groups]
+            found.values = [{0: group.get(_DECAY, 0.0)} for group in groups]
             return found
         position = number, epoch, *[group.get("lr") for group in groups]
         if found.position != position or Tensor in map(type, position):
             if found.ratios is None or len(found.ratios) != len(groups):
                 found.ratios = list(map(self.ratio, groups))
             found.position = position
-            found.values = [self._value_of(group, number, r) for group, r in zip(groups, found.ratios, strict=True)]
+            of_groups = zip(groups, found.largest_factors, found.ratios, strict=True)
+            found.values = [
+                {i: self._value_by(i, group, number, r) for i in factors} for group, factors, r in of_groups
+            ]
         return found
 
+    def _value_by(self, schedule: int, group: dict[str, Any], number: int, ratio: float) -> float:
+        value = self._value_of(schedule, group, number, ratio) if self._value_of is not None else None
+        if value is not None:
+            return value
+        original = self._given(group).original
+        return _value(group) if original is None else original
+
     def shown(self, leaf: Any, number: int, epoch: int = 0) -> list[Any]:
-        """What the groups show of their values: that of what decays most in a group of the user's."""
-        return self._shown(leaf, self._computed(leaf, number, epoch))
+        """What the groups show: the value of what decays most by the last schedule in a group of the user's."""
+        return _shown(self._computed(leaf, number, epoch))
 
-    def _shown(self, leaf: Any, found: _Leaf) -> list[Any]:
-        if found.held_version != found.held.version or not found.held_version:
-            found.largest_factors = self._largest_factors(leaf)
-            found.held_version = found.held.version
-        return list(map(mul, found.values, found.largest_factors))
+    def by_schedule(self, leaf: Any, number: int, epoch: int = 0) -> list[dict[int, Any]]:
+        """As :meth:`shown`, for each schedule by which something in a group decays."""
+        found = self._computed(leaf, number, epoch)
+        of_groups = zip(found.values, found.largest_factors, strict=True)
+        return [{i: values[i] * factor for i, factor in factors.items()} for values, factors in of_groups]
 
-    def _largest_factors(self, leaf: Any) -> list[float]:
-        largest = [max(factors, default=1.0) for factors in self._factors_of(leaf)]
+    def _largest_factors(self, leaf: Any) -> list[dict[int, float]]:
+        largest = list(map(_largest, self._settings_of(leaf)))
         outer = self._optimizer()
         if leaf is outer:
             return largest
         # ZeroRedundancyOptimizer gives the inner optimizer a share of each group.
-        of_outer = zip(self._groups, self._factors_of(outer), strict=True)
-        known = {id(p): max(factors, default=1.0) for group, factors in of_outer for p in group["params"]}
+        of_outer = zip(self._groups, self._settings_of(outer), strict=True)
+        known = {id(p): factors for group, s in of_outer for factors in [_largest(s)] for p in group["params"]}
         firsts = [group["params"][0] if group["params"] else None for group in user_groups(leaf)]
-        return [known.get(id(first), factor) for first, factor in zip(firsts, largest, strict=True)]
+        return [known.get(id(first), factors) for first, factors in zip(firsts, largest, strict=True)]
 
     # -- what stands in the groups meanwhile ---------------------------------------------------------------------------
 
-    def show(self, leaf: Any, number: int, epoch: int = 0) -> list[Any]:
+    def show(self, leaf: Any, number: int, epoch: int = 0) -> list[dict[int, Any]]:
         """Write the weight decay of step ``number`` into the groups of ``leaf``, and of the optimizer that holds it.
 
         Returns:
@@ -201,7 +221,7 @@ class GroupDecay:
         found = self._computed(leaf, number, epoch)
         if self._value_of is None or (found.written is found.values and not any(map(self._is_changed, found.groups))):
             return found.values
-        self._write(leaf, found.groups, self._shown(leaf, found))
+        self._write(leaf, found.groups, _shown(found))
         outer = self._optimizer()
         if leaf is not outer:
             own = set(map(id, found.groups))
@@ -239,6 +259,23 @@ class GroupDecay:
             if given.written is not _UNWRITTEN:
                 _set(group, given.original or 0.0)
                 given.written = _UNWRITTEN
+
+
+def _largest(settings: Sequence[tuple[int, float]]) -> dict[int, float]:
+    """The largest factor of each schedule, of what decays; 1 for a group that has no parameters yet."""
+    if not settings:
+        return {0: 1.0}
+    largest: dict[int, float] = {}
+    for schedule, factor in settings:
+        if factor > largest.get(schedule, 0.0):
+            largest[schedule] = factor
+    return largest
+
+
+def _shown(found: _Leaf) -> list[Any]:
+    return [
+        values[i] * factor if factor else 0.0 for values, (i, factor) in zip(found.values, found.shown, strict=True)
+    ]
 
 
 def _read(group: dict[str, Any]) -> Given:

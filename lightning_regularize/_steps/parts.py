@@ -1,4 +1,4 @@
-"""What does an optimizer see while it steps? Its groups in parts, of which each shares one factor on the weight decay.
+"""What does an optimizer see while it steps? Its groups in parts, of which each shares one setting of the weight decay.
 
 Everybody else sees the user's groups: they are back before a closure is evaluated, before any other hook is called, and
 before ``step`` returns. A part owns its values. A key goes from the group to its parts when somebody has changed it in
@@ -19,7 +19,7 @@ from lightning_regularize._steps.hooks import ATTRIBUTE
 from lightning_regularize._steps.targets import held_by
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from torch import nn
     from torch.optim import Optimizer
@@ -77,7 +77,7 @@ def _contents(value: Any) -> Any:
 class _Division:
     """One group of the user's and its parts."""
 
-    factors: list[float]
+    settings: list[tuple[int, float]]
     parts: list[dict[str, Any]]
     in_group: _Noted = field(default_factory=_Noted)  # the group's values when they were last copied
     in_part: _Noted = field(default_factory=_Noted)  # the first part's values when they were last shown
@@ -87,13 +87,14 @@ class Parts:
     """The parts of the groups of one optimizer.
 
     Args:
-        factor_of: The factor of a parameter on the weight decay; asked once for each that the groups hold.
+        setting_of: The number of a parameter's schedule, and the factor on its value; asked once for each parameter
+            that the groups hold.
     """
 
-    def __init__(self, factor_of: Callable[[nn.Parameter], float]) -> None:
-        self.values: Sequence[float | Tensor] = []
-        """The weight decay of each group of the user's in the step to come."""
-        self.factor_of = factor_of
+    def __init__(self, setting_of: Callable[[nn.Parameter], tuple[int, float]]) -> None:
+        self.values: Sequence[Mapping[int, float | Tensor]] = []
+        """The weight decay of each group of the user's in the step to come, by the number of the schedule."""
+        self.setting_of = setting_of
         self._divisions: list[_Division] = []
         self._version = -1
         self._saved: list[list[dict[str, Any]]] = []
@@ -109,8 +110,8 @@ class Parts:
             _copy_to_parts(group, division)
             if "weight_decay" in group:
                 given = group["weight_decay"]
-                for factor, part in zip(division.factors, division.parts, strict=True):
-                    own = value * factor
+                for (schedule, factor), part in zip(division.settings, division.parts, strict=True):
+                    own = value[schedule] * factor if factor else 0.0
                     if isinstance(given, Tensor) and not isinstance(own, Tensor):
                         own = torch.full_like(given, own)
                     _set_value(part, "weight_decay", own)
@@ -168,12 +169,12 @@ class Parts:
             return
         before, self._divisions, self._version = self._divisions, [], version
         for i, group in enumerate(optimizer.param_groups):
-            places: dict[float, list[int]] = {}
+            places: dict[tuple[int, float], list[int]] = {}
             for j, parameter in enumerate(group["params"]):
-                places.setdefault(self.factor_of(parameter), []).append(j)
-            factors = sorted(places, reverse=True) or [1.0]
-            parts = [_part(group, places.get(factor, [])) for factor in factors]
-            division = _Division(factors, parts)
+                places.setdefault(self.setting_of(parameter), []).append(j)
+            settings = sorted(places, key=lambda setting: (-setting[1], setting[0])) or [(0, 1.0)]
+            parts = [_part(group, places.get(setting, [])) for setting in settings]
+            division = _Division(settings, parts)
             if i < len(before):  # parameters were appended or replaced: a part goes on with its own values
                 _inherit(division, before[i], group)
             self._divisions.append(division)
@@ -266,10 +267,10 @@ def _is_equal(a: Any, b: Any) -> bool:
 
 
 def _inherit(division: _Division, before: _Division, group: dict[str, Any]) -> None:
-    known = dict(zip(before.factors, before.parts, strict=True))
-    if all(factor in known for factor in division.factors) and len(division.parts) == len(before.parts):
-        for factor, part in zip(division.factors, division.parts, strict=True):
-            part.update({key: value for key, value in known[factor].items() if key not in _OURS and key in group})
+    known = dict(zip(before.settings, before.parts, strict=True))
+    if all(setting in known for setting in division.settings) and len(division.parts) == len(before.parts):
+        for setting, part in zip(division.settings, division.parts, strict=True):
+            part.update({key: value for key, value in known[setting].items() if key not in _OURS and key in group})
         division.in_group = before.in_group
 
 

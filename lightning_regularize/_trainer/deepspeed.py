@@ -7,14 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_regularize._steps.parts import Parts
 from lightning_regularize._trainer.strategies import deepspeed_keeper
+from lightning_regularize.decay_rules import NO_DECAY
 from lightning_regularize.selection import parameter_infos
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     import lightning.pytorch as pl
     from torch import nn
     from torch.optim import Optimizer
 
-    from lightning_regularize.groups import Grouping
+    from lightning_regularize.decay_rules import DecayRules
 
 
 class ZeroTwin:
@@ -26,12 +29,12 @@ class ZeroTwin:
     Args:
         trainer: A Trainer with a DeepSpeedStrategy, before that has started.
         module: Its module.
-        grouping: The factors of the parameters.
+        rules: The schedules and factors of the parameters.
     """
 
-    def __init__(self, trainer: pl.Trainer, module: nn.Module, grouping: Grouping) -> None:
+    def __init__(self, trainer: pl.Trainer, module: nn.Module, rules: DecayRules) -> None:
         self.optimizer: Optimizer | None = None
-        self._trainer, self._module, self._grouping = trainer, module, grouping
+        self._trainer, self._module, self._rules = trainer, module, rules
         self._strategy: Any = trainer.strategy
         earlier = vars(self._strategy).get("_setup_model_and_optimizer")
         if isinstance(earlier, ZeroTwin):  # of a run that failed before DeepSpeed started
@@ -45,17 +48,18 @@ class ZeroTwin:
         if optimizer is None or not deepspeed_keeper(self._trainer):
             return self._set_up(model, optimizer, lr_scheduler)
         infos = parameter_infos(self._module)
-        self._grouping.check(infos)
-        factors = {id(info.parameter): self._grouping.decide(info)[0] for info in infos}
-        self.optimizer, self._parts = optimizer, Parts(lambda parameter: factors.get(id(parameter), 0.0))
+        self._rules.check(infos)
+        settings = {id(info.parameter): self._rules.decide(info).setting for info in infos}
+        self.optimizer, self._parts = optimizer, Parts(lambda parameter: settings.get(id(parameter), NO_DECAY))
         twin = object.__new__(type(optimizer))
         vars(twin).update({key: value for key, value in vars(optimizer).items() if key != "step"})
-        self._parts.values = [group.get("weight_decay", 0.0) for group in optimizer.param_groups]
+        schedules = range(len(self._rules.schedules))
+        self._parts.values = [dict.fromkeys(schedules, g.get("weight_decay", 0.0)) for g in optimizer.param_groups]
         twin.param_groups, twin.state = self._parts.update(optimizer), collections.defaultdict(dict)
         optimizer._opt_called = True  # type: ignore[attr-defined]  # or LR schedulers miss its steps
         return self._set_up(model, twin, lr_scheduler)
 
-    def update(self, values: list[Any]) -> None:
+    def update(self, values: Sequence[Mapping[int, Any]]) -> None:
         """Pass on the weight decay of each group, and all else that was written to the user's groups."""
         if self.optimizer is not None:
             self._parts.values = values

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
@@ -110,19 +111,30 @@ class Described(*both("Callback")):  # type: ignore[misc]
         return {name: text for name, text in texts.items() if text is not None}
 
 
+@contextlib.contextmanager
+def named_errors(name: str) -> Iterator[None]:
+    """Errors begin with the name of the class, as the user knows it: a Trainer has several callbacks.
+
+    Raises:
+        TypeError: Instead of one.
+        ValueError: Instead of one.
+    """
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        if str(error).startswith(name):
+            raise
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{name}: {error}") from error
+
+
 def _naming(init: Callable[..., None]) -> Callable[..., None]:
-    """A constructor whose errors begin with the name of the class, as the user knows it."""
+    """A constructor whose errors begin with the name of the class."""
 
     @functools.wraps(init)
     def named(self: Described, *args: Any, **kwargs: Any) -> None:
-        try:
+        with named_errors(type(self).__name__):
             init(self, *args, **kwargs)
-        except (TypeError, ValueError) as error:
-            name = type(self).__name__
-            if str(error).startswith(name):
-                raise
-            kind = TypeError if isinstance(error, TypeError) else ValueError
-            raise kind(f"{name}: {error}") from error
 
     return named
 
@@ -158,8 +170,8 @@ def _text(value: Any) -> str | None:
     if isinstance(value, dict) and not value:
         return repr(None)  # the same as no argument
     if isinstance(value, dict):
-        entries = {rule_name(key): _text(entry) for key, entry in value.items()}
-        return None if None in entries.values() else "{" + ", ".join(f"{k!r}: {v}" for k, v in entries.items()) + "}"
+        entries = [(rule_name(key), _text(entry)) for key, entry in value.items()]
+        return None if any(v is None for _, v in entries) else "{" + ", ".join(f"{k!r}: {v}" for k, v in entries) + "}"
     if isinstance(value, (list, tuple)):
         return repr([rule_name(rule) for rule in value])
     if isinstance(value, torch.Tensor) or hasattr(value, "keys"):

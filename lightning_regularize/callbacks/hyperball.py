@@ -228,7 +228,7 @@ def _refuse_decay(optimizer: Optimizer, group: dict[str, Any], targets: Sequence
     if not group.get("weight_decay"):
         return
     parts = hooks_of(optimizer).parts
-    decaying = [t.info.name for t in targets if parts is None or parts.factor_of(t.info.parameter)]
+    decaying = [t.info.name for t in targets if parts is None or parts.setting_of(t.info.parameter)[1]]
     if decaying:
         raise MisconfigurationException(_refusal(type(optimizer).__name__, decaying))
 

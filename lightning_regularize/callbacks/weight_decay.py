@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -20,12 +20,14 @@ from lightning_regularize._steps.watch import Watch, stepping_optimizers
 from lightning_regularize._trainer.deepspeed import ZeroTwin
 from lightning_regularize._trainer.run import group_labels
 from lightning_regularize._trainer.strategies import check_gradients_are_the_modules, check_weights_are_the_optimizers
+from lightning_regularize.callbacks._arguments import named_errors
 from lightning_regularize.callbacks._base import Regularizer
 from lightning_regularize.callbacks._penalty_methods import Rounding
 from lightning_regularize.callbacks._saved import NUMBER, Value
 from lightning_regularize.decay_methods import METHODS, DecayMethod, Target, check_method, will_move
-from lightning_regularize.groups import Grouping, check_something_decays
-from lightning_regularize.schedules import Constant, Schedule, as_schedule, check_total_steps, timescales_in
+from lightning_regularize.decay_rules import NO_DECAY, DecayRules, Decision, Setting
+from lightning_regularize.groups import Grouping
+from lightning_regularize.schedules import Schedule, check_total_steps, timescales_in
 from lightning_regularize.selection import DEFAULT_EXCLUDE, FOREIGN, ParameterInfo, Rule, foreign_info
 
 if TYPE_CHECKING:
@@ -36,16 +38,7 @@ if TYPE_CHECKING:
 
     from lightning_regularize._steps.run import Run
     from lightning_regularize.callbacks._saved import Layout
-    from lightning_regularize.schedules import Position
-
-
-@dataclass(frozen=True, eq=False)
-class _Decision:
-    """What the rules say about one parameter."""
-
-    info: ParameterInfo
-    factor: float
-    rule: str
+    from lightning_regularize.schedules import Position, ScheduleLike
 
 
 class WeightDecay(Regularizer):
@@ -60,16 +53,21 @@ class WeightDecay(Regularizer):
     where :math:`f_p` is the parameter's factor (0 where excluded, what ``factors`` says, otherwise 1) and :math:`r_g`
     the ratio that the user's own groups have: a group that was given weight decay 0 beside others with some stays at
     0; if no group of an optimizer has any, each has ratio 1. The ``weight_decay`` of a group shows the value of what
-    decays in it, for the step to come. Logged as ``weight_decay``, with several groups as ``weight_decay/<group>``,
-    whenever Lightning logs.
+    decays in it, for the step to come; of several schedules, that of the last in the mapping. Logged whenever Lightning
+    logs: as ``weight_decay``, with several groups as ``weight_decay/<group>``, with several schedules as
+    ``weight_decay/<group>/<rule>``.
 
     Args:
         weight_decay: A number of at least 0, a :class:`~lightning_regularize.schedules.Schedule`, or any callable from
             a :class:`~lightning_regularize.schedules.Position` to a number. The first step uses the schedule's first
             value and the last step its last; steps are the optimizer's, whatever the accumulation. None keeps the
-            values that the groups have, and only excludes.
-        exclude: Rules for what does not decay. What a model itself declares (``no_weight_decay()``) never does.
-        factors: Rule -> factor on the weight decay, first match wins, e.g. ``{"encoder.*": 0.1}``.
+            values that the groups have, and only excludes. A mapping from rules to such gives each rule its own, e.g.
+            ``{"head.*": 0.1, "embedding": 0.0, "*": FollowLR(0.1)}``; the first match wins, and whatever decays needs
+            one. A rule that never applies is an error, also where ``exclude`` has all that it is for.
+        exclude: Rules for what does not decay; ``"!rule"`` takes back what a rule before it has excluded. What a model
+            itself declares (``no_weight_decay()``) never decays.
+        factors: Rule -> factor on the weight decay, or a function that makes one of a
+            :class:`~lightning_regularize.ParameterInfo`, first match wins, e.g. ``{"encoder.*": 0.1}``.
         total_steps: Length of the schedule in steps of an optimizer; by default what the Trainer expects.
         method: What applies the decay. ``"optimizer"``: the optimizer's own weight decay. With all others this callback
             does, the optimizer's own is set to 0, and any optimizer will do, also one without ``weight_decay``:
@@ -90,8 +88,10 @@ class WeightDecay(Regularizer):
     Example:
         >>> from lightning.pytorch import Trainer
         >>> from lightning_regularize import WeightDecay
-        >>> from lightning_regularize.schedules import Cosine
+        >>> from lightning_regularize.schedules import Cosine, FollowLR
         >>> trainer = Trainer(callbacks=[WeightDecay(Cosine(0.04, 0.4))], logger=False, accelerator="cpu")
+        >>> WeightDecay({"head.*": 0.1, "embedding": 0.0, "*": FollowLR(0.1)})
+        WeightDecay({'head.*': 0.1, 'embedding': 0.0, '*': FollowLR(value=0.1)})
 
     References:
         Loshchilov and Hutter, "Decoupled Weight Decay Regularization", ICLR 2019.
@@ -103,25 +103,29 @@ class WeightDecay(Regularizer):
 
     def __init__(
         self,
-        weight_decay: float | Schedule | Callable[[Position], float] | None,
+        weight_decay: float
+        | Schedule
+        | Callable[[Position], float]
+        | Mapping[Any, float | Schedule | Callable[[Position], float] | None]
+        | None,
         *,
         exclude: Sequence[Rule] = DEFAULT_EXCLUDE,
-        factors: Mapping[Any, float] | None = None,
+        factors: Mapping[Any, float | Callable[[ParameterInfo], float]] | None = None,
         total_steps: int | None = None,
         method: Literal["optimizer", "decoupled", "coupled", "independent", "cautious", "stable"] = "optimizer",
         rounding: Literal["nearest", "stochastic"] = "nearest",
         seed: int = 0,
     ) -> None:
         super().__init__(locals())
-        self.schedule = None if weight_decay is None else as_schedule(weight_decay, name="weight_decay")
         self.grouping = Grouping(exclude, {} if factors is None else factors)
+        self.rules = DecayRules(weight_decay, self.grouping)
+        self.schedule = self.rules.schedules[0] if len(self.rules.schedules) == 1 else None
         self.total_steps = check_total_steps(total_steps)
         check_method(method)
-        if weight_decay is None and method != "optimizer":
-            raise ValueError(
-                f"`weight_decay=None` keeps the optimizer's own decay, it needs method='optimizer', got {method!r}."
-            )
-        if method == "independent" and timescales_in(self.schedule):
+        if None in self.rules.schedules and method != "optimizer":
+            what = "`weight_decay=None`" if weight_decay is None else "A weight decay of None for a rule"
+            raise ValueError(f"{what} keeps the optimizer's own decay, it needs method='optimizer', got {method!r}.")
+        if method == "independent" and any(map(timescales_in, self.schedules)):
             raise ValueError("A Timescale counts on decay by lr * weight_decay, got method='independent'.")
         check_rounding(rounding, seed)
         if rounding == "stochastic" and method not in ("decoupled", "independent", "coupled"):
@@ -135,6 +139,11 @@ class WeightDecay(Regularizer):
         "given": [[Value("None, or a finite number of at least 0", lambda v: v is None or NUMBER.is_valid(v))]],
         "parts": [[[Value("a dictionary", lambda v: isinstance(v, dict))]]],
     }
+
+    @property
+    def schedules(self) -> Sequence[ScheduleLike]:
+        """The schedule of each rule."""
+        return [schedule for schedule in self.rules.schedules if schedule is not None]
 
     def identity(self) -> dict[str, Any]:
         """There is one in a Trainer, whatever its rules."""
@@ -154,7 +163,7 @@ class WeightDecay(Regularizer):
             )
         self._twin = None
         if stage == "fit" and METHODS[self.method].uses_optimizer and is_named(trainer.strategy, "DeepSpeedStrategy"):
-            self._twin = ZeroTwin(trainer, pl_module, self.grouping)
+            self._twin = ZeroTwin(trainer, pl_module, self.rules)
 
     def check(self, run: Run) -> None:
         if self._twin is not None and self._twin.optimizer is not None:
@@ -162,16 +171,17 @@ class WeightDecay(Regularizer):
         if not run.optimizers:
             self.warn("WeightDecay does nothing: `configure_optimizers` returned no optimizer.")
         infos = run.infos()
-        self._check_rules(infos)
+        with named_errors("WeightDecay"):
+            self.rules.check(infos)
         self.decay_method = self._make_method(run)
         if self.decay_method.adds_to_gradients:
             check_gradients_are_the_modules(run.trainer, f"WeightDecay(method={self.method!r})")
         elif not self.decay_method.uses_optimizer:
             check_weights_are_the_optimizers(run.trainer, f"WeightDecay(method={self.method!r})")
         if self.decay_method.needs_real_weights:
-            decaying = [info for info in infos if self.grouping.decide(info)[0]]
+            decaying = [info for info in infos if self.rules.decide(info).setting.factor]
             self.check_real(decaying, f"WeightDecay(method={self.method!r})")
-        self._targets: Targets[_Decision] = Targets(
+        self._targets: Targets[Decision] = Targets(
             run.infos, self._learn, lambda parameter: self._learn(foreign_info(parameter))
         )
         self._parts: WeakKeyDictionary[Optimizer, Parts] = WeakKeyDictionary()
@@ -188,14 +198,6 @@ class WeightDecay(Regularizer):
             for leaf in stepping_optimizers(optimizer):
                 self._check_optimizer(leaf, optimizer)
 
-    def _check_rules(self, infos: Sequence[ParameterInfo]) -> None:
-        try:
-            self.grouping.check(infos)
-            if self.schedule is not None and self.schedule != Constant(0.0):
-                check_something_decays(self.grouping, infos)
-        except ValueError as error:
-            raise ValueError(f"WeightDecay: {error}") from error
-
     def _check_optimizer(self, leaf: Optimizer, optimizer: Any) -> None:
         """Refuse an optimizer whose weights cannot be made to decay as asked.
 
@@ -210,37 +212,34 @@ class WeightDecay(Regularizer):
             is_foreign = leaf is not optimizer and all(decision.info.name == FOREIGN for decision in decisions)
             reason = refusal(leaf, optimizer, is_foreign=is_foreign)
         # What is excluded as a whole needs no weight decay, and where none is asked for there may be none.
-        needs_none = self.decay_method.uses_optimizer and not has_decay and self.schedule in (None, Constant(0.0))
-        if not needs_none and any(decision.factor for decision in decisions):
+        decaying = [d for d in decisions if d.setting.factor and self.rules.sets_decay(d.setting.schedule)]
+        needs_none = self.decay_method.uses_optimizer and not has_decay and not decaying
+        if not needs_none and any(decision.setting.factor for decision in decisions):
             reason = reason or self.decay_method.refuse(leaf)
-            if self.schedule != Constant(0.0) and self.schedule is not None:
-                reason = reason or self.decay_method.refuse_sparse([d.info for d in decisions if d.factor])
+            reason = reason or self.decay_method.refuse_sparse([decision.info for decision in decaying])
         if reason:
             raise MisconfigurationException(reason)
 
     def _check_groups_decay(self, run: Run) -> None:
-        if not self.decay_method.uses_optimizer or self.schedule in (None, Constant(0.0)):
+        if not self.decay_method.uses_optimizer:
             return
-        factors = [
-            self._groups_of(watch.optimizer).ratio(group) * decision.factor
+        held = [
+            (self._groups_of(watch.optimizer).ratio(group), decision)
             for watch in run.watches
             for group, decisions in zip(watch.optimizer.param_groups, self._targets.of(watch.optimizer), strict=True)
             for decision in decisions
         ]
-        decaying = any(decision.factor and decision.info.parameter.requires_grad for decision in self._targets)
-        if factors and not any(factors) and decaying:
-            raise MisconfigurationException(
-                "Weight decay is positive, but nothing decays: each parameter in the optimizer's groups is excluded, "
-                "or in a group that was given weight decay 0 beside others with some. Change the groups or `exclude`."
-            )
+        if reason := self.rules.refuse_ratios(held, list(self._targets)):
+            raise MisconfigurationException(reason)
 
     def _make_method(self, run: Run) -> DecayMethod:
         kind = METHODS[self.method]
         known = {"stochastic": self.rounding == "stochastic", "seed": self.seed, "sharding": run.sharding()}
         return kind(**{field.name: known[field.name] for field in fields(kind)})  # type: ignore[arg-type]
 
-    def _learn(self, info: ParameterInfo) -> _Decision:
-        return _Decision(info, *self.grouping.decide(info))
+    def _learn(self, info: ParameterInfo) -> Decision:
+        with named_errors("WeightDecay"):
+            return self.rules.decide(info)
 
     def begin(self, run: Run) -> None:
         given = self._saved.get("given", [])
@@ -258,14 +257,17 @@ class WeightDecay(Regularizer):
         """The weight decay of an optimizer's groups, which have the user's values when they are first seen."""
         groups = self._groups.get(optimizer)
         if groups is None:
-            value_of = None if self.schedule is None else self._value_of
+            value_of = self._value_of if self.schedules else None
             options = {"shows_value": self.decay_method.uses_optimizer, "of_run": self._given, "warn": self.warn}
-            groups = GroupDecay(optimizer, value_of, self._factors_of, **options)  # type: ignore[arg-type]
+            groups = GroupDecay(optimizer, value_of, self._settings_of, **options)  # type: ignore[arg-type]
             self._groups[optimizer] = groups
         return groups
 
-    def _value_of(self, group: dict[str, Any], step: int, ratio: float) -> float:
-        value = ratio * self.run.clock.value(self.schedule, group, step) if ratio else 0.0
+    def _value_of(self, schedule: int, group: dict[str, Any], step: int, ratio: float) -> float | None:
+        found = self.rules.schedules[schedule]
+        if found is None:
+            return None
+        value: float = ratio * self.run.clock.value(found, group, step) if ratio else 0.0
         if self._has_half and value and self.rounding == "nearest" and not self._is_rounding_warned:
             lost = self.decay_method.lost_in_rounding(group, value, self.run.clock.position(group, step).peak_lr)
             if lost:
@@ -273,8 +275,8 @@ class WeightDecay(Regularizer):
                 self.warn(lost)
         return value
 
-    def _factors_of(self, optimizer: Any) -> list[list[float]]:
-        return [[decision.factor for decision in decisions] for decisions in self._targets.of(optimizer)]
+    def _settings_of(self, optimizer: Any) -> list[list[Setting]]:
+        return [[decision.setting for decision in decisions] for decisions in self._targets.of(optimizer)]
 
     def _install_parts(self, leaf: Optimizer, saved: list[list[dict[str, Any]]] | None = None) -> None:
         has_decay = any("weight_decay" in group for group in leaf.param_groups)
@@ -288,7 +290,7 @@ class WeightDecay(Regularizer):
             )
         find = self._targets.find
         hooks.parts = self._parts[leaf] = Parts(
-            lambda parameter: decision.factor if (decision := find(parameter)) else 0.0
+            lambda parameter: decision.setting if (decision := find(parameter)) else NO_DECAY
         )
         if saved:
             hooks.parts.load_state_dict(saved)
@@ -347,8 +349,8 @@ class WeightDecay(Regularizer):
             if number < clock.total_steps:
                 groups.show(leaf, number, clock.epoch)
 
-    def _values(self, watch: Watch, leaf: Any, number: int) -> list[Any]:
-        """The weight decay of factor 1 in each group of an optimizer."""
+    def _values(self, watch: Watch, leaf: Any, number: int) -> list[dict[int, Any]]:
+        """The weight decay of factor 1 in each group of an optimizer, by schedule."""
         return self._groups_of(watch.optimizer).values(leaf, number, self.run.clock.epoch)
 
     def _find_decaying(self, step: Step) -> list[Target]:
@@ -356,21 +358,30 @@ class WeightDecay(Regularizer):
         leaf = step.optimizer
         values = self._values(step.watch, leaf, step.number)
         return [
-            Target(decision.info.name, decision.info.parameter, group, decision.factor * value)
-            for group, decisions, value in zip(leaf.param_groups, self._targets.of(leaf), values, strict=True)
+            Target(decision.info.name, decision.info.parameter, group, decay)
+            for group, decisions, of_group in zip(leaf.param_groups, self._targets.of(leaf), values, strict=True)
             for decision in decisions
-            if decision.factor * value and will_move(leaf, decision.info.parameter)
+            if (decay := decision.weight_decay(of_group)) and will_move(leaf, decision.info.parameter)
         ]
 
     def _log(self, watch: Watch) -> None:
         optimizer = watch.optimizer
         self._targets.of(optimizer)  # parameters may have been appended just now
-        values = self._groups_of(watch.optimizer).shown(optimizer, watch.steps, self.run.clock.epoch)
+        groups, names = self._groups_of(watch.optimizer), self.rules.names
+        values = groups.shown(optimizer, watch.steps, self.run.clock.epoch)
         labels = group_labels(optimizer, self.run.label(watch))
-        if len(labels) == 1 and len(self.run.watches) == 1:
+        if len(names) == 1 and len(labels) == 1 and len(self.run.watches) == 1:
             self.run.log({"weight_decay": values[0]})
-        else:
-            self.run.log({f"weight_decay/{label}": value for label, value in zip(labels, values, strict=True)})
+            return
+        keys = [f"weight_decay/{label}" for label in labels]
+        logged = dict(zip(keys, values, strict=True))
+        if len(names) > 1:
+            by_schedule = groups.by_schedule(optimizer, watch.steps, self.run.clock.epoch)
+            for key, of_group in zip(keys, by_schedule, strict=True):
+                if of_group:
+                    del logged[key]
+                logged |= {f"{key}/{names[schedule]}": value for schedule, value in of_group.items()}
+        self.run.log(logged)
 
     def by_parameter(self) -> Iterator[tuple[ParameterInfo, Watch, int, float, float, str]]:
         """For each parameter that an optimizer holds: its place, its weight decay, the factor in that, and the rule.
@@ -383,7 +394,8 @@ class WeightDecay(Regularizer):
             of_groups = zip(optimizer.param_groups, self._targets.of(optimizer), values, strict=True)
             for i, (group, decisions, value) in enumerate(of_groups):
                 for d in decisions:
-                    yield d.info, watch, i, float(value) * d.factor, groups.ratio(group) * d.factor, d.rule
+                    share = groups.ratio(group) * d.setting.factor
+                    yield d.info, watch, i, float(d.weight_decay(value)), share, d.rule
 
     # -- after training ------------------------------------------------------------------------------------------------
 
