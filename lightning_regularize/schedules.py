@@ -484,12 +484,24 @@ class Timescale(Schedule):
         Raises:
             ValueError: If it is not known how many steps an epoch, or the run, has.
         """
+        steps = self.in_steps(at)
+        value = 1.0 if self.schedule is None else value_at(self.schedule, at)
+        return value / (at.peak_lr * steps) if at.peak_lr else 0.0
+
+    def in_steps(self, at: Position) -> float:
+        """The time in optimizer steps.
+
+        Args:
+            at: A position of the run, of which the numbers of steps count.
+
+        Raises:
+            ValueError: If it is not known how many steps an epoch, or the run, has.
+        """
         units = ((self.epochs, at.steps_per_epoch), (self.steps, 1), (self.fraction, at.total_steps))
         (steps,) = [length * unit for length, unit in units if length is not None]
         if math.isinf(steps):
             raise ValueError(f"{self!r} needs to know how many steps an epoch or the run has: give `steps` instead.")
-        value = 1.0 if self.schedule is None else value_at(self.schedule, at)
-        return value / (at.peak_lr * steps) if at.peak_lr else 0.0
+        return steps
 
 
 class _Replay:

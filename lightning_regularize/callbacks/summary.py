@@ -23,7 +23,7 @@ from lightning_regularize.callbacks.constrained_decay import ConstrainedDecay
 from lightning_regularize.callbacks.penalty import ElasticNetPenalty, L2Penalty
 from lightning_regularize.callbacks.weight_decay import WeightDecay
 from lightning_regularize.groups import group_name
-from lightning_regularize.schedules import Position, value_at
+from lightning_regularize.schedules import Position, timescales_in, value_at
 from lightning_regularize.selection import parameter_infos
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     import lightning.pytorch as pl
 
+    from lightning_regularize.schedules import ScheduleLike
     from lightning_regularize.selection import ParameterInfo
 
 _SAMPLES = 100  # positions at which a schedule is looked at for its mean
@@ -40,7 +41,8 @@ class RegularizationSummary(Regularizer):
     """Prints which parameters decay, by how much, and the rule that decided, once at the start of training.
 
     The table is of what the optimizers hold, whoever made their groups. Scheduled weight decay shows the range of its
-    values in the run; learning rates stand beside it where groups differ in them. Below it stands what is likely not
+    values in the run, and of a :class:`~lightning_regularize.schedules.Timescale` also the steps over which it acts;
+    learning rates stand beside it where groups differ in them. Below it stands what is likely not
     meant: weight decay that hardly acts in a run of this length, is lost to rounding, goes through Adam's
     normalization, or is applied twice. Printed on rank 0 only.
 
@@ -89,6 +91,7 @@ class _Row(NamedTuple):
     lr: float | None = None
     rule: str = ""
     advice: DecayingGroup | None = None  # what is known of the group, if the parameter decays
+    timescale: float = 0.0  # in steps, where a Timescale was asked for
 
 
 def _rows(trainer: pl.Trainer, module: pl.LightningModule) -> list[_Row]:
@@ -127,18 +130,24 @@ def _of_optimizers(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[
 
 
 def _of_schedule(trainer: pl.Trainer, callback: WeightDecay) -> Iterator[_Row]:
-    """What WeightDecay makes of the groups: each in parts of one factor."""
-    found = sorted(callback.by_parameter(), key=lambda each: (each[1].index, each[2], -each[4]))
+    """What WeightDecay makes of the groups: each in parts of one schedule and factor."""
+    rules = callback.rules
+    settings = {id(info): rules.decide(info).setting for info, *_ in callback.by_parameter()}
+    found = sorted(
+        callback.by_parameter(), key=lambda each: (each[1].index, each[2], -each[4], settings[id(each[0])].schedule)
+    )
     labels = {w.index: group_labels(w.optimizer, callback.run.label(w)) for _, w, *_ in found}
     is_one = sum(map(len, labels.values())) == 1
-    samples: dict[float, Sequence[float]] = {}
+    samples: dict[tuple[float, int], Sequence[float]] = {}
     for info, watch, i, value, share, rule in found:
         optimizer = torch_optimizer(watch.optimizer)
         group = optimizer.param_groups[i]
-        peak, part = _peak(group), group_name(share)
-        if peak not in samples:
-            samples[peak] = _sampled(callback, total_steps(trainer), peak)
-        reach = samples[peak] or [value / share if share else 0.0]
+        peak, part, schedule = _peak(group), group_name(share), settings[id(info)].schedule
+        if (peak, schedule) not in samples:
+            samples[peak, schedule] = _sampled(callback, rules.schedules[schedule], total_steps(trainer), peak)
+        reach = samples[peak, schedule] or [value / share if share else 0.0]
+        if share and rules.names[schedule]:
+            part = f"{part}, {rules.names[schedule]}"
         pg, holder = _holder(optimizer, group, labels[watch.index][i])
         label = part if is_one else f"{pg} {part}"
         is_decoupled = not callback.decay_method.adds_to_gradients
@@ -148,7 +157,8 @@ def _of_schedule(trainer: pl.Trainer, callback: WeightDecay) -> Iterator[_Row]:
             label = f"WeightDecay, {label}"
         known = _group_advice(label, holder, group, share * sum(reach) / len(reach), is_decoupled)
         why = rule if rule or share else "0 as configured"
-        yield _Row(label, info, (share * min(reach), share * max(reach)), _rate(group), why, known)
+        steps = _timescale(callback, schedule, total_steps(trainer)) / share if share else 0.0
+        yield _Row(label, info, (share * min(reach), share * max(reach)), _rate(group), why, known, steps)
 
 
 def _holder(optimizer: Any, group: dict[str, Any], label: str) -> tuple[str, Any]:
@@ -205,6 +215,8 @@ def _table(rows: list[_Row], max_rows: int) -> Table:
         decay = ", ".join(f"{low:g}" if low == high else f"{low:g} to {high:g}" for low, high in sorted(ranges)) or "-"
         if len(lrs) > 1 and members[0].lr is not None:
             decay += f", lr {members[0].lr:.3g}"
+        if members[0].timescale:
+            decay += f", over {members[0].timescale:,.4g} steps"
         tensors = f"{len(members)} tensor{'s' if len(members) > 1 else ''}"
         table.add_row(escape(group), tensors, f"{numbers:,}", decay, style="bold")
         alike = _alike(members)
@@ -254,12 +266,19 @@ def _advice(trainer: pl.Trainer, rows: list[_Row]) -> list[str]:
     return advise(groups, other_decays=names, decaying=decaying, **steps)
 
 
-def _sampled(callback: WeightDecay, steps_of_run: float, lr: float) -> Sequence[float]:
-    """Values of the schedule over the run, at a constant rate; none where the groups keep their own."""
-    if callback.schedule is None:
+def _timescale(callback: WeightDecay, schedule: int, steps_of_run: float) -> float:
+    """The time over which a Timescale acts at the peak of the rate, in steps; 0 of another schedule."""
+    timescales = timescales_in(callback.rules.schedules[schedule])
+    position = Position(0, callback.total_steps or steps_of_run, steps_per_epoch=callback.run.clock.steps_per_epoch)
+    return timescales[0].in_steps(position) if timescales else 0.0
+
+
+def _sampled(callback: WeightDecay, schedule: ScheduleLike | None, steps_of_run: float, lr: float) -> Sequence[float]:
+    """Values of a schedule over the run, at a constant rate; none where the groups keep their own."""
+    if schedule is None:
         return []
     horizon = callback.total_steps or steps_of_run
     last = horizon - 1 if math.isfinite(horizon) else 0
     steps = [round(i * last / (_SAMPLES - 1)) for i in range(_SAMPLES)]
     epoch_steps = callback.run.clock.steps_per_epoch
-    return [value_at(callback.schedule, Position(step, horizon, 0, lr, lr, epoch_steps)) for step in steps]
+    return [value_at(schedule, Position(step, horizon, 0, lr, lr, epoch_steps)) for step in steps]

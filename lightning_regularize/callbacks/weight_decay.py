@@ -27,7 +27,7 @@ from lightning_regularize.callbacks._saved import NUMBER, Value
 from lightning_regularize.decay_methods import METHODS, DecayMethod, Target, check_method, will_move
 from lightning_regularize.decay_rules import NO_DECAY, DecayRules, Decision, Setting
 from lightning_regularize.groups import Grouping
-from lightning_regularize.schedules import Schedule, check_total_steps, timescales_in
+from lightning_regularize.schedules import Constant, Schedule, check_total_steps, timescales_in
 from lightning_regularize.selection import DEFAULT_EXCLUDE, FOREIGN, ParameterInfo, Rule, foreign_info
 
 if TYPE_CHECKING:
@@ -400,7 +400,7 @@ class WeightDecay(Regularizer):
     # -- after training ------------------------------------------------------------------------------------------------
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.run is not None and isinstance(self.schedule, Constant):
+        if self.run is not None and all(isinstance(schedule, Constant) for schedule in self.schedules):
             self._lost.warn_if_lost(self)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

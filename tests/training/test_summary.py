@@ -60,6 +60,24 @@ def test_a_schedule_shows_from_where_to_where_it_reaches(capsys):
     assert ["no_decay", "4", "tensors", "14", "0"] in rows
 
 
+@pytest.mark.parametrize("times", [{"steps": 20}, {"epochs": 20 / 7}, {"fraction": 20 / 7}], ids=str)
+def test_a_timescale_shows_the_weight_decay_and_the_steps(capsys, times):
+    decay = WeightDecay(schedules.Timescale(**times), factors={"output.*": 0.5})
+    rows, _ = printed(capsys, decay, RegularizationSummary())
+    text = " ".join(word for row in rows for word in row)
+    assert "12 0.5, over 20 steps" in text  # 1 / (lr 0.1 * 20 steps)
+    assert "8 0.25, over 40 steps" in text
+
+
+def test_each_rule_shows_its_schedule(capsys):
+    rules = {"output.*": 0.3, "*": schedules.Linear(0.2, 0.1)}
+    rows, _ = printed(capsys, WeightDecay(rules), RegularizationSummary())
+    assert ["decay,", "output.*", "1", "tensor", "8", "0.3"] in rows
+    assert ["decay,", "*", "1", "tensor", "12", "0.1", "to", "0.2"] in rows
+    assert ["output.weight", "2x4", "8", "output.*"] in rows
+    assert ["no_decay", "4", "tensors", "14", "0"] in rows
+
+
 class Based(RegularizedModule):
     def __init__(self):
         super().__init__(weight_decay=0.3)
