@@ -367,21 +367,14 @@ class WeightDecay(Regularizer):
     def _log(self, watch: Watch) -> None:
         optimizer = watch.optimizer
         self._targets.of(optimizer)  # parameters may have been appended just now
-        groups, names = self._groups_of(watch.optimizer), self.rules.names
-        values = groups.shown(optimizer, watch.steps, self.run.clock.epoch)
+        names, groups = self.rules.names, self._groups_of(watch.optimizer)
+        of_groups = groups.by_schedule(optimizer, watch.steps, self.run.clock.epoch)
         labels = group_labels(optimizer, self.run.label(watch))
-        if len(names) == 1 and len(labels) == 1 and len(self.run.watches) == 1:
-            self.run.log({"weight_decay": values[0]})
-            return
-        keys = [f"weight_decay/{label}" for label in labels]
-        logged = dict(zip(keys, values, strict=True))
-        if len(names) > 1:
-            by_schedule = groups.by_schedule(optimizer, watch.steps, self.run.clock.epoch)
-            for key, of_group in zip(keys, by_schedule, strict=True):
-                if of_group:
-                    del logged[key]
-                logged |= {f"{key}/{names[schedule]}": value for schedule, value in of_group.items()}
-        self.run.log(logged)
+        is_one = len(names) == 1 and len(labels) == 1 and len(self.run.watches) == 1
+        for label, values in zip(labels, of_groups, strict=True):
+            key = "weight_decay" if is_one else f"weight_decay/{label}"
+            by_rule = {f"{key}/{names[schedule]}": value for schedule, value in values.items()}
+            self.run.log(by_rule if by_rule and len(names) > 1 else {key: values.get(0, 0.0)})
 
     def by_parameter(self) -> Iterator[tuple[ParameterInfo, Watch, int, float, float, str]]:
         """For each parameter that an optimizer holds: its place, its weight decay, the factor in that, and the rule.
