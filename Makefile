@@ -16,7 +16,7 @@ LOWER_BOUNDS := import importlib.metadata as m, re; print(*("==".join(bound) for
 	re.findall(r"(?m)^([\w-]+)[^>;]*>=([\d.]+)", "\n".join(m.requires("lightning-regularize")))), sep="\n")
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-all examples docs test test-lowest test-deepspeed test-gpu check dist bench clean
+.PHONY: help demo demo-all examples docs test test-lowest test-deepspeed test-gpu mutants check dist bench clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -49,6 +49,9 @@ test-deepspeed: $(INSTALLED) ## run the tests of DeepSpeed's stages on the CPU; 
 
 test-gpu: $(INSTALLED) ## run the tests that need CUDA
 	$(BIN)/python -m pytest --quiet -m gpu tests/gpu $(ARGS)
+
+mutants: $(INSTALLED) ## does a test fail for each mistake of tests/mutants? ARGS="norms decay" for those files alone
+	$(BIN)/python -m tests.mutants $(ARGS)
 
 check: $(INSTALLED) ## lint, format and types
 	$(BIN)/ruff check .

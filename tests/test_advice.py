@@ -36,6 +36,10 @@ def test_decay_that_takes_more_than_all_is_told():
     assert "removes 150% of a weight in one step, so that it changes its sign" in found
 
 
+def test_decay_that_takes_exactly_all_changes_no_sign():
+    assert advise([group(weight_decay=2.0, lr=0.5)]) == []
+
+
 def test_momentum_shortens_what_passes_through_it():
     sgd = group(rule="SGD", lr=0.1, weight_decay=1e-4, momentum=0.9, is_decoupled=False)
     assert advise([sgd], total_steps=2000) == []  # 10,000 steps; without momentum 100,000
@@ -45,6 +49,10 @@ def test_momentum_shortens_what_passes_through_it():
 def test_decay_that_forgets_within_an_epoch_is_told():
     (found,) = advise([group(weight_decay=10.0)], total_steps=10_000, steps_per_epoch=1000)
     assert "acts over 100 steps, less than half an epoch of 1,000" in found
+
+
+def test_a_run_shorter_than_an_epoch_need_not_remember_an_epoch():
+    assert advise([group(weight_decay=5.0)], total_steps=100, steps_per_epoch=1000) == []  # acts over 200 steps
 
 
 @pytest.mark.parametrize("rule", ["Adam", "NAdam", "RMSprop"])

@@ -78,6 +78,14 @@ def test_shares_are_from_nothing_to_all(share):
     assert weight.tolist() == [1.0, 1.0, 1.0]
 
 
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_nothing_and_all_are_shares(share):
+    weight, other = numbers(2.0), numbers(2.0)
+    decay_(weight, share)
+    pull_(other, numbers(1.0), share)
+    assert [weight.item(), other.item()] == [2.0 * (1 - share), 2.0 - share]
+
+
 def test_pull():
     weight = numbers(1.0, 3.0, -1.0)
     pull_(weight, numbers(1.0, 1.0, 1.0), 0.5)

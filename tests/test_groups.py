@@ -11,7 +11,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.optim import SGD, AdamW
 
 from lightning_regularize.factors import WidthPower
-from lightning_regularize.groups import Description, describe, layer_groups, param_groups
+from lightning_regularize.groups import Description, describe, function_key, layer_groups, param_groups
 from lightning_regularize.schedules import Linear
 from tests.models import MLP, MODELS, ConvNet, LanguageModel, VisionTransformer
 
@@ -438,6 +438,32 @@ def test_layers_of_a_sequential_are_its_repeated_modules():
     module = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2), nn.Linear(2, 2), nn.PReLU(), nn.Linear(2, 2))
     layers = {"0.": 0.25, "1.": 0.25, "2.": 0.5, "3.": 0.5, "4.": 1.0}
     assert lr_of(module, layer_decay=0.5) == {name: layers[name[:2]] for name, _ in module.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "agree"),
+    [
+        (lambda info: "0" in info.name, lambda info: "0" in info.name, True),
+        (lambda info: "0" in info.name, lambda info: "4" in info.name, False),
+        (lambda info: info.name, lambda info: info.kind, False),
+        (lambda info: info.name < "0", lambda info: info.name > "0", False),
+    ],
+    ids=["equal", "constants", "names", "operations"],
+)
+def test_lambdas_are_told_apart_by_what_they_compute(first, second, agree):
+    assert (function_key(first) == function_key(second)) == agree
+
+
+def test_numbers_of_layers_have_no_gap_where_blocks_share_their_weight():
+    """The second and the third are one layer, right before the last."""
+    module = nn.Sequential(*[nn.Linear(2, 2, bias=False) for _ in range(4)])
+    module[2].weight = module[1].weight
+    groups = param_groups(module, 0.1, lr=1.0, layer_decay=0.5)
+    assert [(group["name"], group["lr"]) for group in groups] == [
+        ("decay layer 0", 0.25),
+        ("decay layer 1", 0.5),
+        ("decay layer 2", 1.0),
+    ]
 
 
 @pytest.mark.parametrize(

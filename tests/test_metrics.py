@@ -113,7 +113,11 @@ def _measured(rank, world_size, sharded):
     dist.init_process_group("gloo", rank=rank, world_size=world_size)
     module = seeded()
     module.hidden.weight.data[:3] = 0
-    if sharded:
+    if sharded == "fsdp1":  # whose parameters are this rank's elements alone
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
+        module = FullyShardedDataParallel(module, device_id=torch.device("cpu"), use_orig_params=True)
+    if sharded == "fsdp2":
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
@@ -126,7 +130,7 @@ def _measured(rank, world_size, sharded):
     return [metric.compute().item() for metric in (norm, sparsity, gap)]
 
 
-@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
+@pytest.mark.parametrize("sharded", ["ddp", "fsdp1", "fsdp2"])
 def test_ranks_are_not_added_up(sharded):
     module = seeded()
     module.hidden.weight.data[:3] = 0

@@ -292,6 +292,13 @@ def test_histograms_equal_numpys_at_any_size(size):
         assert_same_histogram(found, values.numpy())
 
 
+def test_histograms_of_negative_elements_end_below_zero():
+    """A small tensor beside a large one, which comes first where they are arranged."""
+    tensors = [-1 - randn(size).abs() for size in (10, 2**18 + 1)]
+    for found, tensor in zip(histograms(tensors, sharding=Sharding()), tensors, strict=True):
+        assert (found.low, found.high) == (tensor.min().item(), tensor.max().item())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_histograms_reach_to_the_ends_of_the_range(dtype):
     limits = torch.finfo(dtype)

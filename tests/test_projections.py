@@ -505,6 +505,13 @@ def test_singular_values_are_clipped(weight, bound):
     assert_inside(np.linalg.svd(projected, compute_uv=False), bound)
 
 
+def test_singular_values_of_units_in_the_last_dims_are_clipped():
+    weight = randn(3, 4, 5).double()
+    found = SpectralBall(1.0).project(weight, dim=0)
+    u, sigma, vh = np.linalg.svd(weight.flatten(1).T.numpy(), full_matrices=False)
+    np.testing.assert_allclose(found.flatten(1).T, (u * np.minimum(sigma, 1.0)) @ vh, atol=1e-11)
+
+
 @each_dtype
 @pytest.mark.parametrize("shape", [(64, 200), (200, 64), (16, 3, 3, 3)], ids=str)
 def test_the_spectral_bound_holds_after_rounding(dtype, shape):

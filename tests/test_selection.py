@@ -406,6 +406,21 @@ def test_a_parametrized_bias_or_gain_keeps_its_kind():
     assert kinds(norm) == {"parametrizations.weight.original": "norm", "parametrizations.bias.original": "bias"}
 
 
+def test_only_weight_normalization_has_a_magnitude():
+    """Other parametrizations may be made of two tensors as well."""
+
+    class Sum(nn.Module):
+        def forward(self, a, b):
+            return a + b
+
+        def right_inverse(self, whole):
+            return whole / 2, whole / 2
+
+    linear = nn.Linear(3, 4, bias=False)
+    parametrize.register_parametrization(linear, "weight", Sum())
+    assert set(kinds(linear).values()) == {"weight"}
+
+
 def test_parameters_of_a_parametrization_are_judged_by_themselves():
     class LowRank(nn.Module):
         def __init__(self):

@@ -16,6 +16,7 @@ CONSTANT = {  # the same length for each weight
     "SGD": functools.partial(SGD, lr=0.1),
     "SGD momentum": functools.partial(SGD, lr=0.1, momentum=0.9),
     "SGD dampening": functools.partial(SGD, lr=0.1, momentum=0.9, dampening=0.5),
+    "SGD dampening without momentum, which then does not matter": functools.partial(SGD, lr=0.1, dampening=0.5),
     "SGD Nesterov": functools.partial(SGD, lr=0.1, momentum=0.9, nesterov=True),
     "SGD maximize": functools.partial(SGD, lr=0.1, momentum=0.5, maximize=True),
     "SGD foreach": functools.partial(SGD, lr=0.1, momentum=0.5, foreach=True),
@@ -72,6 +73,18 @@ def test_a_steady_gradient_moves_weights_by_the_step_size(name):
 def test_without_momentum_or_with_its_bias_corrected_it_does_so_from_the_first_step(name, steps):
     optimizer, weight, before = stepped(ELEMENTWISE[name], steps)
     moved = (before - weight.detach()).abs() / GRADIENT.abs()
+    torch.testing.assert_close(moved, size_of(optimizer, weight).lengths(), rtol=1e-12, atol=0)
+
+
+def test_amsgrad_goes_as_far_as_its_largest_average_says():
+    """Gradients are smaller now than they were. Without momentum a step is gradient times length."""
+    weight = nn.Parameter(torch.zeros_like(GRADIENT))
+    optimizer = Adam([weight], lr=0.1, betas=(0.0, 0.9), amsgrad=True)
+    for gradient in (GRADIENT, *[0.01 * GRADIENT] * 5):
+        before = weight.detach().clone()
+        weight.grad = gradient.clone()
+        optimizer.step()
+    moved = (before - weight.detach()).abs() / (0.01 * GRADIENT).abs()
     torch.testing.assert_close(moved, size_of(optimizer, weight).lengths(), rtol=1e-12, atol=0)
 
 

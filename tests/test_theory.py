@@ -100,6 +100,13 @@ def test_sgd_settles_at_the_expected_norm_and_angle(lr, weight_decay, momentum):
     )
 
 
+def test_the_angle_of_lion_by_hand():
+    """Of unit noise the average has variance (1 - b2) / (1 + b2) = 1/3, and what the sign is taken of, 1/4 + 1/12."""
+    assert theory.equilibrium_angle_lion(0.01, 1.0, 0.5, 0.5) == pytest.approx(
+        math.sqrt(0.02 * math.pi / 2 / 3), rel=1e-12, abs=0
+    )
+
+
 def test_lion_settles_at_the_expected_rms_and_angle():
     lr, weight_decay, betas = 4e-4, 1.0, (0.9, 0.99)
     expected_rms = theory.equilibrium_rms_lion(lr, weight_decay, *betas)

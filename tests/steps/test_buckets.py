@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lightning_regularize._steps.buckets import Bucket, buckets, copies, new, scratch
 from tests.models import randn
@@ -130,3 +131,14 @@ def test_threads_do_not_share_memory():
     thread.start()
     thread.join()
     assert theirs[0].data_ptr() != mine.data_ptr()
+
+
+def test_memory_for_temporaries_grows():
+    for size in (2, 5, 3):
+        assert scratch(torch.empty(size), slot="grows").shape == (size,)
+
+
+def test_memory_of_fake_tensors_is_not_kept():
+    with FakeTensorMode():
+        scratch(torch.empty(8), slot="fake")
+    assert type(scratch(torch.empty(8), slot="fake")) is torch.Tensor

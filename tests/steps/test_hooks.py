@@ -94,6 +94,14 @@ class WithAModule(Plain):
         return super().step(closure)
 
 
+class WithAModuleAndNoName(Plain):
+    """Takes a module before its closure, which is not called so."""
+
+    def step(self, module, evaluate):
+        assert isinstance(module, nn.Module)
+        return super().step(evaluate)
+
+
 class WithALossFunction(Plain):
     """Takes a function that is no closure before its closure."""
 
@@ -110,12 +118,16 @@ def call(cls, optimizer, loss):
         return optimizer.step(evaluate=closure)
     if cls is AfterOthers:
         return optimizer.step(1.0, ["a"], closure)
+    if cls is WithAModuleAndNoName:
+        return optimizer.step(nn.Linear(1, 1), closure)
     if cls is WithAModule:
         return optimizer.step(nn.Linear(1, 1), closure=closure)
     return optimizer.step(nn.functional.mse_loss, closure=closure)
 
 
-@pytest.mark.parametrize("cls", [Renaming, KeywordOnly, AfterOthers, WithAModule, WithALossFunction])
+@pytest.mark.parametrize(
+    "cls", [Renaming, KeywordOnly, AfterOthers, WithAModule, WithAModuleAndNoName, WithALossFunction]
+)
 def test_a_closure_in_another_place(cls):
     net, twin = Net(), Net()
     optimizer, hand_made = cls(net.parameters()), cls(split(twin))
@@ -227,6 +239,15 @@ def test_gradients_are_complete_at_each_evaluation_and_weights_change_once(cls, 
     watch.remove()
     train(net, optimizer, step=step_by_position, last=1)
     assert len(recorder.calls) == len(expected)
+
+
+def test_the_gradients_of_lbfgs_are_complete_after_each_evaluation_and_not_before():
+    net, recorder = Net(), Recorder()
+    optimizer = optim.LBFGS(net.parameters(), lr=0.1, max_iter=3)
+    watch = Watch(optimizer, recorder)
+    train(net, optimizer, step=step_by_position, last=1)
+    assert recorder.calls == [("before", 0), *[("gradients", 0)] * 3, ("after", 0)]
+    watch.remove()
 
 
 @pytest.mark.parametrize(
@@ -1012,6 +1033,14 @@ def test_a_callback_is_attached_once_at_a_time():
     leaves_nothing(optimizer)
 
 
+def test_a_step_that_somebody_has_put_there_before_is_there_again_after_it_was_removed():
+    net = Net()
+    optimizer = adamw(net.parameters())
+    optimizer.step = step = functools.partial(optimizer.step)
+    decay().attach(optimizer, net).remove()
+    assert vars(optimizer)["step"] is step
+
+
 def test_attached_again_after_it_was_removed():
     """In between the optimizer decays everything, as it was made to."""
     net, twin = Net(), Net()
@@ -1173,6 +1202,25 @@ def test_the_step_that_a_distributed_checkpoint_makes_while_it_loads_neither_cou
     set_optimizer_state_dict(net, optimizer, state)
     optimizer.state.clear()
     assert_identical(train(net, optimizer), train(twin, hand_made, (1.0, 0.0)))
+
+
+@pytest.mark.parametrize(
+    ("is_stepped", "gradient"), [(True, 0.0), (False, None), (False, 1.0)], ids=["no gradient now", "never one", "one"]
+)
+def test_a_step_at_a_learning_rate_of_zero_counts_where_nothing_is_loaded(is_stepped, gradient):
+    """As the first of a warm-up, or the last of a schedule."""
+    net, recorder = Net(), Recorder()
+    optimizer = adamw(net.parameters())
+    if is_stepped:
+        train(net, optimizer, last=1)
+    watch = Watch(optimizer, recorder)
+    optimizer.param_groups[0]["lr"] = 0.0
+    for p in net.parameters():
+        p.grad = None if gradient is None else torch.full_like(p, gradient)
+    optimizer.step()
+    assert recorder.calls == [("gradients", 0), ("before", 0), ("after", 0)]
+    assert watch.steps == 1
+    watch.remove()
 
 
 def test_a_loop_that_counts_by_itself():

@@ -12,6 +12,8 @@ from torch import nn, optim
 from torch.optim import Optimizer
 
 from lightning_regularize import WeightDecay
+from lightning_regularize._steps.hooks import hooks_of
+from lightning_regularize._steps.parts import Parts, user_groups
 from tests.steps.optimizers import (
     DECAYS,
     EXCLUDED,
@@ -1103,3 +1105,34 @@ def test_what_an_optimizer_writes_into_lists_and_dictionaries_of_a_group(cls, ke
         callback.state_dict()
         found = optimizer.param_groups[0][key]
     assert found[0].tolist() == [STEPS] * 2 if key == "history" else found == {"of": {"steps": STEPS}}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Parts by themselves
+
+
+def in_two_parts():
+    """An optimizer whose group has two parts, which are not shown."""
+    net = Net()
+    optimizer = adamw(net.parameters())
+    hooks_of(optimizer).parts = parts = Parts(lambda parameter: float(parameter.dim() > 1))
+    parts.values = [0.5]
+    return optimizer, parts
+
+
+def test_the_users_groups_are_known_while_their_parts_are_shown():
+    optimizer, parts = in_two_parts()
+    groups = optimizer.param_groups
+    parts.show(optimizer)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.5, 0.0]
+    assert user_groups(optimizer) is groups
+    parts.hide(optimizer)
+    assert user_groups(optimizer) is optimizer.param_groups is groups
+
+
+@pytest.mark.parametrize(("saved", "used"), [([{"lr": 0.2}, {"lr": 0.3}], [0.2, 0.3]), ([{"lr": 0.2}] * 3, [0.1, 0.1])])
+def test_values_that_a_checkpoint_has_for_as_many_parts_are_used(saved, used):
+    optimizer, parts = in_two_parts()
+    optimizer.param_groups[0]["lr"] = 0.1
+    parts.load_state_dict([saved])
+    assert [part["lr"] for part in parts.update(optimizer)] == used

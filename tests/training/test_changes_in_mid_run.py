@@ -468,6 +468,24 @@ def test_goes_on_alone_with_another_optimizer(name, place):
     assert_goes_on([name], {4: momentum}, PLACES[place])
 
 
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_acts_in_the_order_of_callbacks_on_an_optimizer_that_one_of_them_has_brought(place):
+    """The callback behind that one sees it first."""
+
+    class Bring(L.Callback):
+        def on_train_epoch_start(self, trainer, module):
+            if trainer.current_epoch == 1:
+                trainer.strategy.optimizers = [momentum(module, None)]
+
+    found = []
+    for at in (0, place):
+        callbacks = [WeightConstraint(MaxNorm(0.1)), L1Penalty(0.005, method="proximal")]
+        callbacks.insert(at, Bring())
+        make_trainer(*callbacks, max_epochs=2).fit(module := Model(sgd), Batches(BATCHES))
+        found.append(weights(module))
+    assert_identical_weights(*found)
+
+
 @pytest.mark.parametrize("change", [to_two_groups, to_adam, to_rmsprop], ids=lambda change: change.__name__)
 @pytest.mark.parametrize("bundle", BUNDLES)
 def test_goes_on_with_an_optimizer_of_another_class(bundle, change):

@@ -14,7 +14,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.optim import LBFGS, SGD, Adadelta, Adam, AdamW, RMSprop, Rprop
-from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
 
 from lightning_regularize import AnchorDecay, ConstrainedDecay, WeightDecay
 from lightning_regularize.schedules import Cosine, FollowLR, Linear
@@ -355,6 +355,19 @@ def test_decay_that_rounds_to_nothing_is_warned_of_once_with_numbers(make_optimi
 def test_decay_that_rounds_to_something_is_not(make_optimizer, dtype, options):
     """A warning would be an error."""
     fit(Still(make_optimizer, dtype), WeightDecay(**{"weight_decay": 0.1, **options}), data=range(2), max_epochs=1)
+
+
+def test_decay_that_is_small_only_while_the_rate_warms_up_is_not():
+    """A warning would be an error. At the peak a step removes 1 %, in the first step 1e-4."""
+
+    class WarmingUp(Still):
+        def configure_optimizers(self):
+            optimizer = self.make_optimizer(self.parameters())
+            return [optimizer], [{"scheduler": LambdaLR(optimizer, lambda step: 0.01 + step), "interval": "step"}]
+
+    module = WarmingUp(functools.partial(AdamW, lr=0.1))
+    fit(module, WeightDecay(0.1), data=range(2), max_epochs=1)
+    assert module.mean < 1
 
 
 def test_an_anchor_that_rounds_to_nothing_is_warned_of():

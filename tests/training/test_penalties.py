@@ -201,9 +201,20 @@ class PastLightning(Regression):
         optimizer.step()
 
 
+class InTurns(PastLightning):
+    """Steps Lightning's optimizer in the batches between."""
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers() if batch_idx % 2 else self.optimizers().optimizer
+        optimizer.zero_grad()
+        self.manual_backward(self.loss(batch))
+        optimizer.step()
+
+
+@pytest.mark.parametrize("module_class", [PastLightning, InTurns])
 @pytest.mark.parametrize("method", ["gradient", "proximal"])
-def test_steps_of_torchs_own_optimizer_count(method):
-    module = PastLightning(sgd)
+def test_steps_of_torchs_own_optimizer_count(method, module_class):
+    module = module_class(sgd)
     train(module, L1Penalty(Linear(0.0, 0.2), method=method, total_steps=21))
     hooks = {
         "gradient": {"gradient": lambda w, k: l1_gradient(w, 0.01 * k)},

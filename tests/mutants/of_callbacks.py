@@ -1,0 +1,168 @@
+"""Mutants of callbacks."""
+
+from tests.mutants.mutant import mutants_of
+
+MUTANTS = [
+    *mutants_of(
+        "callbacks/_base.py",
+        "tests/training/test_penalties.py::test_lbfgs_logs_the_weights_of_its_first_evaluation",
+        ("self._logged[step.watch.index] = step.watch.steps", "pass"),
+    ),
+    *mutants_of(
+        "callbacks/_base.py",
+        "tests/training/test_accumulation.py::test_a_run_that_stops_early_keeps_to_the_planned_length",
+        ("elif 0 < most < horizon and not trainer.should_stop:", "elif 0 < most < horizon:"),
+    ),
+    *mutants_of(
+        "callbacks/_base.py",
+        "tests/training/test_lifecycle.py::test_a_callback_that_is_kept_lets_go_of_the_module_the_optimizer_and_the_trainer",
+        ("delattr(self, name)", "pass"),
+        ('self.__dict__.pop("log", None)', "pass"),
+    ),
+    *mutants_of(
+        "callbacks/_base.py",
+        "tests/training/test_resume.py::test_the_constructor_wins_over_the_checkpoint_and_says_so",
+        ("if then[name] != now.get(name)]", "]"),
+    ),
+    *mutants_of(
+        "callbacks/_base.py",
+        "tests/training/test_precision.py::test_bfloat16_autocast_decays_float32_weights_exactly",
+        ("if most > self._most_steps:", "if most >= self._most_steps:"),
+    ),
+    *mutants_of(
+        "callbacks/_selective.py",
+        "tests/training/test_idle.py::test_frozen_parameters_are_warned_of",
+        ("if any(info.parameter.requires_grad and", "if any("),
+    ),
+    *mutants_of(
+        "callbacks/penalty.py",
+        "tests/training/test_changes_in_mid_run.py::test_the_gradient_of_a_penalty_is_refused_by_an_optimizer_that_climbs",
+        ("if step.optimizer not in self._checked:", "if False:"),
+    ),
+    *mutants_of(
+        "callbacks/penalty.py",
+        "tests/training/test_penalties.py::test_a_step_that_overflows_moves_nothing",
+        ("        if is_real:", "        if True:"),
+    ),
+    *mutants_of(
+        "callbacks/penalty.py",
+        "tests/training/test_penalties.py::test_each_penalty_adds_its_gradient",
+        ("return ElasticNet(self.l1 / (self.l1 + self.l2))", "return ElasticNet(self.l2 / (self.l1 + self.l2))"),
+    ),
+    *mutants_of(
+        "callbacks/_penalty_methods.py",
+        "tests/training/test_penalties.py::test_a_grad_scaler_changes_nothing",
+        ("scaled = strength if step.scale is None else step.scale * strength", "scaled = strength"),
+    ),
+    *mutants_of(
+        "callbacks/_penalty_methods.py",
+        "tests/training/test_penalties.py::test_a_parameter_without_a_gradient_gets_none_and_stays",
+        ("if t.parameter.grad is not None] if strength", "] if strength"),
+    ),
+    *mutants_of(
+        "callbacks/_penalty_methods.py",
+        "tests/training/test_penalties.py::test_a_penalty_in_gradients_of_half_precision_has_its_strength_or_is_warned_of",
+        ("_TOLERANCE = 0.05", "_TOLERANCE = 0.5"),
+    ),
+    *mutants_of(
+        "callbacks/_penalty_methods.py",
+        "tests/training/test_penalties.py::test_exact_zeros_of_what_is_divided_by_its_norm_are_refused",
+        ("if found := [info.name for info in infos if is_normalized(info)]:", "if found := []:"),
+    ),
+    *mutants_of(
+        "callbacks/_penalty_methods.py",
+        "tests/training/test_penalties.py::test_an_unknown_metric_is_an_error_before_training_that_names_the_known",
+        ("if penalized and not knows(optimizer):", "if False:"),
+    ),
+    *mutants_of(
+        "callbacks/_penalty_methods.py",
+        "tests/training/test_penalties.py::test_what_cannot_work_is_an_error_before_training",
+        ('if any(group.get("maximize") and penalized', "if any(False and penalized"),
+    ),
+    *mutants_of(
+        "callbacks/constraint.py",
+        "tests/training/test_constraints.py::test_a_constraint_that_binds_says_nothing",
+        ("changed if self._bound is None else self._bound | changed.to(self._bound.device)", "changed"),
+        ("if not self.run.largest(float(self._bound)):", "if True:"),
+    ),
+    *mutants_of(
+        "callbacks/constraint.py",
+        "tests/training/test_constraints.py::test_a_resumed_power_iteration_goes_on_where_it_was",
+        ("target.vector = start if saved is None else saved.to(start)", "target.vector = start"),
+    ),
+    *mutants_of(
+        "callbacks/constraint.py",
+        "tests/training/test_constraints.py::test_a_step_that_overflows_moves_nothing",
+        (
+            "for targets in self._targets.of(step.optimizer) if is_real else ():",
+            "for targets in self._targets.of(step.optimizer):",
+        ),
+    ),
+    *mutants_of(
+        "callbacks/constraint.py",
+        "tests/training/test_constraints.py::test_frozen_weights_are_left_alone",
+        ("                if target.info.parameter.requires_grad:\n", "                if True:\n"),
+    ),
+    *mutants_of(
+        "callbacks/constraint.py",
+        "tests/training/test_constraints.py::test_a_relative_radius_is_of_the_weights_at_the_start_when_resumed_too",
+        ("alike.setdefault((id(target.projection), target.dim), [])", "alike.setdefault(target.dim, [])"),
+    ),
+    *mutants_of(
+        "callbacks/constraint.py",
+        "tests/training/test_constraints.py::test_a_parametrized_weight_is_refused_before_training",
+        ("if _is_parametrized(info):", "if False:"),
+    ),
+    *mutants_of(
+        "callbacks/constraint.py",
+        "tests/training/test_units.py::test_where_the_units_are_a_guess_it_is_told_once_a_class",
+        ("if asked is None and not units_are_known(info.owner, info.shape):", "if False:"),
+    ),
+    *mutants_of(
+        "callbacks/anchor_decay.py",
+        "tests/training/test_changes_in_mid_run.py::test_leaves_frozen_parameters_alone_and_acts_again_when_they_are_trained",
+        ("and will_move(optimizer, info.parameter)", ""),
+    ),
+    *mutants_of(
+        "callbacks/anchor_decay.py",
+        "tests/training/test_decay_methods.py::test_weights_are_pulled_to_where_they_began",
+        ("return _Target(info, weight.clone())", "return _Target(info, weight)"),
+    ),
+    *mutants_of(
+        "callbacks/constrained_decay.py",
+        "tests/training/test_decay_methods.py::test_the_bound_is_taken_where_growth_slows_down",
+        ('(growth < state["growth"]) & state["bound"].isinf()', '(growth < state["growth"])'),
+        ('state["smoothed"], state["growth"] = smoothed, growth', 'state["growth"] = growth'),
+    ),
+    *mutants_of(
+        "callbacks/dropout.py",
+        "tests/training/test_dropout.py::test_a_compiled_model_is_compiled_for_few_rates_only",
+        ("i / (_COMPILED_LEVELS - 1)", "i / _COMPILED_LEVELS"),
+    ),
+    *mutants_of(
+        "callbacks/norm_monitor.py",
+        "tests/training/test_norm_monitor.py::test_lbfgs_is_logged_once_a_step",
+        ("and watch.index not in self._readings:", ":"),
+    ),
+    *mutants_of(
+        "callbacks/norm_monitor.py",
+        "tests/training/test_norm_monitor.py::test_frozen_parameters_do_not_count",
+        ("[info for info in self._targets if info.parameter.requires_grad]", "list(self._targets)"),
+    ),
+    *mutants_of(
+        "callbacks/norm_monitor.py",
+        "tests/training/test_norm_monitor.py::test_keys_beyond_the_cap_are_left_out_with_a_warning",
+        ("itertools.islice(details.items(), self.max_keys)", "itertools.islice(details.items(), self.max_keys + 1)"),
+    ),
+    *mutants_of(
+        "callbacks/norm_monitor.py",
+        "tests/training/test_norm_monitor.py::test_histograms_end_at_the_cap",
+        ("self._histogram_bytes += len(drawn) * _BYTES", "pass"),
+    ),
+    *mutants_of(
+        "callbacks/weight_decay.py",
+        "tests/training/test_decay_methods.py::test_decay_that_is_small_only_while_the_rate_warms_up_is_not",
+        # The peak tells whether decay is lost, not the first rate of a warm-up.
+        ("self.run.clock.position(group, step).peak_lr)", "self.run.clock.position(group, step).lr)"),
+    ),
+]
