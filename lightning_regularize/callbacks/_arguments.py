@@ -167,9 +167,9 @@ def _text(value: Any) -> str | None:
         return repr(float(value))
     if isinstance(value, (Schedule, str, bool, type(None))):
         return repr(value)
-    if isinstance(value, dict) and not value:
+    if isinstance(value, Mapping) and not value:
         return repr(None)  # the same as no argument
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):  # of Python or of Hydra
         entries = [(rule_name(key), _text(entry)) for key, entry in value.items()]
         return None if any(v is None for _, v in entries) else "{" + ", ".join(f"{k!r}: {v}" for k, v in entries) + "}"
     if isinstance(value, (list, tuple)):

@@ -158,18 +158,6 @@ def test_the_signature_of_a_constructor_stays():
     assert list(inspect.signature(DropoutSchedule).parameters) == ["p", "include", "attributes", "same", "total_steps"]
 
 
-def test_hydra_lists_schedules_with_convert():
-    instantiate = pytest.importorskip("hydra.utils").instantiate
-    config = {
-        "_target_": "lightning_regularize.schedules.Join",
-        "schedules": [{"_target_": "lightning_regularize.schedules.Linear", "start": 0.0, "end": 1.0}, 0.5],
-        "boundaries": [3],
-    }
-    with pytest.raises(Exception, match="write `_convert_: all`"):
-        instantiate(config)
-    assert instantiate({**config, "_convert_": "all"}) == Join([Linear(0.0, 1.0), 0.5], [3])
-
-
 @pytest.mark.parametrize(
     "function",
     [lambda step: 0.1 * step, lambda step: 1 / (1 + step), lambda step, total: step / total, lambda: 0.1],
