@@ -12,6 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_regularize._checks import check_rounding, is_named
 from lightning_regularize._steps.buckets import HALF
+from lightning_regularize._steps.decaying import Decaying
 from lightning_regularize._steps.group_decay import Given, GroupDecay
 from lightning_regularize._steps.hooks import ATTRIBUTE, Step, hooks_of
 from lightning_regularize._steps.parts import Parts, refusal
@@ -24,7 +25,7 @@ from lightning_regularize.callbacks._arguments import named_errors
 from lightning_regularize.callbacks._base import Regularizer
 from lightning_regularize.callbacks._penalty_methods import Rounding
 from lightning_regularize.callbacks._saved import NUMBER, Value
-from lightning_regularize.decay_methods import METHODS, DecayMethod, Target, check_method, will_move
+from lightning_regularize.decay_methods import METHODS, DecayMethod, Target, check_method
 from lightning_regularize.decay_rules import NO_DECAY, DecayRules, Decision, Setting
 from lightning_regularize.groups import Grouping
 from lightning_regularize.schedules import Constant, Schedule, check_total_steps, timescales_in
@@ -187,7 +188,8 @@ class WeightDecay(Regularizer):
         self._parts: WeakKeyDictionary[Optimizer, Parts] = WeakKeyDictionary()
         self._groups: WeakKeyDictionary[Any, GroupDecay] = WeakKeyDictionary()
         self._given: MutableMapping[Any, list[Given]] = WeakTensorKeyDictionary()
-        self._decaying: dict[Any, list[Target]] = {}  # between the beginning and the end of a step
+        self._decaying = Decaying(self._targets)
+        self._in_step: dict[Any, list[Target]] = {}  # between the beginning and the end of a step
         # Under automatic optimization a batch ends with the step, and LR schedulers set the next rate before that.
         self._shows_at_end = run.trainer is not None and run.module.automatic_optimization
         self._has_half = any(info.parameter.dtype in HALF for info in infos)
@@ -320,12 +322,12 @@ class WeightDecay(Regularizer):
             parts.values = values
             hooks_of(leaf).parts = parts  # an optimizer that comes back has new hooks
         if not self.decay_method.uses_optimizer:
-            self._decaying[leaf] = self._find_decaying(step)
-            self.decay_method.before(leaf, self._decaying[leaf], step.number)
+            self._in_step[leaf] = self._find_decaying(step)
+            self.decay_method.before(leaf, self._in_step[leaf], step.number)
 
     def after_step(self, step: Step, *, is_real: bool) -> None:
         if not self.decay_method.uses_optimizer:
-            decaying = self._decaying.pop(step.optimizer, [])
+            decaying = self._in_step.pop(step.optimizer, [])
             if is_real:
                 self.decay_method.after(step.optimizer, decaying, step.number)
         if self._misses_parts and step.optimizer in self._parts:
@@ -354,15 +356,7 @@ class WeightDecay(Regularizer):
         return self._groups_of(watch.optimizer).values(leaf, number, self.run.clock.epoch)
 
     def _find_decaying(self, step: Step) -> list[Target]:
-        """What decays in a step: parameters with a gradient, as for the optimizers themselves."""
-        leaf = step.optimizer
-        values = self._values(step.watch, leaf, step.number)
-        return [
-            Target(decision.info.name, decision.info.parameter, group, decay)
-            for group, decisions, of_group in zip(leaf.param_groups, self._targets.of(leaf), values, strict=True)
-            for decision in decisions
-            if (decay := decision.weight_decay(of_group)) and will_move(leaf, decision.info.parameter)
-        ]
+        return self._decaying.of(step.optimizer, self._values(step.watch, step.optimizer, step.number))
 
     def _log(self, watch: Watch) -> None:
         optimizer = watch.optimizer
