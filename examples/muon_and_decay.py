@@ -5,8 +5,9 @@
 What to look for: each row is trained with five seeds, on 600 images with right labels for 3 epochs, and with 40 % wrong
 labels for 20. Muon for the hidden matrices, and AdamW for the rest, learns right labels faster than AdamW alone. It
 learns wrong labels faster as well, so that with many of them and many steps it is the worse choice. There weight decay
-matters, and whether it is constant or falls to 0 makes no difference that is larger than the spread. A timescale of two
-epochs, 20 steps, is a constant decay of 10 for AdamW's learning rate of 0.005, and of 1 for Muon's of 0.05.
+matters, and whether it is constant, falls to 0 or follows the learning rate but for the output layer (AdamC) makes no
+difference that is larger than the spread. On the hyperball the hidden matrices keep their norm instead. A timescale of
+two epochs, 20 steps, is a constant decay of 10 for AdamW's learning rate of 0.005, and of 1 for Muon's of 0.05.
 
 The example claims a difference only where that of the means is larger than the sum of both standard deviations over the
 seeds.
@@ -32,7 +33,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
 
 from lightning_regularize import ChainedOptimizer, Hyperball, WeightDecay, hidden_matrices
-from lightning_regularize.schedules import Cosine, Timescale
+from lightning_regularize.schedules import Cosine, FollowLR, Timescale
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -81,6 +82,7 @@ RUNS = {
     NONE: Run(adamw, lambda: [WeightDecay(0.0)]),
     CONSTANT: Run(adamw, lambda: [WeightDecay(10.0)]),
     "AdamW, cosine to 0": Run(adamw, lambda: [WeightDecay(Cosine(15.0, 0.0))]),
+    "AdamC": Run(adamw, lambda: [WeightDecay({"head.*": 10.0, "*": FollowLR(10.0)})]),
     TIMESCALE: Run(adamw, lambda: [WeightDecay(Timescale(epochs=2))]),
     HYPERBALL: Run(adamw_on_the_hyperball, lambda: [WeightDecay(0.0), Hyperball(include=(hidden_matrices,))]),
     MUON: Run(muon_and_adamw, lambda: [WeightDecay(Timescale(epochs=2))]),

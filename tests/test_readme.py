@@ -19,11 +19,6 @@ def test_python_blocks_run_in_order(tmp_path, monkeypatch):
     assert type(names["callbacks"][0]).__name__ == "WeightDecay"
 
 
-def test_the_yaml_block_is_the_example_that_runs():
-    (block,) = re.findall(r"```yaml\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    assert block == (README.parent / "examples" / "cli.yaml").read_text()
-
-
 def test_it_is_short_and_what_it_links_to_is_there():
     text = README.read_text()
     assert len(text.split()) < 900
