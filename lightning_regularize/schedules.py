@@ -795,11 +795,12 @@ def depends_on_step_alone(schedule: object) -> bool:
         >>> depends_on_step_alone(Warmup(Cosine(1, 0), steps=3)), depends_on_step_alone(Warmup(FollowLR(1), steps=3))
         (True, False)
     """
-    if isinstance(schedule, Join):
+    if type(schedule) is Join:
         return all(map(depends_on_step_alone, schedule.schedules))
-    if isinstance(schedule, Warmup):
+    if type(schedule) is Warmup:
         return depends_on_step_alone(schedule.schedule)
-    return isinstance(schedule, (Constant, _Curve, Steps)) or is_number(schedule)
+    # Not `isinstance`: a subclass of the user's may look at anything.
+    return type(schedule) in (Constant, Linear, Cosine, Exponential, Polynomial, Steps) or is_number(schedule)
 
 
 def _needs_total_steps(schedule: ScheduleLike) -> bool:

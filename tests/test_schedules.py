@@ -31,6 +31,7 @@ from torch.optim.lr_scheduler import (
     StepLR,
 )
 
+from lightning_regularize._steps.clock import Clock
 from lightning_regularize.schedules import (
     Constant,
     Cosine,
@@ -872,3 +873,14 @@ def test_lightning_cli_builds_an_lr_scheduler_factory():
 def test_a_schedule_is_no_function_of_the_step():
     with pytest.raises(TypeError, match=r"`lr` should be .* a function of the step, got Cosine.*simulate"):
         simulate(FollowLR(0.1), 10, lr=Cosine(1e-3, 0.0))
+
+
+def test_a_subclass_may_look_at_more_than_the_step():
+    class OfRate(Cosine):
+        def __call__(self, at):
+            return super().__call__(at) * at.lr
+
+    group = {"params": [torch.nn.Parameter(torch.ones(1))], "lr": 0.5}
+    for schedule in (OfRate(1.0, 1.0), Join([OfRate(1.0, 1.0), 1.0], [3])):
+        clock = Clock(total_steps=5)
+        assert [clock.value(schedule, {**group, "lr": lr}, step) for step, lr in enumerate([0.5, 0.1])] == [0.5, 0.1]
