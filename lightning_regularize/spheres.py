@@ -29,7 +29,8 @@ def turn_(
     .. math:: W \leftarrow R\,\frac{V}{\lVert V\rVert}, \qquad
         V = W_0 - \eta R\,\frac{W_0 - W_1}{\lVert W_0 - W_1\rVert}
 
-    A weight that the optimizer has left where it was stays there.
+    A weight that the optimizer has left where it was stays there, and so does one of a single element, which cannot
+    turn.
 
     Args:
         weights: :math:`W_1`, the weights after the step, of any shapes, float32 or wider; they become :math:`W`.
@@ -54,7 +55,9 @@ def turn_(
     torch._foreach_sub_(pieces, list(before))
     step = norms(weights, sharding=sharding)
     has_moved = step != 0  # a step that is NaN stays one
+    if any(weight.numel() == 1 for weight in weights):
+        has_moved &= torch.tensor([weight.numel() > 1 for weight in weights], device=step.device)
     multiply_each_(pieces, torch.where(has_moved, lengths * radii / step, 0.0))
     torch._foreach_add_(pieces, list(before))
     length = norms(weights, sharding=sharding)
-    multiply_each_(pieces, torch.where(has_moved, radii / length.clamp_min(torch.finfo(length.dtype).tiny), 1.0))
+    multiply_each_(pieces, torch.where(has_moved & (length != 0), radii / length, 1.0))

@@ -154,6 +154,11 @@ class Hyperball(Regularizer):
                 f"Hyperball: {name!r} has the norm {radius} at the start, which no step can keep: "
                 f"`exclude=({name!r},)` leaves it out."
             )
+        if single := [target.info.name for target in new if target.info.shape.numel() == 1]:
+            self.warn(
+                f"Hyperball: {single} have a single element, which cannot turn, and stay as they are: "
+                f"`exclude={tuple(single)}` leaves them out."
+            )
         for target, radius in zip(new, radii.unbind(), strict=True):
             target.radius = radius
 

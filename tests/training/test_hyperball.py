@@ -134,6 +134,34 @@ def test_what_does_not_move_stays_to_the_last_bit():
     assert not torch.equal(after[1], weights_before[1])
 
 
+@pytest.mark.parametrize("lr", [0.1, 1.0, 3.0])
+def test_a_single_element_cannot_turn_and_it_is_said(lr):
+    layers = nn.Sequential(nn.Linear(3, 1), nn.Linear(1, 1))
+    start = layers[1].weight.item()
+    optimizer = SGD(layers.parameters(), lr=lr)
+    message = r"Hyperball: \['1\.weight'\] have a single element, which cannot turn.*`exclude=\('1\.weight',\)`"
+    with pytest.warns(UserWarning, match=message):
+        attachment = Hyperball().attach(optimizer, layers)
+    with attachment:
+        for sign in (1.0, -1.0):  # towards zero and away from it
+            optimizer.zero_grad()
+            (sign * layers(torch.ones(3))).sum().backward()
+            optimizer.step()
+            assert layers[1].weight.item() == start
+            assert layers[0].weight.isfinite().all()
+
+
+def test_a_step_through_zero_is_no_nan():
+    before, after = [torch.tensor([[3.0, 4.0]])], [torch.zeros(1, 2)]
+    turn_(after, before, torch.ones(1, dtype=torch.float64), torch.tensor([5.0], dtype=torch.float64))
+    assert torch.equal(after[0], torch.zeros(1, 2))
+    turn_(after, [torch.zeros(1, 2)], torch.ones(1, dtype=torch.float64), torch.tensor([5.0], dtype=torch.float64))
+    assert torch.equal(after[0], torch.zeros(1, 2))
+    after = [torch.tensor([[0.0, 0.1]])]
+    turn_(after, [torch.zeros(1, 2)], torch.ones(1, dtype=torch.float64), torch.tensor([5.0], dtype=torch.float64))
+    assert after[0].tolist()[0] == pytest.approx([0.0, 5.0], rel=1e-6, abs=0)
+
+
 def test_a_step_that_is_not_finite_stays_visible():
     before = [torch.ones(2, 2)]
     after = [torch.tensor([[1.0, float("nan")], [1.0, 1.0]])]
