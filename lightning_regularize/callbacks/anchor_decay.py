@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch.optim import LBFGS
 
 from lightning_regularize._sharding import gradient_of, local_piece, local_tensor, piece_like, whole_tensor
 from lightning_regularize._steps.buckets import HALF
@@ -211,12 +212,19 @@ class AnchorDecay(Regularizer):
     # -- training ------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
+    def on_gradients(self, step: Step) -> None:
+        """LBFGS begins before there are gradients: those of its first evaluation are at the weights before the step."""
+        if self.method == "selective" and isinstance(step.optimizer, LBFGS) and step.optimizer not in self._moving:
+            self._look(step)
+
+    @torch.no_grad()
     def before_step(self, step: Step) -> None:
         optimizer = step.optimizer
-        of_groups = list(zip(optimizer.param_groups, self._targets.of(optimizer), strict=True))
         if self.method == "selective":
-            self._look(step, of_groups)
+            if not isinstance(optimizer, LBFGS):
+                self._look(step)
             return
+        of_groups = zip(optimizer.param_groups, self._targets.of(optimizer), strict=True)
         pulled = [(targets, self._share(step, group)) for group, targets in of_groups if targets]
         for _, share in pulled:  # before any weight changes
             self._check_share(share)
@@ -247,10 +255,10 @@ class AnchorDecay(Regularizer):
                 "its largest number, or choose a smaller strength."
             )
 
-    def _look(self, step: Step, of_groups: Sequence[tuple[dict[str, Any], list[_Target]]]) -> None:
+    def _look(self, step: Step) -> None:
         """Before the step: how far is each weight from its anchor, and does its gradient call it back?"""
         moving, strengths = [], []
-        for group, targets in of_groups:
+        for group, targets in zip(step.optimizer.param_groups, self._targets.of(step.optimizer), strict=True):
             found = [(t.info.parameter, t.anchor, gradient_of(t.info.parameter)) for t in targets]
             found = [(p, anchor, gradient) for p, anchor, gradient in found if gradient is not None]
             moving += found
@@ -312,9 +320,14 @@ def _check_importance(importance: Mapping[str, Tensor], infos: Sequence[Paramete
         if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != shapes[name]:
             what = f"shape {tuple(tensor.shape)}" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
             raise ValueError(f"`importance` should have a tensor of shape {shapes[name]} for {name!r}, got {what}.")
-        if not tensor.is_floating_point() or not tensor.isfinite().all() or (tensor < 0).any():
-            raise ValueError(f"`importance` should be finite, floating and at least 0, which that of {name!r} is not.")
-        largest = max(largest, float(tensor.max())) if tensor.numel() else largest
+        is_dense = tensor.layout == torch.strided and tensor.is_floating_point()
+        if not is_dense or not tensor.isfinite().all() or (tensor < 0).any():
+            raise ValueError(
+                f"`importance` should be dense, finite, floating and at least 0, which that of {name!r} is not."
+            )
+        largest = max(largest, tensor.max().item()) if tensor.numel() else largest
+    if not largest:
+        raise ValueError("`importance` is 0 everywhere, so that nothing would be pulled: use tensors with numbers > 0.")
     return largest
 
 

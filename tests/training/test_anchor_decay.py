@@ -6,7 +6,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
-from torch.optim import SGD, Adam
+from torch.optim import LBFGS, SGD, Adam
 
 from lightning_regularize import AnchorDecay
 from lightning_regularize.schedules import Linear
@@ -56,6 +56,45 @@ def test_selective_decay_equals_a_loop_by_hand(schedule, make_optimizer):
         assert (weight - expected[name]).abs().max() < 1e-12, name
 
 
+def test_selective_decay_of_lbfgs_looks_at_the_first_evaluation_of_each_step():
+    def net():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+
+    generator, evaluations = torch.Generator().manual_seed(1), []
+    batches = torch.randn(3, 8, 3, generator=generator, dtype=torch.float64)
+
+    def step(module, optimizer, batch):
+        def closure():
+            optimizer.zero_grad()
+            loss = (module(batch) - batch.sum(dim=1, keepdim=True)).square().mean()
+            loss.backward()
+            evaluations.append(loss)
+            return loss
+
+        optimizer.step(closure)
+
+    module, twin = net(), net()
+    anchors = {name: torch.zeros_like(p) for name, p in twin.named_parameters()}
+    optimizer, of_twin = (LBFGS(each.parameters(), lr=0.1, max_iter=3) for each in (module, twin))
+    parameters, pulled = list(twin.parameters()), 0
+    with AnchorDecay(1.0, anchor=anchors, method="selective").attach(optimizer, module):
+        for batch in batches:
+            step(module, optimizer, batch)
+            before = [p.detach().clone() for p in parameters]
+            loss = (twin(batch) - batch.sum(dim=1, keepdim=True)).square().mean()
+            calls_back = [(g * p).sum() > 0 for g, p in zip(torch.autograd.grad(loss, parameters), before, strict=True)]
+            step(twin, of_twin, batch)
+            for p, start, is_called in zip(parameters, before, calls_back, strict=True):
+                if is_called and p.norm() > start.norm():
+                    pulled += 1
+                    p.detach().mul_(start.norm() / p.detach().norm())
+            for name, p in module.named_parameters():
+                assert (p - twin.get_parameter(name)).abs().max() < 1e-12, name
+    assert pulled
+    assert len(evaluations) > 2 * len(batches)  # several in each step
+
+
 def test_importance_pulls_each_element_by_its_own():
     generator = torch.Generator().manual_seed(0)
     shapes = {name: p.shape for name, p in Regression().named_parameters() if name.endswith("weight")}
@@ -81,7 +120,7 @@ def test_importance_pulls_each_element_by_its_own():
 
 
 def test_importance_of_one_everywhere_is_none():
-    ones = {name: torch.ones(p.shape) for name, p in Regression().named_parameters()}
+    ones = {name: torch.ones(p.shape, requires_grad=True) for name, p in Regression().named_parameters()}
     train(module := Regression(adam), AnchorDecay(0.5, importance=ones), max_epochs=1)
     train(twin := Regression(adam), AnchorDecay(0.5), max_epochs=1)
     for name, weight in weights(module).items():
@@ -143,6 +182,9 @@ ones = torch.ones(2, 3)
         ({"importance": {"weight": -ones}}, ValueError, "finite, floating and at least 0, which that of 'weight'"),
         ({"importance": {"weight": ones / 0}}, ValueError, "finite, floating and at least 0, which that of 'weight'"),
         ({"importance": {"weight": ones.long()}}, ValueError, "finite, floating and at least 0"),
+        ({"importance": {"weight": ones.to_sparse()}}, ValueError, "should be dense, finite, floating"),
+        ({"importance": {}}, ValueError, "`importance` is 0 everywhere, so that nothing would be pulled"),
+        ({"importance": {"weight": 0 * ones}}, ValueError, "`importance` is 0 everywhere"),
         ({"importance": {"weight": 100 * ones}}, ValueError, r"should be at most 1, got 0\.05 \* 100"),
     ],
     ids=str,
