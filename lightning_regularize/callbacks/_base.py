@@ -319,7 +319,9 @@ class Regularizer(Selective, Work):
 
     def _warn_of_changed_arguments(self) -> None:
         then, now = self._saved.get("arguments", {}), self.argument_texts()
-        changed = [f"{name}: {then[name]} then, {now[name]} now" for name in then if then[name] != now.get(name)]
+        changed = [
+            f"{name}: {then[name]} then, {now[name]} now" for name in now if name in then and then[name] != now[name]
+        ]
         if changed:
             self.warn(
                 f"{type(self).__name__} differs from the checkpoint's and wins over it. " + "; ".join(changed) + "."

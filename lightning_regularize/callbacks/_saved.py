@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from lightning_regularize._checks import is_number
@@ -35,9 +36,12 @@ COUNT = Value("an integer of at least 0", lambda value: type(value) is int and v
 NUMBER = Value("a finite number of at least 0", lambda value: is_number(value) and 0 <= value < math.inf)
 POSITIVE = Value("a positive and finite number", lambda value: is_number(value) and 0 < value < math.inf)
 TENSOR = Value(
-    "a tensor of finite floating-point numbers",
+    "a dense tensor of finite floating-point numbers",
     lambda value: (
-        isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()) and bool(value.isfinite().all())
+        isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and (value.is_floating_point() or value.is_complex())
+        and bool(value.isfinite().all())
     ),
 )
 
