@@ -182,6 +182,7 @@ class ChainedOptimizer(Optimizer):
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
+        self._add_restored_groups()
         self._refresh()
         saved = state_dict["param_groups"]
         sizes, saved_sizes = ([len(group["params"]) for group in groups] for groups in (self.param_groups, saved))
@@ -203,6 +204,19 @@ class ChainedOptimizer(Optimizer):
         self._refresh()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+    def _add_restored_groups(self) -> None:
+        """Add what stands in ``param_groups`` behind the groups here.
+
+        To resume a run, Lightning's BaseFinetuning sets ``param_groups`` to a list with the groups that it had added,
+        just before the state is loaded.
+        """
+        given, known = self.param_groups, self._shared
+        keys, known_keys = ([[*map(id, group["params"])] for group in groups] for groups in (given, known))
+        if len(given) > len(known) and keys[: len(known)] == known_keys:
+            self.param_groups = list(known)
+            for group in given[len(known) :]:
+                self.add_param_group(group)
 
     def _refresh(self) -> None:
         """Share the dictionaries that the inner optimizers have now: they may have loaded a state, or got a group.
@@ -328,8 +342,10 @@ def _refusal(rule: Rule, factory: Callable[[Any], Any], infos: Sequence[Paramete
     says = f"ChainedOptimizer: the optimizer of {rule_name(rule)!r} does not take {_names(refused)}: {error}."
     if any(info.parameter.shape != info.shape for info in refused):
         return f"{says} FSDP1 shows flat pieces of weights: use FSDP2 (fully_shard)."
-    classes = dict.fromkeys(f"'type:{type(info.owner).__name__}'" for info in refused)
-    return f"{says} Put a rule with another optimizer before it, such as {', '.join(classes)}."
+    rules = dict.fromkeys(
+        info.kind if info.kind != "weight" else f"type:{type(info.owner).__name__}" for info in refused
+    )
+    return f"{says} Put a rule with another optimizer before it, such as {', '.join(map(repr, rules))}."
 
 
 def _names(infos: Sequence[ParameterInfo], most: int = 5) -> str:

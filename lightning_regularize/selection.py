@@ -302,12 +302,12 @@ classes or functions, got 'biases'. Did you mean 'bias'? To match names write '*
             f"`{argument}`: {rules[0]!r} is the first rule and has nothing to take back. For all but that write "
             f"('*', {rules[0]!r})."
         )
+    words = (*KINDS, hidden_matrices.__name__)
     for given_rule in rules:
         rule = given_rule if (taken_back := taken_back_by(given_rule)) is None else taken_back
         if isinstance(rule, str):
-            is_word = rule in KINDS or rule == hidden_matrices.__name__
-            if not is_word and not rule.startswith("type:") and set(".*?[").isdisjoint(rule):
-                close = difflib.get_close_matches(rule, KINDS, n=1, cutoff=0.7)
+            if rule not in words and not rule.startswith("type:") and set(".*?[").isdisjoint(rule):
+                close = difflib.get_close_matches(rule, words, n=1, cutoff=0.7)
                 meant = f" Did you mean {close[0]!r}?" if close else ""
                 is_class_name = rule[:1].isupper()  # such as LayerNorm, which no parameter is called
                 instead = f"For a class write 'type:{rule}'." if is_class_name else f"To match names write '*{rule}*'."
@@ -398,6 +398,8 @@ def require_matches(rules: Iterable[Rule], infos: Sequence[ParameterInfo], *, ar
         if pattern not in KINDS and not matching_infos:
             nearest = ", ".join(map(repr, _nearest(pattern, infos)))
             hint = f"the nearest are {nearest}" if nearest else f"the module has {len(infos)}"
+            if rule in (hidden_matrices, hidden_matrices.__name__):
+                rule, hint = hidden_matrices.__name__, "the module has none beside embeddings and output layers"
             raise ValueError(f"`{argument}`: {rule!r} matches no parameter; {hint}.")
         is_idle = all(selecting_rule(before, info) is None for info in matching_infos)
         if taken_back is not None and matching_infos and is_idle:

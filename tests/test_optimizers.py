@@ -478,6 +478,11 @@ WRONG = {
     ),
     "what makes none": (lambda net: (net, {"*": lambda params: None}), TypeError, r"'\*' should make .* it made None"),
     "a word": (lambda net: (net, {"biases": SGD, "*": SGD}), ValueError, "Did you mean 'bias'"),
+    "nearly hidden_matrices": (
+        lambda net: (net, {"hidden_matrix": SGD, "*": SGD}),
+        ValueError,
+        "Did you mean 'hidden_m",
+    ),
     "a glob without a match": (lambda net: (net, {"a.*": SGD, "*": SGD}), ValueError, r"'a\.\*' matches no parameter"),
     "a rule without effect": (
         lambda net: (net, {"*": SGD, "bias": AdamW}),
@@ -523,6 +528,8 @@ def test_what_muon_refuses_is_named_with_its_rule_and_the_way_out():
     convolutions = {"type:Conv1d": AdamW, "type:ConvTranspose2d": AdamW}
     optimizer = ChainedOptimizer(net, {**convolutions, hidden_matrices: Muon, "*": AdamW})
     assert names_of(net, optimizer)[2] == ["0.weight"]
+    with pytest.raises(ValueError, match=r"before it, such as 'bias', 'norm'\."):
+        ChainedOptimizer(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)), {"*": Muon})
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -611,8 +618,9 @@ def test_hidden_matrices_are_a_rule_by_their_name_too():
     assert [info.name for info in select(net, include=(hidden_matrices,), exclude=("first.*",))] == ["second.weight"]
     optimizer = ChainedOptimizer(net, {"hidden_matrices": Muon, "*": AdamW})
     assert names_of(net, optimizer)[0] == list(MATRICES)
-    with pytest.raises(ValueError, match="matches no parameter"):
-        select(nn.Linear(2, 2), include=("hidden_matrices",))
+    for rule in (hidden_matrices, "hidden_matrices"):
+        with pytest.raises(ValueError, match="'hidden_matrices' matches no parameter; the module has none beside"):
+            select(nn.Linear(2, 2), include=(rule,))
 
 
 def test_hidden_matrices_of_transformers():

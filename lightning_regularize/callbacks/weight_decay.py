@@ -316,7 +316,8 @@ class WeightDecay(Regularizer):
         leaf, groups = step.optimizer, self._groups_of(step.watch.optimizer)
         if leaf not in self._checked:  # made since the last step
             self._check_optimizer(leaf, step.watch.optimizer)
-            self._install_parts(leaf)
+            if leaf not in self._parts:  # where it was made after the check and before training began
+                self._install_parts(leaf)
         values, parts = groups.show(leaf, step.number, self.run.clock.epoch), self._parts.get(leaf)
         if parts is not None:
             parts.values = values

@@ -212,6 +212,31 @@ def test_layers_that_are_unfrozen_in_mid_run_go_to_the_optimizer_of_their_rule()
     assert all(not torch.equal(p, start[name]) for name, p in module.named_parameters())
 
 
+@pytest.mark.parametrize("rest", [ADAMW, MUON], ids=["a new group", "a new optimizer"])
+def test_a_run_with_unfrozen_layers_resumes(rest, tmp_path):
+    """Lightning's callback sets the list `param_groups` before the state is loaded."""
+
+    class Resumed(Finetuned):
+        def on_train_start(self):
+            if self.global_step:  # which Lightning 2.6's callback leaves frozen
+                self.backbone.requires_grad_(requires_grad=True)
+
+        def configure_optimizers(self):
+            self.middle.requires_grad_(requires_grad=False)
+            return ChainedOptimizer(self, {"bias": ADAMW, "backbone.*": MUON, "*": rest})
+
+    def run(**options):
+        finetuning = BackboneFinetuning(1, lambda_func=lambda _: 1.0, backbone_initial_lr=0.01)
+        trainer = make_trainer(WeightDecay(Linear(0.1, 0.9)), finetuning, SaveAfter(tmp_path, 10), max_epochs=3)
+        trainer.fit(module := Resumed(), Batches(), **options)
+        return module, [[len(g["params"]) for g in each.param_groups] for each in trainer.optimizers[0].optimizers]
+
+    whole, groups = run()
+    resumed, resumed_groups = run(ckpt_path=tmp_path / "10.ckpt", weights_only=False)
+    assert resumed_groups == groups
+    assert_identical_weights(weights(whole), weights(resumed))
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # RegularizedModule
 
