@@ -19,7 +19,7 @@ from lightning_regularize.callbacks._base import Regularizer
 from lightning_regularize.callbacks._saved import POSITIVE
 from lightning_regularize.callbacks.anchor_decay import AnchorDecay
 from lightning_regularize.callbacks.constrained_decay import ConstrainedDecay
-from lightning_regularize.callbacks.constraint import is_in_place, is_parametrized
+from lightning_regularize.callbacks.constraint import WeightConstraint, is_in_place, is_parametrized
 from lightning_regularize.callbacks.penalty import ElasticNetPenalty, L2Penalty
 from lightning_regularize.callbacks.weight_decay import WeightDecay
 from lightning_regularize.decay_methods import will_move
@@ -59,7 +59,8 @@ class Hyperball(Regularizer):
 
     with Frobenius norms and the learning rate :math:`\eta` of the parameter group. With Adam this is AdamH, with Muon
     MuonH. There is no weight decay to choose: weights that decay as well are an error. Leave embeddings and the output
-    layer out by ``exclude``, if their size should be learned.
+    layer out by ``exclude``, if their size should be learned. Proximal penalties and constraints of the same weights
+    belong behind it in the list of callbacks, and have the last word on norms. A matrix of one element stays as it is.
 
     Args:
         include: Rules for what turns; by default matrices and the like.
@@ -169,6 +170,7 @@ class Hyperball(Regularizer):
         if not self._has_begun:
             self._has_begun = True
             self._refuse_other_decay()
+            self._warn_of_what_is_undone()
 
     @torch.no_grad()
     def before_step(self, step: Step) -> None:
@@ -219,6 +221,19 @@ class Hyperball(Regularizer):
             if found:
                 raise MisconfigurationException(_refusal(type(callback).__name__, found))
 
+    def _warn_of_what_is_undone(self) -> None:
+        """Callbacks act in their order: zeros of a proximal step and constraints last only behind this one."""
+        callbacks = self.run.trainer.callbacks if self.run.trainer is not None else [self]
+        for callback in callbacks[: callbacks.index(self)]:
+            if isinstance(callback, WeightConstraint) or getattr(callback, "method", "") == "proximal":
+                undone = [target.info.name for target in self._targets if callback.selects(target.info)]
+                if undone:
+                    who = type(callback).__name__
+                    self.warn(
+                        f"{who} acts before Hyperball, which then moves {_shown(undone)} again, so that its effect on "
+                        f"them does not last: put {who} behind Hyperball in the list of callbacks."
+                    )
+
     def save(self) -> dict[str, Any]:
         """The norm of each matrix at the start, by name."""
         return {"radii": {t.info.name: t.radius.item() for t in self._targets if t.radius is not None}}
@@ -239,11 +254,14 @@ def _refuse_decay(optimizer: Optimizer, group: dict[str, Any], targets: Sequence
 
 
 def _refusal(who: str, names: Sequence[str]) -> str:
-    shown = ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
     return (
-        f"{who} decays {shown}, whose norm Hyperball keeps: both together do nothing but shorten steps. Set the weight "
-        "decay to 0, for example by WeightDecay(0.0), or exclude these weights from one of the two."
+        f"{who} decays {_shown(names)}, whose norm Hyperball keeps: both together do nothing but shorten steps. Set "
+        "the weight decay to 0, for example by WeightDecay(0.0), or exclude these weights from one of the two."
     )
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
 
 
 def _filled(like: Tensor, value: float | Tensor, count: int) -> Tensor:

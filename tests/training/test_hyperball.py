@@ -17,8 +17,10 @@ from lightning_regularize import (
     Hyperball,
     L1Penalty,
     L2Penalty,
+    WeightConstraint,
     WeightDecay,
 )
+from lightning_regularize.projections import MaxNorm
 from lightning_regularize.spheres import turn_
 from tests.training.support import QUIET, Batches, Regression, SaveAfter, assert_identical_weights, train, weights
 
@@ -244,6 +246,17 @@ def test_penalties_that_do_not_shrink_all_weights_alike_go_together():
     train(module, L1Penalty(0.01), Hyperball(), max_epochs=1)
     for name, norm in norms(module).items():
         assert norm == pytest.approx(before[name], rel=1e-12, abs=0)
+
+
+@pytest.mark.parametrize("callback", [L1Penalty(3.0, method="proximal"), WeightConstraint(MaxNorm(0.1))], ids=repr)
+def test_what_acts_after_steps_belongs_behind_it(callback):
+    who = type(callback).__name__
+    message = rf"{who} acts before Hyperball, which then moves 'hidden\.weight', 'output.*put {who} behind Hyperball"
+    with pytest.warns(UserWarning, match=message):
+        train(Regression(adam), callback, Hyperball(), max_epochs=1)
+    train(module := Regression(adam), Hyperball(), callback, max_epochs=1)  # no warning, which would be an error
+    assert any((p == 0).any() for p in module.parameters()) or module.hidden.weight.norm(dim=1).max() < 0.1 + 1e-12
+    train(Regression(adam), L1Penalty(3.0, method="proximal", exclude=MATRICES), Hyperball(), max_epochs=1)
 
 
 def test_half_precision_is_refused():
