@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-# One layer of such a name: head, lm_head, policy_head, classifier. `fc` and `output` are in the middle of models too,
+# Layers of such a name: head, lm_head, policy_head, classifier. `fc` and `output` are in the middle of models too,
 # and `heads` may be those of attention.
 _NAME = re.compile(r"(^|_)(head|classifier)$|^embed_out$")
 
@@ -19,8 +19,9 @@ def output_weights(module: nn.Module, weights: Sequence[tuple[str, Any]]) -> set
     """The output layers of a model, by the ``id`` of their weights.
 
     * What timm's models name as their classifier (``pretrained_cfg``), which may be missing there on purpose.
-    * Layers whose name is or ends in ``head`` or ``classifier``, as ``lm_head``.
-    * If no layer is called so: the last weight with at least two dims in registration order, unless it is in one of
+    * Layers whose name is or ends in ``head`` or ``classifier``, as ``lm_head``; of several layers in a module that is
+      called so, such as an ``nn.Sequential``, the last one.
+    * If nothing is called so: the last weight with at least two dims in registration order, unless it is in one of
       timm's models.
 
     Args:
@@ -47,9 +48,12 @@ def output_weights(module: nn.Module, weights: Sequence[tuple[str, Any]]) -> set
             id(p) for name in classifiers if (layer := _child(model, name)) is not None for p in layer.parameters()
         }
     own = [(name, id(parameter)) for name, parameter in weights if id(parameter) not in inside]
-    named = {key for name, key in own if _NAME.search(name.rpartition(".")[0].rpartition(".")[2])}
+    named: dict[str, int] = {}  # by the path of what is called so, its last weight
+    for name, key in own:
+        *path, _ = name.split(".")
+        named.update({".".join(path[: i + 1]): key for i, part in enumerate(path) if _NAME.search(part)})
     last = set() if named else {id(parameter) for _, parameter in weights[-1:]} - inside
-    return {id(parameter) for _, parameter in weights} & (told | named | last)
+    return {id(parameter) for _, parameter in weights} & (told | {*named.values()} | last)
 
 
 def _models_that_tell(module: nn.Module) -> Iterator[tuple[nn.Module, Sequence[str]]]:

@@ -563,6 +563,14 @@ class Several(nn.Module):
         self.body = linear()
 
 
+class MLPHeads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.policy_head = nn.Sequential(linear(), nn.Tanh(), linear())
+        self.value_head, self.heads = nn.Sequential(linear(), nn.Tanh(), linear()), nn.ModuleList([linear()])
+        self.head, self.body = linear(), linear()
+
+
 class Timm(nn.Module):
     def __init__(self, classifier, *names):
         super().__init__()
@@ -590,6 +598,10 @@ HIDDEN = {
     "a head of convolutions": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 1)), ["0.weight"]),
     "tied": (Tied, ["proj.weight"]),
     "named": (lambda: Several("head", "value_head", "fc", "heads"), ["fc.weight", "heads.weight", "body.weight"]),
+    "several layers in each of two heads": (
+        MLPHeads,
+        ["policy_head.0.weight", "value_head.0.weight", "heads.0.weight", "body.weight"],
+    ),
     "tokens and tables": (Tokens, ["conv.weight", "gru.weight_ih_l0", "gru.weight_hh_l0"]),
     "of timm": (lambda: Timm("fc", "fc", "last"), ["last.weight"]),
     "of timm, two": (lambda: Timm(("a", "b"), "a", "b", "last"), ["last.weight"]),
