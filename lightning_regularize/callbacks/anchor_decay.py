@@ -221,6 +221,7 @@ class AnchorDecay(Regularizer):
     def before_step(self, step: Step) -> None:
         optimizer = step.optimizer
         if self.method == "selective":
+            self._moving.pop(optimizer, None)  # of a step that an exception ended
             if not isinstance(optimizer, LBFGS):
                 self._look(step)
             return

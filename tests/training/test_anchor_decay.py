@@ -64,12 +64,14 @@ def test_selective_decay_of_lbfgs_looks_at_the_first_evaluation_of_each_step():
     generator, evaluations = torch.Generator().manual_seed(1), []
     batches = torch.randn(3, 8, 3, generator=generator, dtype=torch.float64)
 
-    def step(module, optimizer, batch):
+    def step(module, optimizer, batch, *, fails=False):
         def closure():
             optimizer.zero_grad()
             loss = (module(batch) - batch.sum(dim=1, keepdim=True)).square().mean()
-            loss.backward()
+            (-loss if fails else loss).backward()
             evaluations.append(loss)
+            if fails:
+                raise KeyboardInterrupt
             return loss
 
         optimizer.step(closure)
@@ -80,6 +82,8 @@ def test_selective_decay_of_lbfgs_looks_at_the_first_evaluation_of_each_step():
     parameters, pulled = list(twin.parameters()), 0
     with AnchorDecay(1.0, anchor=anchors, method="selective").attach(optimizer, module):
         for batch in batches:
+            with pytest.raises(KeyboardInterrupt):  # in a first evaluation, after which the step is made again
+                step(module, optimizer, batch, fails=True)
             step(module, optimizer, batch)
             before = [p.detach().clone() for p in parameters]
             loss = (twin(batch) - batch.sum(dim=1, keepdim=True)).square().mean()
