@@ -89,6 +89,11 @@ class StepHooks:
         self._depth = 0  # calls of `step` that run inside each other
         self._frame: FrameType | None = None  # of the outermost one, if it goes past the shadow
 
+    @property
+    def works(self) -> list[Work]:
+        """What acts on the steps, in its order."""
+        return [watch.work for watch in self._watches]
+
     def add(self, optimizer: Optimizer, watch: Watch) -> None:
         """Call ``watch`` from the next step of ``optimizer`` on."""
         if not self._watches:

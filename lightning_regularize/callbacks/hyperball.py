@@ -169,8 +169,11 @@ class Hyperball(Regularizer):
         """All callbacks have begun, and none has changed a weight yet."""
         if not self._has_begun:
             self._has_begun = True
-            self._refuse_other_decay()
-            self._warn_of_what_is_undone()
+            # In a loop of one's own, what else is attached to the optimizer.
+            trainer = self.run.trainer
+            callbacks = hooks_of(step.optimizer).works if trainer is None else trainer.callbacks
+            self._refuse_other_decay(callbacks)
+            self._warn_of_what_is_undone(callbacks[: callbacks.index(self)])
 
     @torch.no_grad()
     def before_step(self, step: Step) -> None:
@@ -200,14 +203,14 @@ class Hyperball(Regularizer):
         weights = [target.info.parameter for target in held]
         turn_(weights, self._before[step.optimizer], lengths, radii, sharding=self._sharding)
 
-    def _refuse_other_decay(self) -> None:
+    def _refuse_other_decay(self, callbacks: Sequence[Any]) -> None:
         """Refuse callbacks that decay the same weights.
 
         Raises:
             MisconfigurationException: There is one.
         """
         turned = {id(target.info.parameter): target.info for target in self._targets}
-        for callback in self.run.trainer.callbacks if self.run.trainer is not None else ():
+        for callback in callbacks:
             found: list[str] = []
             if isinstance(callback, _DECAYS):
                 found = [info.name for info in turned.values() if callback.selects(info)]
@@ -221,17 +224,16 @@ class Hyperball(Regularizer):
             if found:
                 raise MisconfigurationException(_refusal(type(callback).__name__, found))
 
-    def _warn_of_what_is_undone(self) -> None:
+    def _warn_of_what_is_undone(self, before: Sequence[Any]) -> None:
         """Callbacks act in their order: zeros of a proximal step and constraints last only behind this one."""
-        callbacks = self.run.trainer.callbacks if self.run.trainer is not None else [self]
-        for callback in callbacks[: callbacks.index(self)]:
+        for callback in before:
             if isinstance(callback, WeightConstraint) or getattr(callback, "method", "") == "proximal":
                 undone = [target.info.name for target in self._targets if callback.selects(target.info)]
                 if undone:
                     who = type(callback).__name__
                     self.warn(
                         f"{who} acts before Hyperball, which then moves {_shown(undone)} again, so that its effect on "
-                        f"them does not last: put {who} behind Hyperball in the list of callbacks."
+                        f"them does not last: put {who} behind Hyperball in the list of callbacks, or attach it later."
                     )
 
     def save(self) -> dict[str, Any]:

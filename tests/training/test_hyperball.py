@@ -1,5 +1,6 @@
 """Hyperball: does a matrix keep its norm, and turn by the learning rate, whatever the optimizer?"""
 
+import copy
 import functools
 
 import pytest
@@ -228,6 +229,20 @@ def test_decay_of_the_same_weights_is_refused_before_any_weight_changes(name, co
     order = [Hyperball(), *callbacks] if comes_first else [*callbacks, Hyperball()]
     with pytest.raises(MisconfigurationException, match=message):
         train(module, *order, max_epochs=1)
+    assert_identical_weights(weights(module), before)
+
+
+@pytest.mark.parametrize("comes_first", [True, False], ids=["first", "last"])
+@pytest.mark.parametrize("name", REFUSED)
+def test_decay_of_the_same_weights_is_refused_where_both_are_attached(name, comes_first):
+    callbacks, kind, message = REFUSED[name]
+    module = Regression()
+    optimizer, before = kind(module.parameters(), lr=0.05), weights(module)
+    for callback in [Hyperball(), *callbacks] if comes_first else [*callbacks, Hyperball()]:
+        copy.deepcopy(callback).attach(optimizer, module)
+    module.loss(Batches().batches[0]).backward()
+    with pytest.raises(MisconfigurationException, match=message):
+        optimizer.step()
     assert_identical_weights(weights(module), before)
 
 
