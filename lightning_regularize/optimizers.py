@@ -127,13 +127,18 @@ class ChainedOptimizer(Optimizer):
             The loss, if there is a closure.
 
         Raises:
-            RuntimeError: Somebody else has changed the list ``param_groups``.
+            RuntimeError: Somebody else has changed the list ``param_groups``, or replaced ``state``.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         self._refresh()
+        if not isinstance(self.state, _States):
+            raise RuntimeError(
+                "ChainedOptimizer: `state` was replaced, of which the inner optimizers know nothing: empty it in place "
+                "by `state.clear()`."
+            )
         for optimizer in self.optimizers:
             _pass_on_momentum(optimizer)
             optimizer.step()

@@ -467,6 +467,24 @@ def test_a_list_of_groups_that_was_changed_is_refused_before_any_weight_changes(
     assert_identical(net, before)
 
 
+def test_a_state_that_was_replaced_is_refused_and_one_that_was_emptied_begins_anew():
+    net, twin = Net(), Net()
+    optimizer, fresh = chain(net, *PAIRS["Muon and AdamW"]), chain(twin, *PAIRS["Muon and AdamW"])
+    net.loss(0).backward()
+    optimizer.step()
+    twin.load_state_dict(net.state_dict())
+    optimizer.state.clear()
+    for each, its_optimizer in ((net, optimizer), (twin, fresh)):
+        each.zero_grad()
+        each.loss(1).backward()
+        its_optimizer.step()
+    assert_identical(net, twin)
+    optimizer.state = {}
+    with pytest.raises(RuntimeError, match=r"`state` was replaced.*`state\.clear\(\)`"):
+        optimizer.step()
+    assert_identical(net, twin)
+
+
 WRONG = {
     "no module": (lambda net: (net.parameters(), {"*": SGD}), TypeError, "should be a torch.nn.Module, got generator"),
     "no mapping": (lambda net: (net, [SGD]), TypeError, r"`optimizers` should map rules to what makes an optimizer"),
