@@ -111,22 +111,22 @@ MUTANTS = [
     *mutants_of(
         "callbacks/constraint.py",
         "tests/training/test_constraints.py::test_a_parametrized_weight_is_refused_before_training",
-        ("if _is_parametrized(info):", "if False:"),
+        ("if is_parametrized(info):", "if False:"),
     ),
     *mutants_of(
-        "callbacks/constraint.py",
+        "callbacks/_selective.py",
         "tests/training/test_units.py::test_where_the_units_are_a_guess_it_is_told_once_a_class",
-        ("if asked is None and not units_are_known(info.owner, info.shape):", "if False:"),
+        ("if dim is None and not units_are_known(info.owner, info.shape):", "if False:"),
     ),
     *mutants_of(
         "callbacks/anchor_decay.py",
         "tests/training/test_changes_in_mid_run.py::test_leaves_frozen_parameters_alone_and_acts_again_when_they_are_trained",
-        ("and will_move(optimizer, info.parameter)", ""),
+        ("and will_move(optimizer, target.info.parameter)", ""),
     ),
     *mutants_of(
         "callbacks/anchor_decay.py",
         "tests/training/test_decay_methods.py::test_weights_are_pulled_to_where_they_began",
-        ("return _Target(info, weight.clone())", "return _Target(info, weight)"),
+        ("_Target(info, local_tensor(info.parameter).clone(),", "_Target(info, local_tensor(info.parameter),"),
     ),
     *mutants_of(
         "callbacks/constrained_decay.py",
@@ -147,7 +147,7 @@ MUTANTS = [
     *mutants_of(
         "callbacks/norm_monitor.py",
         "tests/training/test_norm_monitor.py::test_frozen_parameters_do_not_count",
-        ("[info for info in self._targets if info.parameter.requires_grad]", "list(self._targets)"),
+        ("[weight for weight in self._targets if weight.is_trainable]", "list(self._targets)"),
     ),
     *mutants_of(
         "callbacks/norm_monitor.py",

@@ -32,7 +32,10 @@ MUTANTS = [
         "tests/test_decay.py::test_a_list_of_all_kinds",
         ("torch._foreach_clamp_max_(moved, 0.0)", "pass"),
         # Two temporaries may not share their memory.
-        ('copies(those, slot="gaps")', 'copies(those, slot="wide")'),
+        (
+            'wide, gaps = widened(some), copies(those, slot="gaps")',
+            'wide, gaps = widened(some), copies(those, slot="wide")',
+        ),
     ),
     *mutants_of(
         "decay.py",
@@ -62,7 +65,7 @@ MUTANTS = [
     *mutants_of(
         "decay.py",
         "tests/training/test_decay_methods.py::test_seeds_make_other_noise",
-        ("manual_seed(seed)", "manual_seed(0)"),
+        ("torch.Generator(weight.device).manual_seed(seed)", "torch.Generator(weight.device).manual_seed(0)"),
     ),
     *mutants_of(
         "decay.py",
@@ -85,18 +88,19 @@ MUTANTS = [
     *mutants_of(
         "decay_methods.py",
         "tests/test_decay_methods.py::test_coupled_decay_adds_the_gradient_of_a_penalty",
-        ('-alike[0].weight_decay if alike[0].group.get("maximize") else ', ""),
+        ('-self.weight_decay if self.group.get("maximize") else ', ""),
     ),
     *mutants_of(
         "decay_methods.py",
         "tests/training/test_decay_methods.py::test_a_grad_scaler_changes_nothing",
-        ("value if scale is None else scale * value)", "value)"),
+        ("alike[0].pull if scale is None else scale * alike[0].pull", "alike[0].pull"),
         ("rows[:, 0] /= scale.to(rows) ** 2", "rows[:, 0] /= scale.to(rows)"),
     ),
     *mutants_of(
-        "decay_methods.py",
+        "decay.py",
         "tests/test_decay_methods.py::test_the_noise_is_another_for_each_parameter_and_each_step",
-        ('f"{seed}/{target.name}"', 'f"{seed}"'),
+        ('f"{seed}/{step}/{name}"', 'f"{seed}/{step}"'),
+        ('f"{seed}/{step}/{name}"', 'f"{seed}/{name}"'),
     ),
     *mutants_of(
         "decay_methods.py",
@@ -130,14 +134,17 @@ MUTANTS = [
         ('if any(group.get("amsgrad") for', "if any(False for"),
     ),
     *mutants_of(
-        "decay_methods.py",
+        "_steps/buckets.py",
         "tests/test_decay_methods.py::test_cautious_decay_follows_weights_that_are_replaced",
-        ("if weights and list(map(_kind, weights)) == list(map(_kind, copies)):", "if weights and copies:"),
+        ("if tensors and list(map(_kind, tensors)) == list(map(_kind, kept)):", "if tensors and kept:"),
     ),
     *mutants_of(
         "decay_methods.py",
         "tests/test_decay_methods.py::test_cautious_sgd_with_momentum_equals_the_formula",
-        ("self._copies[optimizer] = [weight.clone() for weight in weights]", "self._copies[optimizer] = weights"),
+        (
+            "self._copies[optimizer] = refreshed(self._copies.get(optimizer, []), weights)",
+            "self._copies[optimizer] = weights",
+        ),
     ),
     *mutants_of(
         "penalties.py",

@@ -173,7 +173,7 @@ MUTANTS = [
     *mutants_of(
         "metrics.py",
         "tests/test_metrics.py::test_ranks_are_not_added_up",
-        ("sum(info.shape.numel() for info in infos)", "sum(info.parameter.numel() for info in infos)"),
+        ("sum(piece.shape.numel() for piece in pieces)", "sum(piece.tensor.numel() for piece in pieces)"),
     ),
     *mutants_of(
         "metrics.py",

@@ -99,8 +99,8 @@ MUTANTS = [
     ),
     *mutants_of(
         "_steps/parts.py",
-        "tests/steps/test_parts.py::test_equal_to_hand_made_groups_bit_for_bit",
-        ("own = value * factor", "own = value"),
+        "tests/training/test_optimizers.py::test_factors_equal_hand_made_groups_bit_for_bit",
+        ("own = value[schedule] * factor if", "own = value[schedule] if"),
     ),
     *mutants_of(
         "_steps/parts.py",
@@ -210,7 +210,7 @@ MUTANTS = [
     *mutants_of(
         "_steps/buckets.py",
         "tests/steps/test_buckets.py::test_rows_may_have_to_agree_in_more_and_large_ones_may_have_to_be_whole",
-        ("*([alike] if alike is not None else [])", "*[]"),
+        ("keys.append(alike)", "pass"),
         ("(dims is None or dims[i] is not None)", "True"),
     ),
     *mutants_of(
@@ -318,12 +318,12 @@ MUTANTS = [
     *mutants_of(
         "_steps/group_decay.py",
         "tests/training/test_optimizers.py::test_the_users_groups_keep_their_ratio",
-        ("largest = [max(factors, default=1.0)", "largest = [min(factors, default=1.0)"),
+        ("if factor > largest.get(schedule, 0.0):", "if factor < largest.get(schedule, 9e9):"),
     ),
     *mutants_of(
         "_steps/group_decay.py",
         "tests/steps/test_hooks.py::test_zero_redundancy_optimizer_on_two_processes",
-        ("known.get(id(first), factor) for", "factor for"),
+        ("known.get(id(first), factors) for", "factors for"),
     ),
     *mutants_of(
         "_trainer/run.py",

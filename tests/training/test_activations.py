@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_regularize import ActivationPenalty
+from lightning_regularize import ActivationPenalty, activations
 from lightning_regularize.schedules import Linear
 from tests.training.support import QUIET, Batches, assert_same_weights, make_trainer, weights
 
@@ -107,6 +107,23 @@ def test_training_is_that_with_the_penalty_in_the_loss(norm, options):
     found = fit(Net(), penalty(norm), **options)
     assert_same_weights(found, fit(Net(norm), **options), atol=1e-12)
     assert not torch.equal(found["first.weight"], fit(Net(), **options)["first.weight"])
+
+
+@pytest.mark.parametrize("shape", [(3, 2), (3, 4, 2), (0, 2)], ids=str)
+@pytest.mark.parametrize("norm", NORMS)
+def test_penalty_and_gradient_are_means_over_samples_or_positions(norm, shape):
+    outputs = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    value = activations.penalty(outputs, norm)
+    expected = by_hand(outputs, norm) if len(outputs) else outputs.sum()
+    torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
+    (gradient,) = torch.autograd.grad(expected, outputs)
+    torch.testing.assert_close(activations.gradient(outputs, norm), gradient, rtol=1e-12, atol=1e-12)
+
+
+def test_penalty_and_gradient_are_computed_in_float32():
+    outputs = torch.tensor([[40000.0]], dtype=torch.float16)  # whose square and double float16 cannot hold
+    assert activations.penalty(outputs, "l2").item() == 40000.0**2
+    assert activations.gradient(outputs, "l2").item() == 80000.0
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True], ids=["not reentrant", "reentrant"])
@@ -291,7 +308,8 @@ def test_what_is_logged_is_what_the_loss_would_have_had(norm, tmp_path):
     logged = []
     trainer.logger.log_metrics = lambda metrics, step=None: logged.append(metrics.get("penalty/activation"))
     trainer.fit(module, Batches())
-    assert [each for each in logged if each is not None] == pytest.approx([sum(a) for a in module.added[:3]], 1e-6, 0)
+    expected = [sum(added) for added in module.added[:3]]
+    assert [each for each in logged if each is not None] == pytest.approx(expected, rel=1e-6, abs=0)
 
 
 class InBfloat16(Net):
