@@ -155,6 +155,7 @@ def test_what_an_inner_optimizer_cannot_do_names_it():
         L1Penalty(0.1, method="proximal").attach(chain(module := Regression()), module)
 
 
+@pytest.mark.filterwarnings("ignore:WeightNormMonitor. no expected values are known for weights that Muon decays")
 def test_the_monitor_expects_what_theory_knows_of_each_inner_optimizer():
     logger, module = Kept(), Chained()
     monitor = WeightNormMonitor(detail="parameter", expected=True, include=("*.weight",))
