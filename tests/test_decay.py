@@ -14,6 +14,8 @@ from lightning_regularize.decay import (
     decay_stochastic_,
     next_multiplier,
     pull_,
+    pull_back_,
+    pull_by_importance_,
 )
 from tests.models import randn
 from tests.properties import assert_same_bits
@@ -106,6 +108,22 @@ def test_pull():
 def test_multiplier(multiplier, square_norm, bound, numel, expected):
     found = next_multiplier(*(numbers(x) for x in (multiplier, square_norm, bound, numel)))
     assert found.tolist() == [expected]
+
+
+def test_nothing_is_pulled_past_its_anchor():
+    """Nor is one changed that is at its anchor, or that has come nearer."""
+    weights = [numbers(4.0, 1.0), numbers(4.0, 1.0), numbers(4.0), numbers(2.0), numbers(3.0)]
+    anchors = [numbers(0.0, 1.0), numbers(0.0, 1.0), numbers(0.0), numbers(2.0), numbers(0.0)]
+    pull_back_(weights, anchors, numbers(2.0, 1.0, 0.0, 0.0, 5.0), numbers(1.0, 2.0, 3.0, 1.0, 1.0))
+    assert [weight.tolist() for weight in weights] == [[2.0, 1.0], [0.0, 1.0], [0.0], [2.0], [3.0]]
+
+
+@pytest.mark.parametrize("share", [0.5, torch.tensor(0.5)], ids=["number", "tensor"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_importance_is_a_factor_of_each_element(share, dtype):
+    weight, anchor = numbers(4.0, 4.0, 4.0, dtype=dtype), numbers(2.0, 2.0, 2.0, dtype=dtype)
+    pull_by_importance_([weight], [anchor], [numbers(0.0, 1.0, 2.0, dtype=dtype)], share)
+    assert weight.tolist() == [4.0, 3.0, 2.0]
 
 
 def test_nothing_is_recorded_for_autograd():

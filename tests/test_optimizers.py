@@ -597,6 +597,13 @@ class Timm(nn.Module):
             self.add_module(name, linear())
 
 
+def of_older_timm(config):
+    """It had its configuration under another name, and not always as a dictionary."""
+    model = Timm("fc", "fc", "last")
+    model.default_cfg = config(**vars(model).pop("pretrained_cfg"))
+    return model
+
+
 class Tokens(nn.Module):
     def __init__(self):
         super().__init__()
@@ -623,9 +630,15 @@ HIDDEN = {
     "tokens and tables": (Tokens, ["conv.weight", "gru.weight_ih_l0", "gru.weight_hh_l0"]),
     "of timm": (lambda: Timm("fc", "fc", "last"), ["last.weight"]),
     "of timm, two": (lambda: Timm(("a", "b"), "a", "b", "last"), ["last.weight"]),
+    "of an older timm": (lambda: of_older_timm(dict), ["last.weight"]),
+    "of an older timm, with an object": (lambda: of_older_timm(types.SimpleNamespace), ["last.weight"]),
     "of timm, none": (lambda: Timm("fc", "last"), ["last.weight"]),
     "of timm, with layers behind it": (
         lambda: nn.Sequential(Timm("fc", "last"), linear(), linear()),
+        ["0.last.weight", "1.weight"],
+    ),
+    "of timm, with a classifier and layers behind it": (
+        lambda: nn.Sequential(Timm("fc", "fc", "last"), linear(), linear()),
         ["0.last.weight", "1.weight"],
     ),
 }

@@ -48,6 +48,7 @@ from lightning_regularize.schedules import (
     Timescale,
     Warmup,
     as_schedule,
+    depends_on_step_alone,
     early_dropout,
     late_dropout,
     simulate,
@@ -78,6 +79,28 @@ every_example = pytest.mark.parametrize("schedule", EXAMPLES, ids=printed)
 
 def after(step, total_steps=10, **rest):
     return Position(step, total_steps, **rest)
+
+
+ON_THE_STEP_ALONE = [
+    (0.1, True),
+    (Constant(0.1), True),
+    (Cosine(0.04, 0.4), True),
+    (Steps([0.1, 0.2], [0.5]), True),
+    (Join([0.1, Linear(0.1, 0.0)], [0.25]), True),
+    (Warmup(Cosine(0.1, 0.0), steps=3), True),
+    (FollowLR(0.1), False),
+    (Timescale(steps=30), False),
+    (Timescale(steps=30, schedule=Cosine(1.0, 0.0)), False),
+    (Join([0.1, FollowLR(0.1)], [0.25]), False),
+    (Warmup(FollowLR(0.1), steps=3), False),
+    (FromLRScheduler(halve_every_second_step, value=0.1), False),  # a scheduler steps, and is not read ahead
+    (lambda at: at.lr, False),
+]
+
+
+@pytest.mark.parametrize(("schedule", "expected"), ON_THE_STEP_ALONE, ids=printed)
+def test_what_depends_on_the_step_alone(schedule, expected):
+    assert depends_on_step_alone(schedule) is expected
 
 
 # Position

@@ -6,7 +6,7 @@ from torch.optim import SGD
 
 from lightning_regularize._steps.clock import Clock
 from lightning_regularize._steps.hooks import UnsupportedOptimizerError
-from lightning_regularize.schedules import FollowLR
+from lightning_regularize.schedules import Constant, FollowLR, Join, Linear, Position, value_at
 
 
 def optimizer_of(**group):
@@ -58,3 +58,17 @@ def test_what_follows_a_rate_needs_one_and_other_errors_stay_their_own():
         clock.value(FollowLR(1.0), {"params": [], "lr": None}, 0)
     with pytest.raises(ValueError, match="should give a finite number"):
         clock.value(lambda at: -1.0, {"params": [], "lr": 0.1}, 0)
+
+
+@pytest.mark.parametrize("schedule", [Linear(0.0, 1.0), Join([FollowLR(1.0), 0.1], boundaries=[500])], ids=repr)
+def test_values_that_are_known_ahead_are_those_of_each_step(schedule):
+    clock, group = Clock(1000), optimizer_of().param_groups[0]
+    for step in (0, 63, 64, 127, 128, 3, 900, 899, 999, 1000, 2000):
+        assert clock.value(schedule, group, step) == value_at(schedule, Position(step, 1000))
+    clock.total_steps = 4000
+    assert clock.value(schedule, group, 2001) == value_at(schedule, Position(2001, 4000))
+
+
+def test_a_schedule_is_not_taken_for_one_that_is_gone():
+    clock, group = Clock(), optimizer_of().param_groups[0]
+    assert [clock.value(Constant(value), group, 0) for value in range(100)] == list(range(100))

@@ -7,6 +7,9 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
+from torch.distributed import init_process_group
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.utils import parametrizations, prune
 from torch.optim import SGD, Adam, AdamW, Muon
 from torch.optim.lr_scheduler import CosineAnnealingLR
@@ -22,12 +25,15 @@ from lightning_regularize import (
     WeightDecay,
 )
 from lightning_regularize.projections import MaxNorm
+from lightning_regularize.schedules import Steps
 from lightning_regularize.spheres import turn_
+from tests.distributed import run_distributed
 from tests.training.support import QUIET, Batches, Regression, SaveAfter, assert_identical_weights, train, weights
 
 pytestmark = QUIET
 
 MATRICES = ("hidden.weight", "output.weight")
+ROWS = torch.arange(16.0).reshape(4, 4)
 adam = functools.partial(Adam, lr=0.05)
 
 
@@ -131,7 +137,8 @@ def test_with_muon_and_a_rate_for_each_group():
 def test_what_does_not_move_stays_to_the_last_bit():
     weights_before = [torch.randn(3, 3), torch.randn(2, 5)]
     after = [weights_before[0].clone(), weights_before[1] + 1]
-    radii = torch.stack([weight.double().norm() for weight in weights_before])
+    # Rounding has led them away from their norms at the start.
+    radii = torch.stack([weight.double().norm() for weight in weights_before]) * 1.001
     turn_(after, weights_before, torch.tensor([0.5, 0.5], dtype=torch.float64), radii)
     assert torch.equal(after[0], weights_before[0])
     assert not torch.equal(after[1], weights_before[1])
@@ -163,6 +170,22 @@ def test_a_step_through_zero_is_no_nan():
     after = [torch.tensor([[0.0, 0.1]])]
     turn_(after, [torch.zeros(1, 2)], torch.ones(1, dtype=torch.float64), torch.tensor([5.0], dtype=torch.float64))
     assert after[0].tolist()[0] == pytest.approx([0.0, 5.0], rel=1e-6, abs=0)
+
+
+def turn_a_piece(rank, world_size):
+    init_process_group("gloo", rank=rank, world_size=world_size)
+    mesh = init_device_mesh("cpu", (world_size,))
+    before, after = (distribute_tensor(numbers, mesh, [Shard(0)]) for numbers in (torch.eye(4), torch.eye(4) + ROWS))
+    turn_([after], [before.to_local()], torch.tensor([0.1]), torch.tensor([2.0]))
+    return after.full_tensor().numpy()
+
+
+def test_pieces_are_turned_as_the_whole():
+    """Rows of which those of one process move farther."""
+    whole = torch.eye(4) + ROWS
+    turn_([whole], [torch.eye(4)], torch.tensor([0.1]), torch.tensor([2.0]))
+    for found in run_distributed(turn_a_piece):
+        assert found == pytest.approx(whole.numpy(), rel=1e-6, abs=1e-6)
 
 
 def test_a_step_that_is_not_finite_stays_visible():
@@ -212,6 +235,7 @@ REFUSED = {
     "AdamW": ((), AdamW, r"AdamW decays 'hidden.weight', 'output.weight', whose norm Hyperball keeps"),
     "WeightDecay": ((WeightDecay(0.1),), AdamW, r"decays 'hidden.weight', 'output.weight', whose norm Hyperball keeps"),
     "decoupled": ((WeightDecay(0.1, method="decoupled"),), Adam, r"WeightDecay decays 'hidden.weight'"),
+    "later": ((WeightDecay(Steps([0.0, 0.1], [3]), method="decoupled"),), Adam, r"WeightDecay decays 'hidden.weight'"),
     "coupled": ((WeightDecay(0.1, method="coupled"),), Adam, r"WeightDecay decays 'hidden.weight'"),
     "AnchorDecay": ((AnchorDecay(0.1),), Adam, r"AnchorDecay decays 'hidden.weight'"),
     "ConstrainedDecay": ((ConstrainedDecay("start"),), Adam, r"ConstrainedDecay decays 'hidden.weight'"),
@@ -322,3 +346,34 @@ def test_a_weight_that_comes_in_mid_run_keeps_the_norm_that_it_comes_with():
                 start = module[1].weight.norm().item()
                 optimizer.add_param_group({"params": list(module[1].parameters())})
     assert module[1].weight.norm().item() == pytest.approx(start, rel=1e-6, abs=0)
+
+
+def test_a_matrix_that_is_moved_to_another_layer_keeps_its_norm():
+    module = nn.ModuleDict({"first": nn.Linear(3, 3, bias=False), "last": nn.Linear(3, 3, bias=False)})
+    weight = module["first"].weight
+    start = weight.norm().item()
+    optimizer = SGD([weight], lr=0.1)
+    with Hyperball().attach(optimizer, module):
+        with torch.no_grad():
+            weight.mul_(2.0)
+        module["first"].weight, module["last"].weight = module["last"].weight, weight
+        module["new"] = nn.Linear(3, 3)  # the model is looked at anew when an optimizer gets something new
+        optimizer.add_param_group({"params": module["new"].parameters()})
+        module["last"](torch.ones(3)).square().sum().backward()
+        optimizer.step()
+    assert weight.norm().item() == pytest.approx(start, rel=1e-6, abs=0)
+
+
+def test_the_norm_of_the_checkpoint_counts_and_one_that_is_damaged_is_refused(tmp_path):
+    train(module := Regression(adam), Hyperball(), SaveAfter(tmp_path, 3), max_epochs=1)
+    checkpoint = torch.load(tmp_path / "3.ckpt", weights_only=False)
+    checkpoint["state_dict"]["hidden.weight"] *= 2
+    torch.save(checkpoint, tmp_path / "doubled.ckpt")
+    train(resumed := Regression(adam), Hyperball(), max_epochs=1, ckpt_path=tmp_path / "doubled.ckpt")
+    assert norms(resumed) == pytest.approx(norms(module), rel=1e-12, abs=0)
+    next(state for key, state in checkpoint["callbacks"].items() if "Hyperball" in key)["radii"]["hidden.weight"] = 0.0
+    torch.save(checkpoint, tmp_path / "damaged.ckpt")
+    with pytest.raises(
+        ValueError, match=r"Hyperball: `radii\['hidden.weight'\]` in the checkpoint should be a positive"
+    ):
+        train(Regression(adam), Hyperball(), max_epochs=1, ckpt_path=tmp_path / "damaged.ckpt")

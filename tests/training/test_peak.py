@@ -64,6 +64,7 @@ def test_a_rate_below_the_peak_is_no_cause(name):
 def test_what_does_not_follow_the_rate_says_nothing():
     assert told(WeightDecay(Linear(0.1, 0.2)), [0.1, 0.4, 0.8, 0.1, 0.1, 0.1, 0.1]) == []
     assert told(WeightDecay(0.1), [0.1, 0.4, 0.8, 0.1, 0.1, 0.1, 0.1]) == []
+    assert told(WeightDecay(lambda at: 0.1 + 0.01 * at.step), [0.1, 0.4, 0.8, 0.1, 0.1, 0.1, 0.1]) == []
 
 
 def test_the_peak_is_the_largest_rate_that_was_seen():

@@ -12,8 +12,10 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from lightning_regularize import WeightNormMonitor
+from lightning_regularize._used import used_weights
 from lightning_regularize.metrics import Sparsity, WeightNorm
 from lightning_regularize.plots import plot_histograms
+from lightning_regularize.selection import parameter_infos
 from tests.distributed import run_distributed
 from tests.strategies import CPUFSDPStrategy
 from tests.training.support import QUIET, Batches, Regression, make_trainer
@@ -310,3 +312,45 @@ def test_what_fsdp1_has_cut_is_left_out_with_a_warning():
     assert "weight_norm/output.weight" in keys
     assert "weight_norm/hidden.weight" not in keys
     assert "'hidden.weight', which layers compute from parameters that FSDP1" in told[0]
+
+
+@pytest.mark.parametrize("frozen", ["original0", "original1"])
+def test_a_weight_is_trained_if_any_of_its_sources_is(frozen):
+    layer = parametrizations.weight_norm(nn.Linear(3, 2, bias=False))
+    getattr(layer.parametrizations.weight, frozen).requires_grad_(False)
+    assert WeightNorm()(layer).item() == pytest.approx(layer.weight.norm().item(), rel=1e-6, abs=0)
+
+
+@pytest.mark.parametrize("name", ["weight", "parametrizations.weight.original0", "parametrizations.weight.original1"])
+def test_rules_know_a_used_weight_by_its_sources_too(name):
+    layer = parametrizations.weight_norm(nn.Linear(3, 2))
+    found = WeightNorm(include=(name,), exclude=("bias",))(layer).item()
+    assert found == pytest.approx(layer.weight.norm().item(), rel=1e-6, abs=0)
+
+
+def test_what_a_computation_draws_and_counts_is_put_back():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, weight):
+            self.calls.add_(1)
+            return weight + torch.rand(())
+
+    layer = nn.Linear(3, 2)
+    parametrize.register_parametrization(layer, "weight", Counting())
+    calls, drawn = layer.parametrizations.weight[0].calls.clone(), torch.get_rng_state()
+    WeightNorm()(layer)
+    assert torch.equal(layer.parametrizations.weight[0].calls, calls)
+    assert torch.equal(torch.get_rng_state(), drawn)
+
+
+def test_a_mask_that_is_removed_from_another_source_is_noticed():
+    layer = nn.utils.weight_norm(nn.Linear(1, 3))  # of equally large sources the first stands for the weight
+    prune.l1_unstructured(layer, "weight_v", amount=1)
+    (used,) = (each for each in used_weights(parameter_infos(layer)) if each.is_computed)
+    assert used.stored.name == "weight_g"
+    assert used.is_up_to_date
+    prune.remove(layer, "weight_v")
+    assert not used.is_up_to_date

@@ -1,0 +1,125 @@
+"""Mutants of what is known of a model: weights that layers use, output layers, several optimizers, activations."""
+
+from tests.mutants.mutant import mutants_of
+
+MUTANTS = [
+    *mutants_of(
+        "_used.py",
+        "tests/training/test_used_weights.py::test_a_weight_is_trained_if_any_of_its_sources_is",
+        ("any(source.requires_grad for", "all(source.requires_grad for"),
+    ),
+    *mutants_of(
+        "_used.py",
+        "tests/training/test_used_weights.py::test_metrics_are_of_the_used_weight_and_rules_know_its_name",
+        ("if largest is not info.parameter:", "if False:"),
+    ),
+    *mutants_of(
+        "_used.py",
+        "tests/training/test_used_weights.py::test_rules_know_a_used_weight_by_its_sources_too",
+        ("dict.fromkeys([*recipe.sources, *info.aliases])", "dict.fromkeys(info.aliases)"),
+    ),
+    *mutants_of(
+        "_used.py",
+        "tests/training/test_used_weights.py::test_what_a_computation_draws_and_counts_is_put_back",
+        ('fork_rng(devices=[device] if device.type == "cuda" else [])', "fork_rng(enabled=False)"),
+        ("_whole(buffer).clone()", "_whole(buffer)"),
+    ),
+    *mutants_of(
+        "_used.py",
+        "tests/training/test_used_weights.py::test_the_used_weight_is_logged",
+        ("module.training = False", "pass"),
+    ),
+    *mutants_of(
+        "_used.py",
+        "tests/training/test_used_weights.py::test_a_mask_that_is_removed_from_another_source_is_noticed",
+        ("return now is not None and now.makers == self.recipe.makers", "return now is not None"),
+        ("_end(_makes(hook)[0], becomes) == made", "_makes(hook)[0] == made"),
+    ),
+    *mutants_of(
+        "_used.py",
+        "tests/training/test_used_weights.py::test_to_measure_changes_no_weight_no_buffer_and_no_random_number",
+        ("do_power_iteration=False", "do_power_iteration=True"),
+    ),
+    *mutants_of(
+        "_outputs.py",
+        "tests/test_optimizers.py::test_hidden_matrices",
+        ("(head|classifier)$", "(heads?|classifier)$"),
+        ("(^|_)(head", "^(head"),
+        ("for _, parameter in weights[-1:]} - inside", "for _, parameter in weights[-1:]}"),
+        ("last = set() if named else", "last = set() if named or told else"),
+        ("elif isinstance(classifier, (tuple, list))", "elif isinstance(classifier, list)"),
+        (' or model.__dict__.get("default_cfg")', ""),
+        ('else getattr(config, "classifier", None)', "else None"),
+    ),
+    *mutants_of(
+        "optimizers.py",
+        "tests/test_optimizers.py::test_the_closure_is_evaluated_once_and_before_all",
+        ("with torch.enable_grad():", "if True:"),
+    ),
+    *mutants_of(
+        "optimizers.py",
+        "tests/test_optimizers.py::test_with_learning_rate_schedulers",
+        ("_pass_on_momentum(optimizer)\n", "pass\n"),
+        ('shared.setdefault("momentum", 0.0)', "pass"),
+    ),
+    *mutants_of(
+        "optimizers.py",
+        "tests/test_optimizers.py::test_the_state_dict_has_the_layout_of_torch",
+        ("sum(map(len, numbers))", "len(numbers[i])"),
+    ),
+    *mutants_of(
+        "optimizers.py",
+        "tests/test_optimizers.py::test_states_that_belong_to_no_parameter_and_overridden_methods",
+        ("numbers[i].get(k, (i, k))", "numbers[i].get(k, k)"),
+    ),
+    *mutants_of(
+        "optimizers.py",
+        "tests/test_optimizers.py::test_a_list_of_groups_that_was_changed_is_refused_before_any_weight_changes",
+        (" or any(map(is_not, self.param_groups, self._shared))", ""),
+    ),
+    *mutants_of(
+        "optimizers.py",
+        "tests/test_optimizers.py::test_frozen_parameters_come_in_when_they_are_added",
+        ("group.update(options)", "pass"),
+        ("kept + [place for place in found if place not in kept]", "found"),
+    ),
+    *mutants_of(
+        "activations.py",
+        "tests/training/test_activations.py::test_penalty_and_gradient_are_means_over_samples_or_positions",
+        ("max(outputs.shape[0], 1)", "max(outputs.numel(), 1)"),
+        ("outputs.numel() // max(outputs.shape[-1], 1)", "outputs.shape[0]"),
+        ("lambda x: 2 * x", "lambda x: x"),
+        ("(2 * outputs.logsumexp(-1, keepdim=True))", "outputs.logsumexp(-1, keepdim=True)"),
+    ),
+    *mutants_of(
+        "activations.py",
+        "tests/training/test_activations.py::test_penalty_and_gradient_are_computed_in_float32",
+        ("kind.gradient(outputs.to(at_least_float32(outputs)))", "kind.gradient(outputs)"),
+    ),
+    *mutants_of(
+        "callbacks/activation.py",
+        "tests/training/test_activations.py::test_training_is_that_with_the_penalty_in_the_loss",
+        ("self.run.value(self.schedule) / batches", "self.run.value(self.schedule)"),
+        ("term = term * self._scale.to(term.device)", "pass"),
+    ),
+    *mutants_of(
+        "callbacks/activation.py",
+        "tests/training/test_activations.py::test_a_second_backward_pass_through_one_forward_pass_adds_nothing",
+        (" and not ctx.is_added", ""),
+    ),
+    *mutants_of(
+        "callbacks/activation.py",
+        "tests/training/test_activations.py::test_gradients_that_the_model_asks_for_are_its_own",
+        ("if ctx.owner.is_in_backward and not", "if not"),
+    ),
+    *mutants_of(
+        "callbacks/activation.py",
+        "tests/training/test_activations.py::test_what_is_logged_is_what_the_loss_would_have_had",
+        ("activations.penalty(outputs, self.norm) * self._share", "activations.penalty(outputs, self.norm)"),
+    ),
+    *mutants_of(
+        "callbacks/activation.py",
+        "tests/training/test_activations.py::test_a_layer_that_is_replaced_between_epochs",
+        ("if batch_idx == 0:\n            self._find(self.run)", "pass"),
+    ),
+]
