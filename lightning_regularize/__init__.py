@@ -12,6 +12,7 @@ from lightning_regularize.callbacks.norm_monitor import WeightNormMonitor
 from lightning_regularize.callbacks.penalty import ElasticNetPenalty, GroupLassoPenalty, L1Penalty, L2Penalty
 from lightning_regularize.callbacks.summary import RegularizationSummary
 from lightning_regularize.callbacks.weight_decay import WeightDecay
+from lightning_regularize.callbacks.weight_penalty import WeightPenalty
 from lightning_regularize.groups import describe, param_groups
 from lightning_regularize.module import RegularizedModule, regularize
 from lightning_regularize.optimizers import ChainedOptimizer, hidden_matrices
@@ -28,6 +29,7 @@ __all__ = [
     "L2Penalty",
     "ElasticNetPenalty",
     "GroupLassoPenalty",
+    "WeightPenalty",
     "ActivationPenalty",
     "WeightConstraint",
     "DropoutSchedule",

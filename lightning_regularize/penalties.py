@@ -21,7 +21,6 @@ References:
 """
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
@@ -30,6 +29,7 @@ import torch
 from torch import Tensor
 
 from lightning_regularize._checks import check_is_number
+from lightning_regularize._penalty import Penalty, check_strength, dense_gradients
 from lightning_regularize._sharding import local_piece
 from lightning_regularize._steps.buckets import (
     Tensors,
@@ -43,75 +43,14 @@ from lightning_regularize._steps.buckets import (
     widened,
     write_back_,
 )
+from lightning_regularize.autograd_penalties import ByAutograd, Function, Orthogonal, Spectral
 from lightning_regularize.norms import norms
 from lightning_regularize.units import check_dim, norms_of_units, spread_of, sum_over_ranks, unit_buckets, unit_dims
 
-__all__ = ["Penalty", "L1", "L2", "ElasticNet", "GroupLasso"]
+__all__ = ["Penalty", "L1", "L2", "ElasticNet", "GroupLasso", "ByAutograd", "Function", "Orthogonal", "Spectral"]
 
 _STEPS_ON_CPU = 10  # of Newton's method, at most
 _STEPS_ELSEWHERE = 7  # always: to ask a device whether fewer suffice would wait for it
-
-
-class Penalty(ABC):
-    """What pulls weights to zero, at unit strength: the base of all penalties, to be implemented by a frozen dataclass.
-
-    In every method ``weight`` is floating, of any shape, and autograd records nothing. ``dim`` matters only where
-    ``per_unit``: the dims that hold the incoming weights of one output unit, by default all but the first.
-    """
-
-    per_unit: ClassVar[bool] = False
-    """Whether output units are groups, so that :func:`~lightning_regularize.units.norm_dims` has to say them."""
-
-    takes_lists: ClassVar[bool] = False
-    """Whether ``weight``, ``gradient`` and a threshold that is a tensor may be lists, for one call instead of many."""
-
-    @abstractmethod
-    def value(
-        self, weight: Tensor, strength: float | Tensor = 1.0, *, dim: int | Sequence[int] | None = None
-    ) -> Tensor:
-        """Return ``strength * R(weight)``, accurate in every precision.
-
-        Args:
-            weight: A weight. Of a DTensor it is the value of the whole, for which every rank should pass its piece.
-            strength: Non-negative: a number, or a 0-d tensor on the weight's device.
-            dim: See the class.
-
-        Returns:
-            A 0-d tensor on the weight's device, float64 (float32 on devices without it).
-
-        Raises:
-            ValueError: If ``strength`` is a number and negative or not finite.
-        """
-
-    @abstractmethod
-    def add_gradient_(
-        self, gradient: Tensor, weight: Tensor, strength: float | Tensor, *, dim: int | Sequence[int] | None = None
-    ) -> None:
-        """Add the (sub)gradient of ``strength * R`` at ``weight`` to ``gradient``, in place; 0 where there is a kink.
-
-        Args:
-            gradient: Dense, of the weight's shape, dtype and placements.
-            weight: A weight.
-            strength: Non-negative: a number, or a 0-d tensor on the weight's device (such as what
-                ``GradScaler.scale`` returns), for which nobody waits for the device.
-            dim: See the class.
-
-        Raises:
-            ValueError: If ``strength`` is a number and negative or not finite, or ``gradient`` is sparse.
-        """
-
-    @abstractmethod
-    def proximal_(self, weight: Tensor, threshold: float | Tensor, *, dim: int | Sequence[int] | None = None) -> None:
-        """Replace ``weight`` by the minimizer of ``|x - weight|^2 / 2 + threshold * R(x)``, in place.
-
-        Args:
-            weight: A weight.
-            threshold: Strength times step, non-negative: a number, a 0-d tensor, or a tensor of the weight's shape.
-            dim: See the class.
-
-        Raises:
-            ValueError: If ``threshold`` is a number and negative or not finite, or a tensor of another shape.
-        """
 
 
 @final
@@ -138,13 +77,14 @@ class L1(Penalty):
     """
 
     takes_lists: ClassVar[bool] = True
+    takes_pieces: ClassVar[bool] = True
 
     @torch.no_grad()
     def value(
         self, weight: Tensors, strength: float | Tensor = 1.0, *, dim: int | Sequence[int] | None = None
     ) -> Tensor:
         """Return ``strength`` times the sum of magnitudes, see :meth:`Penalty.value`."""
-        _check("strength", strength)
+        check_strength("strength", strength)
         return norms(listed(weight), 1.0).sum() * strength
 
     @torch.no_grad()
@@ -182,13 +122,14 @@ class L2(Penalty):
     """
 
     takes_lists: ClassVar[bool] = True
+    takes_pieces: ClassVar[bool] = True
 
     @torch.no_grad()
     def value(
         self, weight: Tensors, strength: float | Tensor = 1.0, *, dim: int | Sequence[int] | None = None
     ) -> Tensor:
         """Return ``strength`` times half the sum of squares, see :meth:`Penalty.value`."""
-        _check("strength", strength)
+        check_strength("strength", strength)
         return norms(listed(weight)).square().sum() * (0.5 * strength)
 
     @torch.no_grad()
@@ -237,6 +178,7 @@ class ElasticNet(Penalty):
 
     l1_ratio: float
     takes_lists: ClassVar[bool] = True
+    takes_pieces: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_is_number("l1_ratio", self.l1_ratio)
@@ -248,7 +190,7 @@ class ElasticNet(Penalty):
         self, weight: Tensors, strength: float | Tensor = 1.0, *, dim: int | Sequence[int] | None = None
     ) -> Tensor:
         """Return ``strength`` times the mixture, see :meth:`Penalty.value`."""
-        _check("strength", strength)
+        check_strength("strength", strength)
         return L1().value(weight, self.l1_ratio * strength) + L2().value(weight, (1 - self.l1_ratio) * strength)
 
     @torch.no_grad()
@@ -315,6 +257,7 @@ class GroupLasso(Penalty):
     dim: int | Sequence[int] | None = None
     per_unit: ClassVar[bool] = True
     takes_lists: ClassVar[bool] = True
+    takes_pieces: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_dim(self.dim)
@@ -324,7 +267,7 @@ class GroupLasso(Penalty):
         self, weight: Tensors, strength: float | Tensor = 1.0, *, dim: int | Sequence[int] | None = None
     ) -> Tensor:
         """Return ``strength`` times the sum over groups, see :meth:`Penalty.value`."""
-        _check("strength", strength)
+        check_strength("strength", strength)
         weights, dim = listed(weight), self.dim if dim is None else dim
         # What ranks found is added up once for all weights that are spread alike; all ranks meet them in one order.
         alike: dict[tuple[Hashable, int, tuple[int, ...]], list[Tensor]] = {}
@@ -345,10 +288,10 @@ class GroupLasso(Penalty):
         self, gradient: Tensors, weight: Tensors, strength: float | Tensor, *, dim: int | Sequence[int] | None = None
     ) -> None:
         """Add ``strength * sqrt(|g|)`` in the direction of each group, see :meth:`Penalty.add_gradient_`."""
-        _check("strength", strength)
+        check_strength("strength", strength)
         weights = listed(weight)
         dims = [unit_dims(each, self.dim if dim is None else dim) for each in weights]
-        for indices, (w, g) in unit_buckets(dims, weights, _dense(gradient)):
+        for indices, (w, g) in unit_buckets(dims, weights, dense_gradients(gradient)):
             units, inner = stacked(w), dims[indices[0]]
             found = norms_of_units(units, w[0], inner)
             factors = torch.where(found > 0, _root_size(w[0], inner) * strength / found, 0.0)
@@ -384,25 +327,6 @@ class GroupLasso(Penalty):
             put_back_(w, units)
 
 
-def _dense(gradient: Tensors) -> list[Tensor]:
-    gradients = listed(gradient)
-    for each in gradients:
-        if each.layout is not torch.strided:
-            raise ValueError(
-                f"`gradient` should be dense, got {each.layout}: a penalty pulls at every weight, not only at the "
-                "rows that were looked up. Use `sparse=False` in the embedding, or a proximal step."
-            )
-    return gradients
-
-
-def _check(name: str, value: object) -> None:
-    if isinstance(value, Tensor):  # to look at it would wait for its device
-        return
-    check_is_number(name, value)
-    if not 0 <= value < math.inf:  # type: ignore[operator]
-        raise ValueError(f"`{name}` should be non-negative and finite, got {value!r}.")
-
-
 def _checked(threshold: float | Tensors) -> float | Tensor | list[Tensor]:
     """A number or 0-d tensor for all weights, or a list with a tensor for each."""
     if isinstance(threshold, Tensor) and threshold.dim():
@@ -411,7 +335,7 @@ def _checked(threshold: float | Tensors) -> float | Tensor | list[Tensor]:
         return local_piece(threshold)
     if isinstance(threshold, list | tuple) and all(isinstance(each, Tensor) for each in threshold):
         return list(threshold)
-    _check("threshold", threshold)
+    check_strength("threshold", threshold)
     return float(threshold)  # type: ignore[arg-type]
 
 
@@ -419,8 +343,8 @@ def _with_gradients(
     weight: Tensors, gradient: Tensors, strength: float | Tensor
 ) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
     """Lists of gradients and of weights on this rank."""
-    gradients = _dense(gradient)
-    _check("strength", strength)
+    gradients = dense_gradients(gradient)
+    check_strength("strength", strength)
     for bucket in buckets(list(map(local_piece, listed(weight))), list(map(local_piece, gradients))):
         yield bucket.columns[1], bucket.columns[0]
 

@@ -62,6 +62,10 @@ CALLBACKS = f"""
 ALONE = {
     "L2Penalty": {"strength": 1e-4},
     "ElasticNetPenalty": {"l1": 1e-4, "l2": 1e-4},
+    "WeightPenalty": {
+        "penalty": {"class_path": "lightning_regularize.penalties.Orthogonal", "init_args": {"mode": "columns"}},
+        "strength": 0.01,
+    },
     "AnchorDecay": {"strength": 0.01},
     "ConstrainedDecay": {"bound": "start", "exclude": ["layers.3.*"]},
     "Hyperball": {"exclude": ["layers.3.*"]},

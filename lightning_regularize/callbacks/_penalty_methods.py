@@ -9,8 +9,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_regularize._sharding import local_piece, local_tensor, settle_gradient_
-from lightning_regularize._steps.buckets import HALF, buckets, calls
+from lightning_regularize._sharding import (
+    is_dtensor,
+    local_piece,
+    local_tensor,
+    piece_like,
+    settle_gradient_,
+    whole_tensor,
+)
+from lightning_regularize._steps.buckets import HALF, buckets, calls, listed
 from lightning_regularize._steps.clock import rate_of
 from lightning_regularize._trainer.strategies import check_gradients_are_the_modules, check_weights_are_the_optimizers
 from lightning_regularize.decay import change_stochastically_, noise_seed
@@ -25,6 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
+    from lightning_regularize._steps.buckets import Tensors
     from lightning_regularize._steps.hooks import Step
     from lightning_regularize._steps.run import Run
     from lightning_regularize.callbacks._base import Regularizer
@@ -85,7 +93,7 @@ class Gradient(Method):
 
     @torch.no_grad()
     def on_gradients(self, owner: PenaltyCallback, step: Step) -> None:
-        penalty: Any = owner.penalty()
+        penalty = owner.penalty()
         is_measured = owner.rounding.counts_in(owner, step)
         for group, targets in owner.targets(step.optimizer):
             strength: Any = owner.strength(group, step.number) if targets else 0.0
@@ -99,16 +107,14 @@ class Gradient(Method):
                 if owner.rounds_at_random:
                     for (target, _), g, w in zip(pairs, gradients, weights, strict=True):
                         wide = w.to(at_least_float32(w))
-                        add = functools.partial(penalty.add_gradient_, weight=wide, strength=scaled, dim=dim)
+                        add = functools.partial(_add_, weights=[wide], penalty=penalty, strength=scaled, dim=dim)
                         name = f"{type(owner).__name__}/{target.info.name}"
                         change_stochastically_(local_piece(g), add, seed=noise_seed(owner.seed, step.number, name))
                     continue
-                for g, w in calls(penalty.takes_lists, gradients, weights):
-                    penalty.add_gradient_(g, w, scaled, dim=dim)
+                _add_(gradients, weights, penalty, scaled, dim)
                 if before:
                     asked = [torch.zeros_like(g, dtype=torch.float32) for g in gradients]
-                    for g, w in calls(penalty.takes_lists, asked, weights):
-                        penalty.add_gradient_(g, w, scaled, dim=dim)
+                    _add_(asked, weights, penalty, scaled, dim)
                     owner.rounding.compare(before, gradients, asked)
         owner.rounding.sum_up()
 
@@ -162,12 +168,48 @@ def by_dim(targets: Sequence[Target]) -> dict[tuple[int, ...] | None, list[Targe
     return found
 
 
+def whole_weight(weight: Tensor) -> Tensor:
+    """All of a weight of which ranks hold pieces; all ranks should take part."""
+    return weight.full_tensor() if is_dtensor(weight) else weight  # type: ignore[attr-defined]
+
+
+def _add_(
+    gradients: Tensors, weights: Sequence[Tensor], penalty: Any, strength: Any, dim: tuple[int, ...] | None
+) -> None:
+    """Add the gradient of a penalty, also of one that has to be given whole weights."""
+    if penalty.takes_pieces or not any(map(is_dtensor, weights)):
+        for g, w in calls(penalty.takes_lists, listed(gradients), weights):
+            penalty.add_gradient_(g, w, strength, dim=dim)
+        return
+    for gradient, weight in zip(listed(gradients), weights, strict=True):
+        wide = weight.to(at_least_float32(weight))
+        every = whole_weight(wide)
+        term = torch.zeros_like(every)
+        penalty.add_gradient_(term, every, strength, dim=dim)
+        local_piece(gradient).add_(piece_like(term, wide))
+
+
+def _shrink_whole_(penalty: Any, weight: Tensor, threshold: float | Tensor, dim: tuple[int, ...] | None) -> None:
+    """Apply the proximal map of a penalty that has to be given whole weights."""
+    if not is_dtensor(weight):
+        penalty.proximal_(weight, threshold, dim=dim)
+        return
+    every = whole_weight(weight)
+    of_every = whole_tensor(threshold, weight) if isinstance(threshold, torch.Tensor) and threshold.dim() else threshold
+    penalty.proximal_(every, of_every, dim=dim)
+    local_piece(weight).copy_(piece_like(every, weight))
+
+
 def _shrink_(
     penalty: Any, stepped: Sequence[tuple[Target, StepSize]], strength: float, dim: tuple[int, ...] | None
 ) -> None:
     weights = [target.as_units(target.parameter) for target, _ in stepped]
     sizes = [size for _, size in stepped]
     if sizes[0].square is None:  # for all parameters of the group
+        if not penalty.takes_pieces:
+            for weight, size in zip(weights, sizes, strict=True):
+                _shrink_whole_(penalty, weight, size.length * strength, dim)
+            return
         for (w,) in calls(penalty.takes_lists, weights):
             penalty.proximal_(w, sizes[0].length * strength, dim=dim)
         return
@@ -177,6 +219,11 @@ def _shrink_(
         for column in columns
         if column[0] is not None
     ]
+    if not penalty.takes_pieces:
+        for i, (weight, (square, *mean)) in enumerate(zip(weights, zip(*states, strict=True), strict=True)):
+            (threshold,) = thresholds([sizes[i]], [square], mean, strength)
+            _shrink_whole_(penalty, weight, threshold, dim)
+        return
     # The thresholds of a bucket are made when they are needed, in memory for one bucket.
     if penalty.per_unit:
         arranged = unit_buckets([unit_dims(weight, dim) for weight in weights], weights, *states)

@@ -15,7 +15,15 @@ from lightning_regularize._steps.targets import Targets
 from lightning_regularize._steps.watch import stepping_optimizers
 from lightning_regularize._trainer.strategies import check_view
 from lightning_regularize.callbacks._base import Regularizer
-from lightning_regularize.callbacks._penalty_methods import Gradient, Method, Proximal, Rounding, Target, by_dim
+from lightning_regularize.callbacks._penalty_methods import (
+    Gradient,
+    Method,
+    Proximal,
+    Rounding,
+    Target,
+    by_dim,
+    whole_weight,
+)
 from lightning_regularize.penalties import L1, L2, ElasticNet, GroupLasso, Penalty
 from lightning_regularize.schedules import Constant, Schedule, as_schedule, check_total_steps
 from lightning_regularize.selection import DEFAULT_EXCLUDE
@@ -92,13 +100,14 @@ class PenaltyCallback(Regularizer):
         if not self.selects(info):
             return None
         penalty = self.penalty()
-        if not penalty.per_unit:
-            return Target(info, None, None)
-        if self._sharding.is_flat(info.parameter):
+        needs = "the norms of whole units" if penalty.per_unit else "" if penalty.takes_pieces else "whole weights"
+        if needs and self._sharding.is_flat(info.parameter):
             raise MisconfigurationException(
-                f"{type(self).__name__} needs the norms of whole units, and FSDP1 cuts weights anywhere: use "
+                f"{type(self).__name__} needs {needs}, and FSDP1 cuts weights anywhere: use "
                 "ModelParallelStrategy with fully_shard (FSDP2)."
             )
+        if not penalty.per_unit:
+            return Target(info, None, None)
         try:
             view, dim = self.units(info, getattr(penalty, "dim", None), f"{type(self).__name__}(..., dim=...)")
         except ValueError as error:
@@ -143,6 +152,8 @@ class PenaltyCallback(Regularizer):
                 for dim, alike in by_dim(targets).items():
                     pieces = [target.parameter for target in alike if self._sharding.is_flat(target.parameter)]
                     whole = [t.as_units(t.parameter) for t in alike if not self._sharding.is_flat(t.parameter)]
+                    if not penalty.takes_pieces:
+                        whole = [whole_weight(w) for w in whole]
                     values += [penalty.value(w, strength, dim=dim) for (w,) in calls(penalty.takes_lists, whole)]
                     of_flat += [penalty.value(piece, strength, dim=dim) for piece in pieces]
                     flat += pieces

@@ -14,7 +14,9 @@ from lightning_regularize import (
     WeightConstraint,
     WeightDecay,
     WeightNormMonitor,
+    WeightPenalty,
 )
+from lightning_regularize.penalties import L1
 from lightning_regularize.projections import NM, FrobeniusBall, MaxNorm, SpectralBall
 from lightning_regularize.schedules import Cosine
 
@@ -59,6 +61,7 @@ ROWS = (
     Row("elastic net, proximal", lambda: ElasticNetPenalty(1e-5, 1e-5, method="proximal"), 20, transfers=1),
     Row("group lasso, gradient", lambda: GroupLassoPenalty(1e-5), 20, transfers=1),
     Row("group lasso, proximal", lambda: GroupLassoPenalty(1e-5, method="proximal"), 120, transfers=1),
+    Row("WeightPenalty of L1", lambda: WeightPenalty(L1(), 1e-5), 6, transfers=1),
     Row("max-norm", lambda: WeightConstraint(MaxNorm(3.0)), 25),
     Row("Frobenius ball", lambda: WeightConstraint(FrobeniusBall(3.0)), 25),
     Row("spectral ball", lambda: WeightConstraint(SpectralBall(3.0)), 60),

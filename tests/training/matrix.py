@@ -41,17 +41,33 @@ from lightning_regularize import (
     WeightConstraint,
     WeightDecay,
     WeightNormMonitor,
+    WeightPenalty,
     hidden_matrices,
     regularize,
 )
+from lightning_regularize.penalties import Orthogonal, Penalty, Spectral
 from lightning_regularize.projections import NM, Box, FrobeniusBall, MaxNorm, SpectralBall
 from lightning_regularize.quantities import QUANTITIES
 from lightning_regularize.schedules import Cosine, Linear
 from tests.strategies import CPUDeepSpeedStrategy, CPUFSDPStrategy
-from tests.training.support import make_trainer
+from tests.training.support import double_well, make_trainer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+
+class Frobenius(Penalty):
+    """The norm of a whole weight, by someone who knows nothing of DTensors."""
+
+    def value(self, weight, strength=1.0, *, dim=None):
+        return strength * weight.detach().norm().double()
+
+    def add_gradient_(self, gradient, weight, strength, *, dim=None):
+        gradient.add_(weight.detach() / weight.detach().norm() * strength)
+
+    def proximal_(self, weight, threshold, *, dim=None):
+        weight.mul_((1 - threshold / weight.norm()).clamp_min(0))
+
 
 STEPS = 6  # 2 epochs of 3 batches
 TOTAL = 4  # samples of a batch, over all processes
@@ -368,6 +384,14 @@ ROWS = {
     "GroupLassoPenalty proximal": Row(
         '`GroupLassoPenalty(method="proximal")`', lambda: [GroupLassoPenalty(0.02, method="proximal")], NetworkWithSGD
     ),
+    "WeightPenalty of a function": Row("`WeightPenalty` of a function", lambda: [WeightPenalty(double_well, 0.1)]),
+    "WeightPenalty orthogonal": Row("`WeightPenalty(Orthogonal())`", lambda: [WeightPenalty(Orthogonal(), 0.1)]),
+    "WeightPenalty spectral": Row("`WeightPenalty(Spectral())`", lambda: [WeightPenalty(Spectral(0.5), 0.1)]),
+    "WeightPenalty of one's own": Row(
+        '`WeightPenalty(method="proximal")` of a `Penalty` of one\'s own',
+        lambda: [WeightPenalty(Frobenius(), 0.5, method="proximal")],
+        NetworkWithSGD,
+    ),
     "ActivationPenalty": Row(
         "`ActivationPenalty`", lambda: [ActivationPenalty(Linear(0.1, 0.0), include=("hidden", "output"))]
     ),
@@ -433,8 +457,11 @@ ZERO_GRADIENTS = refused("keeps to itself: use DDP, FSDP2 (ModelParallelStrategy
 SCALED = refused("DeepSpeed multiplies it by itself: use another strategy")
 WHOLE = refused("tensor parallelism cuts some of them: use FSDP2 alone")
 
+OWN_GRADIENTS = ("WeightPenalty of a function", "WeightPenalty orthogonal", "WeightPenalty spectral")
+
 FSDP1 = {
     **dict.fromkeys(("GroupLassoPenalty", "GroupLassoPenalty proximal"), CUT),
+    **dict.fromkeys((*OWN_GRADIENTS, "WeightPenalty of one's own"), CUT),
     **dict.fromkeys(("MaxNorm", "FrobeniusBall", "SpectralBall", "NM"), CUT),
     **dict.fromkeys(
         ("AnchorDecay", "AnchorDecay selective", "Hyperball"),
@@ -444,9 +471,10 @@ FSDP1 = {
     "Muon": refused("Muon only supports 2D parameters"),
 }
 ZERO = {
-    **dict.fromkeys(("coupled", "L1Penalty", "L2Penalty", "GroupLassoPenalty"), ZERO_GRADIENTS),
+    **dict.fromkeys(("coupled", "L1Penalty", "L2Penalty", "GroupLassoPenalty", *OWN_GRADIENTS), ZERO_GRADIENTS),
     **dict.fromkeys(("decoupled", "independent", "cautious", "stable"), ZERO_WEIGHTS),
     **dict.fromkeys(("L1Penalty proximal", "ElasticNetPenalty", "GroupLassoPenalty proximal"), ZERO_WEIGHTS),
+    "WeightPenalty of one's own": ZERO_WEIGHTS,
     **dict.fromkeys(("MaxNorm", "FrobeniusBall", "SpectralBall", "NM", "Box"), ZERO_WEIGHTS),
     **dict.fromkeys(("AnchorDecay", "AnchorDecay selective", "ConstrainedDecay", "Hyperball"), ZERO_WEIGHTS),
     **dict.fromkeys(("ChainedOptimizer", "Muon"), refused("and not several optimizers in one: use DDP or FSDP2")),

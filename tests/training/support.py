@@ -21,7 +21,9 @@ from lightning_regularize import (
     WeightConstraint,
     WeightDecay,
     WeightNormMonitor,
+    WeightPenalty,
 )
+from lightning_regularize.penalties import Orthogonal, Spectral
 from lightning_regularize.projections import MaxNorm
 from lightning_regularize.schedules import Cosine, FollowLR, Linear
 
@@ -34,6 +36,11 @@ QUIET = [
     # lightning/pytorch/utilities/_pytree.py, with torch >= 2.9, whenever a loader is set up
     pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning"),
 ]
+
+
+def double_well(weight):
+    return (weight.square() - 1).square().sum()
+
 
 # Each regularizer, by each of its methods, for modules with layers ``hidden`` and ``output`` and something to drop.
 # A new one is added here, and what is asked of all is then asked of it.
@@ -49,6 +56,9 @@ REGULARIZERS = {
     "L2": lambda: L2Penalty(0.1, include=("hidden.*",)),
     "elastic net": lambda: ElasticNetPenalty(0.01, 0.1, schedule=Linear(0.0, 1.0)),
     "group lasso": lambda: GroupLassoPenalty(Cosine(0.1, 0.0)),
+    "orthogonal": lambda: WeightPenalty(Orthogonal(), Linear(0.0, 0.1)),
+    "spectral": lambda: WeightPenalty(Spectral(0.5), 0.1),
+    "function": lambda: WeightPenalty(double_well, Linear(0.1, 0.0)),
     "proximal L1": lambda: L1Penalty(Linear(0.0, 0.1), method="proximal"),
     "proximal L2": lambda: L2Penalty(0.1, method="proximal"),
     "proximal elastic net": lambda: ElasticNetPenalty(0.01, 0.1, method="proximal", include=("output.*",)),
