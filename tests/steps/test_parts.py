@@ -1115,8 +1115,8 @@ def in_two_parts():
     """An optimizer whose group has two parts, which are not shown."""
     net = Net()
     optimizer = adamw(net.parameters())
-    hooks_of(optimizer).parts = parts = Parts(lambda parameter: float(parameter.dim() > 1))
-    parts.values = [0.5]
+    hooks_of(optimizer).parts = parts = Parts(lambda parameter: (0, float(parameter.dim() > 1)))
+    parts.values = [{0: 0.5}]
     return optimizer, parts
 
 
