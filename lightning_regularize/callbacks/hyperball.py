@@ -20,7 +20,7 @@ from lightning_regularize.callbacks._saved import POSITIVE
 from lightning_regularize.callbacks.anchor_decay import AnchorDecay
 from lightning_regularize.callbacks.constrained_decay import ConstrainedDecay
 from lightning_regularize.callbacks.constraint import WeightConstraint, is_in_place, is_parametrized
-from lightning_regularize.callbacks.penalty import ElasticNetPenalty, L2Penalty
+from lightning_regularize.callbacks.penalty import PenaltyCallback
 from lightning_regularize.callbacks.weight_decay import WeightDecay
 from lightning_regularize.decay_methods import will_move
 from lightning_regularize.norms import norms
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from lightning_regularize.callbacks._saved import Layout
     from lightning_regularize.selection import ParameterInfo, Rule
 
-_DECAYS = (AnchorDecay, ConstrainedDecay, ElasticNetPenalty, L2Penalty)
+_DECAYS = (AnchorDecay, ConstrainedDecay)
 
 
 class _Target:
@@ -212,7 +212,7 @@ class Hyperball(Regularizer):
         turned = {id(target.info.parameter): target.info for target in self._targets}
         for callback in callbacks:
             found: list[str] = []
-            if isinstance(callback, _DECAYS):
+            if isinstance(callback, _DECAYS) or (isinstance(callback, PenaltyCallback) and callback.decays):
                 found = [info.name for info in turned.values() if callback.selects(info)]
             elif isinstance(callback, WeightDecay) and callback.run is not None:
                 is_off = callback.schedules and all(each == Constant(0.0) for each in callback.schedules)

@@ -78,6 +78,11 @@ class PenaltyCallback(Regularizer):
     def penalty(self) -> Penalty:
         """The penalty at unit strength."""
 
+    @property
+    def decays(self) -> bool:
+        """Does it shrink weights, as weight decay does?"""
+        return isinstance(self.penalty(), (L2, ElasticNet))
+
     def strength(self, group: dict[str, Any], step: int) -> float:
         """The strength for a parameter group in step number ``step``."""
         return self.run.clock.value(self.schedule, group, step)  # type: ignore[no-any-return]

@@ -20,7 +20,7 @@ from lightning_regularize.advice import DecayingGroup, advise
 from lightning_regularize.callbacks._base import Regularizer
 from lightning_regularize.callbacks.anchor_decay import AnchorDecay
 from lightning_regularize.callbacks.constrained_decay import ConstrainedDecay
-from lightning_regularize.callbacks.penalty import ElasticNetPenalty, L2Penalty
+from lightning_regularize.callbacks.penalty import PenaltyCallback
 from lightning_regularize.callbacks.weight_decay import WeightDecay
 from lightning_regularize.groups import group_name
 from lightning_regularize.schedules import Position, timescales_in, value_at
@@ -259,7 +259,8 @@ def _ranges(numbers: list[int]) -> str:
 def _advice(trainer: pl.Trainer, rows: list[_Row]) -> list[str]:
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     groups = list(dict.fromkeys(row.advice for row in rows if row.advice is not None))
-    others = [c for c in callbacks if isinstance(c, (L2Penalty, ElasticNetPenalty, AnchorDecay, ConstrainedDecay))]
+    kinds = (AnchorDecay, ConstrainedDecay)
+    others = [c for c in callbacks if isinstance(c, kinds) or (isinstance(c, PenaltyCallback) and c.decays)]
     names = [type(other).__name__ for other in others]
     steps = {"total_steps": total_steps(trainer), "steps_per_epoch": steps_per_epoch(trainer)}
     decaying = [row.info.name for row in rows if row.advice is not None]

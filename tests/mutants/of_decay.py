@@ -178,7 +178,7 @@ MUTANTS = [
         ("write_back_(narrow, wide)", "pass"),
     ),
     *mutants_of(
-        "penalties.py",
+        "_penalty.py",
         "tests/test_penalties.py::test_a_sparse_gradient_is_refused",
         ("if each.layout is not torch.strided:", "if False:"),
     ),
@@ -188,7 +188,7 @@ MUTANTS = [
         ("others = [d for d in range(number) if d not in dims]", "others = list(range(number))"),
     ),
     *mutants_of(
-        "penalties.py",
+        "_penalty.py",
         "tests/test_penalties.py::test_strengths_and_thresholds_are_non_negative_and_finite",
         ("if not 0 <= value < math.inf:  #", "if not 0 <= value:  #"),
     ),

@@ -43,7 +43,7 @@ MUTANTS = [
     *mutants_of(
         "callbacks/hyperball.py",
         "tests/training/test_hyperball.py::test_decay_of_the_same_weights_is_refused_before_any_weight_changes",
-        ("_DECAYS = (AnchorDecay, ConstrainedDecay, ", "_DECAYS = (AnchorDecay, "),
+        ("_DECAYS = (AnchorDecay, ConstrainedDecay)", "_DECAYS = (AnchorDecay,)"),
         ("(value or (factor and callback.schedules and not is_off))", "value"),
     ),
     *mutants_of(

@@ -23,7 +23,9 @@ from lightning_regularize import (
     L2Penalty,
     WeightConstraint,
     WeightDecay,
+    WeightPenalty,
 )
+from lightning_regularize.penalties import L2
 from lightning_regularize.projections import MaxNorm
 from lightning_regularize.schedules import Steps
 from lightning_regularize.spheres import turn_
@@ -240,6 +242,7 @@ REFUSED = {
     "AnchorDecay": ((AnchorDecay(0.1),), Adam, r"AnchorDecay decays 'hidden.weight'"),
     "ConstrainedDecay": ((ConstrainedDecay("start"),), Adam, r"ConstrainedDecay decays 'hidden.weight'"),
     "L2Penalty": ((L2Penalty(0.1, include=("output.*",)),), Adam, r"L2Penalty decays 'output.weight'"),
+    "WeightPenalty": ((WeightPenalty(L2(), 0.1),), Adam, r"WeightPenalty decays 'hidden.weight'"),
     "ElasticNetPenalty": ((ElasticNetPenalty(0.1, 0.1),), Adam, r"ElasticNetPenalty decays 'hidden.weight'"),
 }
 
