@@ -1129,7 +1129,9 @@ class Alive(L.Callback):
 
     def count(self):
         tensors = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor) and not is_fake(t)]
-        storages = [tensor.untyped_storage() for tensor in tensors if not is_lazy(tensor)]  # other tests leave some
+        # Other tests leave lazy and sparse ones, which have no storage.
+        dense = [tensor for tensor in tensors if not is_lazy(tensor) and tensor.layout is torch.strided]
+        storages = [tensor.untyped_storage() for tensor in dense]
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
