@@ -98,6 +98,11 @@ def whole_tensor(piece: Tensor, like: Tensor) -> Tensor:
     return spread.full_tensor()
 
 
+def gathered(tensor: Tensor) -> Tensor:
+    """All of a tensor of which ranks may hold pieces, detached; all ranks should take part."""
+    return whole_tensor(local_tensor(tensor), tensor)
+
+
 def piece_like(whole: Tensor, like: Tensor) -> Tensor:
     """This rank's piece of a ``whole`` that every rank has, cut as ``like`` is, on its device and of its dtype."""
     whole = whole.detach().to(device=like.device, dtype=like.dtype)

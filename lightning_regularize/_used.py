@@ -20,7 +20,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from lightning_regularize._sharding import is_dtensor, local_tensor, piece_like, whole_tensor
+from lightning_regularize._sharding import gathered, is_dtensor, local_tensor, piece_like
 from lightning_regularize.selection import ParameterInfo, matching, tensor_name
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ class Recipe(NamedTuple):
 
     def compute(self, owner: nn.Module) -> Tensor:
         """The whole weight of ``owner``."""
-        whole: dict[str, Any] = {name: _whole(parameter) for name, parameter in self.inputs.items()}
+        whole: dict[str, Any] = {name: gathered(parameter) for name, parameter in self.inputs.items()}
         if isinstance(self.makers[0], ParametrizationList):
             return _parametrized(self.makers[0], whole)
         stand_in = _StandIn(owner, whole)
@@ -209,12 +209,12 @@ class _StandIn:
 
     def __getattr__(self, name: str) -> Any:
         found = self._instead[name] if name in self._instead else getattr(self._module, name)
-        return _whole(found) if isinstance(found, Tensor) else found
+        return gathered(found) if isinstance(found, Tensor) else found
 
 
 def _parametrized(made_by: ParametrizationList, parameters: Mapping[str, Tensor]) -> Tensor:
     modes = [(module, module.training) for module in made_by.modules()]
-    buffers = {name: _whole(buffer).clone() for name, buffer in made_by.named_buffers()}
+    buffers = {name: gathered(buffer).clone() for name, buffer in made_by.named_buffers()}
     try:
         for module, _ in modes:
             module.training = False
@@ -229,10 +229,6 @@ def _parametrized(made_by: ParametrizationList, parameters: Mapping[str, Tensor]
 def _generators_put_back(device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         yield
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return whole_tensor(local_tensor(tensor), tensor)
 
 
 def _unpacked(parameter: Tensor) -> Tensor:

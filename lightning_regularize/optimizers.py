@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from lightning_regularize.groups import rule_name
+from lightning_regularize.groups import first_match, rule_name
 from lightning_regularize.selection import check_rules, hidden_matrices, matches, parameter_infos, require_matches
 
 if TYPE_CHECKING:
@@ -295,7 +295,7 @@ def _divide(
     found: dict[Any, list[ParameterInfo]] = {rule: [] for rule in rules}
     missed: list[ParameterInfo] = []
     for info in (known[id(parameter)] for parameter in parameters):
-        rule = next((rule for rule in rules if matches(rule, info)), None)
+        rule = first_match(rules, info)
         (missed if rule is None else found[rule]).append(info)
     if missed:
         raise ValueError(
@@ -411,7 +411,7 @@ def _check_initialized(infos: Sequence[ParameterInfo]) -> None:
 
 
 def _check_decisive(rules: Sequence[Rule], infos: Sequence[ParameterInfo]) -> None:
-    decisive = {next((rule for rule in rules if matches(rule, info)), None) for info in infos}
+    decisive = {first_match(rules, info) for info in infos}
     for rule in rules:
         if rule not in decisive and rule != "*" and any(matches(rule, info) for info in infos):
             raise ValueError(

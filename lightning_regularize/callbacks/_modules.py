@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 if TYPE_CHECKING:
     from torch import nn
+
+
+def is_list(value: object) -> TypeGuard[Sequence[Any]]:
+    """Is it a sequence of several? A text is one value."""
+    return isinstance(value, Sequence) and not isinstance(value, str)
 
 
 def check_module_rules(include: object) -> tuple[str | type, ...]:
@@ -16,10 +21,9 @@ def check_module_rules(include: object) -> tuple[str | type, ...]:
     Raises:
         TypeError: ``include`` is no sequence of globs, "type:Name" and classes.
     """
-    is_list = isinstance(include, Sequence) and not isinstance(include, str)
-    if not is_list or not all(isinstance(rule, (str, type)) for rule in include):  # type: ignore[attr-defined]
+    if not is_list(include) or not all(isinstance(rule, (str, type)) for rule in include):
         raise TypeError(f"`include` should be a sequence of globs, 'type:Name' or module classes, got {include!r}.")
-    return tuple(include)  # type: ignore[arg-type]
+    return tuple(include)
 
 
 def matches_module(rule: str | type, name: str, module: nn.Module) -> bool:

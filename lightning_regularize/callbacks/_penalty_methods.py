@@ -10,6 +10,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_regularize._sharding import (
+    gathered,
     is_dtensor,
     local_piece,
     local_tensor,
@@ -168,11 +169,6 @@ def by_dim(targets: Sequence[Target]) -> dict[tuple[int, ...] | None, list[Targe
     return found
 
 
-def whole_weight(weight: Tensor) -> Tensor:
-    """All of a weight of which ranks hold pieces; all ranks should take part."""
-    return weight.full_tensor() if is_dtensor(weight) else weight  # type: ignore[attr-defined]
-
-
 def _add_(
     gradients: Tensors, weights: Sequence[Tensor], penalty: Any, strength: Any, dim: tuple[int, ...] | None
 ) -> None:
@@ -183,7 +179,7 @@ def _add_(
         return
     for gradient, weight in zip(listed(gradients), weights, strict=True):
         wide = weight.to(at_least_float32(weight))
-        every = whole_weight(wide)
+        every = gathered(wide)
         term = torch.zeros_like(every)
         penalty.add_gradient_(term, every, strength, dim=dim)
         local_piece(gradient).add_(piece_like(term, wide))
@@ -194,7 +190,7 @@ def _shrink_whole_(penalty: Any, weight: Tensor, threshold: float | Tensor, dim:
     if not is_dtensor(weight):
         penalty.proximal_(weight, threshold, dim=dim)
         return
-    every = whole_weight(weight)
+    every = gathered(weight)
     of_every = whole_tensor(threshold, weight) if isinstance(threshold, torch.Tensor) and threshold.dim() else threshold
     penalty.proximal_(every, of_every, dim=dim)
     local_piece(weight).copy_(piece_like(every, weight))

@@ -8,7 +8,6 @@ import inspect
 import math
 import re
 import types
-from collections.abc import Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,12 +18,12 @@ from torch._dynamo.utils import guard_failures
 from torch.nn.modules.dropout import _DropoutNd
 
 from lightning_regularize.callbacks._base import Regularizer
-from lightning_regularize.callbacks._modules import check_module_rules, matches_module
+from lightning_regularize.callbacks._modules import check_module_rules, is_list, matches_module
 from lightning_regularize.schedules import Constant, Position, Schedule, as_schedule, check_total_steps, value_at
 from lightning_regularize.selection import canonical
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     import lightning.pytorch as pl
 
@@ -119,7 +118,7 @@ class DropoutSchedule(Regularizer):
         if isinstance(self.schedule, Constant):
             _check_rate(self.schedule.value)
         rules = check_module_rules(include)
-        if not _is_list(attributes) or not all(isinstance(name, str) for name in attributes):
+        if not is_list(attributes) or not all(isinstance(name, str) for name in attributes):
             raise TypeError(f"`attributes` should be a sequence of names, got {attributes!r}.")
         if not isinstance(same, bool):
             raise TypeError(f"`same` should be True or False, got {same!r}.")
@@ -339,10 +338,6 @@ def _ratio(rate: float, largest: float) -> float:
     simple = float(Fraction(ratio).limit_denominator(256))  # such as 3 / 11
     is_rounded = all(torch.tensor(p, dtype=torch.float32).item() == p for p in (rate, largest))
     return simple if is_rounded and math.isclose(ratio, simple, rel_tol=1e-6) else ratio
-
-
-def _is_list(value: object) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str)
 
 
 def _check_rate(p: float) -> float:

@@ -24,7 +24,6 @@ from lightning_regularize.callbacks.penalty import PenaltyCallback
 from lightning_regularize.callbacks.weight_decay import WeightDecay
 from lightning_regularize.decay_methods import will_move
 from lightning_regularize.norms import norms
-from lightning_regularize.schedules import Constant
 from lightning_regularize.spheres import turn_
 
 if TYPE_CHECKING:
@@ -215,11 +214,10 @@ class Hyperball(Regularizer):
             if isinstance(callback, _DECAYS) or (isinstance(callback, PenaltyCallback) and callback.decays):
                 found = [info.name for info in turned.values() if callback.selects(info)]
             elif isinstance(callback, WeightDecay) and callback.run is not None:
-                is_off = callback.schedules and all(each == Constant(0.0) for each in callback.schedules)
                 found = [
                     info.name
                     for info, _, _, value, factor, _ in callback.by_parameter()
-                    if id(info.parameter) in turned and (value or (factor and callback.schedules and not is_off))
+                    if id(info.parameter) in turned and (value or (factor and callback.rules.set_decay))
                 ]
             if found:
                 raise MisconfigurationException(_refusal(type(callback).__name__, found))

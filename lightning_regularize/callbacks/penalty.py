@@ -10,6 +10,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_regularize._checks import check_number, check_rounding
+from lightning_regularize._sharding import gathered
 from lightning_regularize._steps.buckets import HALF, calls
 from lightning_regularize._steps.targets import Targets
 from lightning_regularize._steps.watch import stepping_optimizers
@@ -22,7 +23,6 @@ from lightning_regularize.callbacks._penalty_methods import (
     Rounding,
     Target,
     by_dim,
-    whole_weight,
 )
 from lightning_regularize.penalties import L1, L2, ElasticNet, GroupLasso, Penalty
 from lightning_regularize.schedules import Constant, Schedule, as_schedule, check_total_steps
@@ -158,7 +158,7 @@ class PenaltyCallback(Regularizer):
                     pieces = [target.parameter for target in alike if self._sharding.is_flat(target.parameter)]
                     whole = [t.as_units(t.parameter) for t in alike if not self._sharding.is_flat(t.parameter)]
                     if not penalty.takes_pieces:
-                        whole = [whole_weight(w) for w in whole]
+                        whole = list(map(gathered, whole))
                     values += [penalty.value(w, strength, dim=dim) for (w,) in calls(penalty.takes_lists, whole)]
                     of_flat += [penalty.value(piece, strength, dim=dim) for piece in pieces]
                     flat += pieces

@@ -132,10 +132,9 @@ def _of_optimizers(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[
 def _of_schedule(trainer: pl.Trainer, callback: WeightDecay) -> Iterator[_Row]:
     """What WeightDecay makes of the groups: each in parts of one schedule and factor."""
     rules = callback.rules
-    settings = {id(info): rules.decide(info).setting for info, *_ in callback.by_parameter()}
-    found = sorted(
-        callback.by_parameter(), key=lambda each: (each[1].index, each[2], -each[4], settings[id(each[0])].schedule)
-    )
+    found = list(callback.by_parameter())
+    settings = {id(info): rules.decide(info).setting for info, *_ in found}
+    found.sort(key=lambda each: (each[1].index, each[2], -each[4], settings[id(each[0])].schedule))
     labels = {w.index: group_labels(w.optimizer, callback.run.label(w)) for _, w, *_ in found}
     is_one = sum(map(len, labels.values())) == 1
     samples: dict[tuple[float, int], Sequence[float]] = {}

@@ -44,7 +44,7 @@ MUTANTS = [
         "callbacks/hyperball.py",
         "tests/training/test_hyperball.py::test_decay_of_the_same_weights_is_refused_before_any_weight_changes",
         ("_DECAYS = (AnchorDecay, ConstrainedDecay)", "_DECAYS = (AnchorDecay,)"),
-        ("(value or (factor and callback.schedules and not is_off))", "value"),
+        ("(value or (factor and callback.rules.set_decay))", "value"),
     ),
     *mutants_of(
         "callbacks/hyperball.py",

@@ -22,7 +22,7 @@ MUTANTS = [
         "_used.py",
         "tests/training/test_used_weights.py::test_what_a_computation_draws_and_counts_is_put_back",
         ('fork_rng(devices=[device] if device.type == "cuda" else [])', "fork_rng(enabled=False)"),
-        ("_whole(buffer).clone()", "_whole(buffer)"),
+        ("gathered(buffer).clone()", "gathered(buffer)"),
     ),
     *mutants_of(
         "_used.py",
