@@ -14,6 +14,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lightning_regularize._checks import check_layer_decay, check_number, is_named
+from lightning_regularize._factories import check_factories
 from lightning_regularize._trainer.strategies import deepspeed_keeper, model_root
 from lightning_regularize.callbacks.weight_decay import WeightDecay
 from lightning_regularize.groups import (
@@ -21,7 +22,7 @@ from lightning_regularize.groups import (
     check_something_decays,
     layer_groups,
 )
-from lightning_regularize.optimizers import ChainedOptimizer, check_factories
+from lightning_regularize.optimizers import ChainedOptimizer
 from lightning_regularize.selection import DEFAULT_EXCLUDE, Rule, parameter_infos
 
 if TYPE_CHECKING:
