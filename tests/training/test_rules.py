@@ -248,16 +248,19 @@ def test_the_share_left_after_a_timescale_without_gradients_is_1_over_e():
     torch.testing.assert_close(weight.weight / before, torch.full((4, 4), math.exp(-1)), rtol=0.01, atol=0)
 
 
-@pytest.mark.parametrize("batch", [1, 2, 8], ids=str)
-def test_a_timescale_carries_over_to_another_batch_size_as_in_the_paper(batch):
-    """T_epoch = B / (lr * lambda * D) stays: with lr ~ sqrt(B), lambda ~ sqrt(B)."""
-    lr, steps_per_epoch = 1e-3, 1600
+def resolved(batch_size):
+    """The weight decay of every step of a run over 16 samples, with a rate that grows as the root of the batch size."""
+    make = functools.partial(adamw, lr=0.01 * math.sqrt(batch_size))
+    data = Batches(16 // batch_size, batch_size)
+    return train(Regression(make), WeightDecay(Timescale(epochs=3)), data=data, max_epochs=2).decays()
 
-    def resolved(ratio):
-        steps = steps_per_epoch // ratio
-        return simulate(Timescale(epochs=3), 1, steps_per_epoch=steps, lr=lr * math.sqrt(ratio))[0]
 
-    assert resolved(batch) / resolved(1) == pytest.approx(math.sqrt(batch), rel=1e-12, abs=0)
+@pytest.mark.parametrize("batch_size", [2, 8], ids=str)
+def test_a_timescale_carries_over_to_another_batch_size_as_in_the_paper(batch_size):
+    """B / (lr * lambda * D) stays, for D samples (arXiv 2505.13738): with lr ~ sqrt(B), lambda ~ sqrt(B)."""
+    (small,), (large,) = set(resolved(1)), set(resolved(batch_size))
+    assert small == pytest.approx(1 / (0.01 * 3 * 16), rel=1e-12, abs=0)
+    assert large / small == pytest.approx(math.sqrt(batch_size), rel=1e-12, abs=0)
 
 
 # Wrong rules
