@@ -9,9 +9,12 @@ from lightning.pytorch.cli import LightningCLI
 from torch import nn
 
 from lightning_regularize import RegularizedModule, WeightConstraint, WeightDecay
+from lightning_regularize.callbacks._base import Regularizer
 from lightning_regularize.factors import WidthPower
 from lightning_regularize.schedules import Constant, FollowLR
 from tests.models import randn
+from tests.test_docs import blocks_of
+from tests.test_docs import run as run_blocks
 
 pytest.importorskip("jsonargparse")
 
@@ -144,6 +147,28 @@ def test_every_callback_trains_from_yaml_and_two_of_a_kind_as_well(tmp_path):
 def test_the_others_train_from_yaml(name, tmp_path):
     callbacks = [{"class_path": f"lightning_regularize.{name}", "init_args": ALONE[name]}]
     assert run(write(tmp_path, config(tmp_path, callbacks))).trainer.global_step == 4
+
+
+def described(callback):
+    """A callback by its class and arguments, with lists as tuples, as which YAML has no tuples."""
+    return type(callback), {k: tuple(v) if isinstance(v, list) else v for k, v in callback.arguments.items()}
+
+
+def test_the_recipes_are_the_same_in_yaml_and_in_python():
+    config, callbacks, names = {"seed_everything": 0, "trainer": {"callbacks": []}}, [], {}
+    for block in blocks_of("guides/recipes.md"):
+        if block.language == "python":
+            run_blocks([block], names)
+        else:
+            content = yaml.safe_load(block.content)
+            config["trainer"]["callbacks"] += content.get("trainer", {}).get("callbacks", [])
+            config |= {"model": content["model"]} if "model" in content else {}
+            callbacks += names["callbacks"]
+    cli = LightningCLI(Net, run=False, auto_configure_optimizers=False, save_config_callback=None, args=config)
+    ours = [callback for callback in cli.trainer.callbacks if isinstance(callback, Regularizer)]
+    found = [*ours, *cli.model.configure_callbacks()]  # the module's are those of the last block
+    assert [described(callback) for callback in found] == [described(callback) for callback in callbacks]
+    assert repr(cli.model.configure_optimizers()) == repr(names["configure_optimizers"](cli.model))
 
 
 def test_what_print_config_prints_builds_the_same(tmp_path, capsys):

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import yaml
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -122,6 +122,16 @@ def test_the_configurations_of_the_cli_page_train(decays_by, tmp_path, monkeypat
     assert decay.grouping.factors == {"net.4.*": 0.1}
     expected = {"callback": 0.4, "module": 0.05}[decays_by]  # in the last step
     assert decay.schedule(Position(15, 16, 1, 1e-3, 1e-3)) == pytest.approx(expected, rel=1e-12, abs=0)
+
+
+def test_each_line_of_the_table_of_recipes_makes_callbacks_or_an_optimizer():
+    names = run(blocks_of("guides/which-recipe.md"), {"self": nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))})
+    rows = [row.split(" | ") for row in text_of("guides/which-recipe.md").splitlines() if row.startswith("| ")][1:]
+    lines = {situation: [eval(code, names) for code in re.findall("`([^`]+)`", line)] for situation, line, _ in rows}
+    assert len(lines) == 9
+    for situation, made in lines.items():
+        assert made, situation
+        assert all(isinstance(each, (Callback, torch.optim.Optimizer)) for each in made), situation
 
 
 @pytest.mark.filterwarnings("ignore")  # transformers and accelerate, on import and on use
