@@ -3,14 +3,16 @@
     python examples/muon_and_decay.py
 
 What to look for: each row is trained with five seeds, on 600 images with right labels for 3 epochs, and with 40 % wrong
-labels for 20. Muon for the hidden matrices, and AdamW for the rest, learns right labels faster than AdamW alone. It
-learns wrong labels faster as well, so that with many of them and many steps it is the worse choice. There weight decay
-matters, and whether it is constant, falls to 0 or follows the learning rate but for the output layer (AdamC) makes no
-difference that is larger than the spread. On the hyperball the hidden matrices keep their norm instead. A timescale of
-two epochs, 20 steps, is a constant decay of 10 for AdamW's learning rate of 0.005, and of 1 for Muon's of 0.05.
+labels for 20. Muon for the hidden matrices, and AdamW for the rest, learns right labels faster than AdamW alone (0.965
+of the test images are right after 3 epochs, and 0.947). It learns wrong labels faster as well, so that with many of
+them and many steps it is the worse choice (0.663, and 0.897). There weight decay matters: without it AdamW ends at
+0.752. Whether the decay is constant (0.897), falls to 0 (0.868) or follows the learning rate but for the output layer
+(AdamC, 0.875), or whether the hidden matrices keep their norm on the hyperball instead (0.879), makes no difference
+that is larger than the spread. A timescale of two epochs, 20 steps, is a constant decay of 10 for AdamW's learning rate
+of 0.005, and of 1 for Muon's of 0.05.
 
 The example claims a difference only where that of the means is larger than the sum of both standard deviations over the
-seeds.
+seeds, and no difference only where it is not.
 
 The strengths come from a coarse scan on the very test images, so the table shows what each can do; it is no contest.
 """
@@ -18,6 +20,7 @@ The strengths come from a coarse scan on the very test images, so the table show
 from __future__ import annotations
 
 from functools import partial
+from itertools import combinations
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -77,12 +80,13 @@ class Run(NamedTuple):
 
 
 NONE, CONSTANT, TIMESCALE = "AdamW, no decay", "AdamW, constant", "AdamW, timescale"
-HYPERBALL, MUON = "AdamW, Hyperball", "Muon and AdamW, timescale"
+COSINE, ADAM_C, HYPERBALL, MUON = "AdamW, cosine to 0", "AdamC", "AdamW, Hyperball", "Muon and AdamW, timescale"
+REGULARIZED = (CONSTANT, COSINE, ADAM_C, HYPERBALL)
 RUNS = {
     NONE: Run(adamw, lambda: [WeightDecay(0.0)]),
     CONSTANT: Run(adamw, lambda: [WeightDecay(10.0)]),
-    "AdamW, cosine to 0": Run(adamw, lambda: [WeightDecay(Cosine(15.0, 0.0))]),
-    "AdamC": Run(adamw, lambda: [WeightDecay({"head.*": 10.0, "*": FollowLR(10.0)})]),
+    COSINE: Run(adamw, lambda: [WeightDecay(Cosine(15.0, 0.0))]),
+    ADAM_C: Run(adamw, lambda: [WeightDecay({"head.*": 10.0, "*": FollowLR(10.0)})]),
     TIMESCALE: Run(adamw, lambda: [WeightDecay(Timescale(epochs=2))]),
     HYPERBALL: Run(adamw_on_the_hyperball, lambda: [WeightDecay(0.0), Hyperball(include=(hidden_matrices,))]),
     MUON: Run(muon_and_adamw, lambda: [WeightDecay(Timescale(epochs=2))]),
@@ -195,14 +199,28 @@ def plot(samples: Samples) -> Figure:
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
+def exceeds_spread(first: Sample, second: Sample) -> bool:
+    """Is the difference of the means larger than both standard deviations together?"""
+    return abs(first.mean - second.mean) > first.spread + second.spread
+
+
 def claim(samples: Samples, better: str, worse: str, labels: str) -> Claim:
     """The difference of two runs is larger than their spread."""
     first, second = samples[better][labels], samples[worse][labels]
-    spread = first.spread + second.spread
     return Claim(
         f"labels {labels}, {EPOCHS[labels]} epochs: {better} is right more often than {worse}, by more than the spread",
         f"{first} and {second}, a difference of {first.mean - second.mean:+.3f}",
-        first.mean - second.mean > spread,
+        first.mean > second.mean and exceeds_spread(first, second),
+    )
+
+
+def claim_of_no_difference(samples: Samples, names: Sequence[str], labels: str) -> Claim:
+    """No two of several runs differ by more than their spread."""
+    found = [samples[name][labels] for name in names]
+    return Claim(
+        f"labels {labels}, {EPOCHS[labels]} epochs: no two of {'; '.join(names)} differ by more than the spread",
+        "; ".join(map(str, found)),
+        not any(exceeds_spread(*pair) for pair in combinations(found, 2)),
     )
 
 
@@ -213,8 +231,9 @@ def claims_of(samples: Samples) -> list[Claim]:
     return [
         claim(samples, MUON, CONSTANT, RIGHT),
         claim(samples, MUON, NONE, RIGHT),
-        claim(samples, CONSTANT, NONE, WRONG),
+        *(claim(samples, name, NONE, WRONG) for name in REGULARIZED),
         claim(samples, CONSTANT, MUON, WRONG),
+        claim_of_no_difference(samples, REGULARIZED, WRONG),
         Claim(
             "a timescale of two epochs is a weight decay of 10: all accuracies are the same",
             f"a largest difference of {apart:.0e}",

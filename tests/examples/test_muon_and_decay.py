@@ -2,7 +2,7 @@
 
 import muon_and_decay as example
 import pytest
-from muon_and_decay import MUON, NONE, RIGHT, RUNS, Classifier, Sample, claim
+from muon_and_decay import CONSTANT, MUON, NONE, RIGHT, RUNS, Classifier, Sample, claim, claim_of_no_difference
 from torch.optim import Muon
 
 
@@ -24,6 +24,14 @@ def test_a_difference_is_claimed_if_it_is_larger_than_both_deviations_together(o
     found = claim(samples, MUON, NONE, RIGHT)
     assert found.holds is holds
     assert f"{0.52 + offset:.3f} ± 0.020 and 0.520 ± 0.020" in found.measured
+
+
+@pytest.mark.parametrize(("offset", "holds"), [(0.035, True), (0.045, False), (-0.045, False)])
+def test_no_difference_is_claimed_only_if_none_is_larger_than_both_deviations_together(offset, holds):
+    values = [0.5, 0.52, 0.54]
+    names = {NONE: 0.0, CONSTANT: 0.01, MUON: offset}
+    samples = {name: {RIGHT: Sample([value + shift for value in values])} for name, shift in names.items()}
+    assert claim_of_no_difference(samples, list(names), RIGHT).holds is holds
 
 
 def test_a_sample_is_told_by_mean_and_standard_deviation():
