@@ -183,24 +183,73 @@ def test_the_package_has_public_names_and_types():
     assert (PACKAGE / "py.typed").is_file()
 
 
-LOADED = """
-import json, sys, importlib
-loaded = []
-for names in ({before!r}, {ours!r}):
+STAGES = """
+import importlib, json, sys, time
+for names in {stages!r}:
+    start = time.process_time()  # of the processor: on a busy machine the time that passes says little
     for name in names:
         importlib.import_module(name)
-    loaded.append(sorted({{name.partition(".")[0] for name in sys.modules}}))
-print(json.dumps(loaded))
+    print(json.dumps([time.process_time() - start, sorted(sys.modules)]))
 """
 
 
-def test_no_optional_package_is_imported():
-    """Beyond those that Lightning and torchmetrics import by themselves, where they are installed."""
-    code = LOADED.format(before=["lightning.pytorch", *sorted(REQUIRED)], ours=MODULES)
-    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    before, after = map(set, json.loads(process.stdout.splitlines()[-1]))
-    assert "lightning_regularize" in after - before
-    assert (after - before) & (OPTIONAL | BROUGHT_BY_THE_USER) == set()
+def import_in_stages(*stages):
+    """A process that imports lists of modules one after another: the seconds of each, and what is loaded after it."""
+    code = STAGES.format(stages=stages)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    seconds, loaded = zip(*map(json.loads, done.stdout.splitlines()), strict=True)
+    return seconds, [set(names) for names in loaded]
+
+
+def foreign(modules):
+    """The packages of others among loaded modules."""
+    return {name.partition(".")[0] for name in modules} - {"lightning_regularize", *sys.stdlib_module_names}
+
+
+def test_the_import_is_quick_and_loads_no_package_that_lightning_has_not_loaded():
+    shares = []
+    while not shares or (min(shares) > 0.05 and len(shares) < 3):  # the first may compile
+        (of_lightning, ours, _), (before, after, whole) = import_in_stages(
+            ["lightning.pytorch"], ["lightning_regularize"], [*sorted(REQUIRED), *MODULES]
+        )
+        shares.append(ours / of_lightning)
+        assert "lightning_regularize.schedules" in after - before
+        assert foreign(after - before) == set()
+        assert foreign(whole - before) & (OPTIONAL | BROUGHT_BY_THE_USER) == set()
+    assert min(shares) <= 0.05
+
+
+@pytest.mark.parametrize(
+    ("name", "home"),
+    [("Cosine", "schedules"), ("MaxNorm", "projections"), ("Orthogonal", "penalties"), ("plot_norms", "plots")],
+)
+def test_a_name_of_another_module_is_found_for_the_user(name, home):
+    message = f"Write: from lightning_regularize.{home} import {name}$"
+    with pytest.raises(ImportError, match=message):
+        exec(f"from lightning_regularize import {name}")
+    with pytest.raises(AttributeError, match=message):
+        getattr(lightning_regularize, name)
+    assert not hasattr(lightning_regularize, name)
+
+
+@pytest.mark.parametrize("name", ["Cosinus", "check_number", "Any", "__path_of_nothing__", "step_sizes_"])
+def test_other_names_are_unknown_as_in_any_module(name):
+    with pytest.raises(AttributeError, match=f"^module 'lightning_regularize' has no attribute '{name}'$"):
+        getattr(lightning_regularize, name)
+    with pytest.raises(ImportError, match=f"^cannot import name '{name}' from 'lightning_regularize'"):
+        exec(f"from lightning_regularize import {name}")
+
+
+def test_modules_are_imported_as_ever():
+    from lightning_regularize import plots, step_sizes  # which also has a function of its own name
+
+    assert (plots.__name__, step_sizes.__name__) == ("lightning_regularize.plots", "lightning_regularize.step_sizes")
+
+
+def test_names_are_looked_for_in_every_module_that_the_api_documents():
+    pages = "".join(path.read_text() for path in (ROOT / "docs" / "api").glob("*.md"))
+    documented = re.findall(r"^::: lightning_regularize\.([a-z_]+)$", pages, re.M)
+    assert set(lightning_regularize._MODULES) == set(documented) - {"regularize"}
 
 
 # Citation and Makefile
