@@ -4,6 +4,7 @@
     python examples/cli.py fit --config examples/cli.yaml                      # LightningCLI itself, from here on
     python examples/cli.py fit --config examples/cli.yaml --trainer.callbacks.weight_decay.schedule.end 3
     python examples/cli.py fit --config examples/cli.yaml --print_config > my.yaml
+    wandb sweep examples/cli_sweep.yaml                                        # searches for the strength
 
 What to look for: the program knows a model and data, and not a word of schedules, penalties or limits. The first line
 prints each command before it runs it. First `cli.yaml` as it stands, on digits of which 40 % have wrong labels: the
@@ -113,7 +114,8 @@ class CLI(LightningCLI):
 
 def run(arguments: Sequence[str] | None = None) -> LightningCLI:
     """What a program with a command line has for its `main`; the optimizer is the module's own business."""
-    return CLI(Classifier, Digits, auto_configure_optimizers=False, args=arguments)
+    overwrite = {"overwrite": True}  # the runs of a sweep share a folder, in which each saves its config.yaml
+    return CLI(Classifier, Digits, auto_configure_optimizers=False, save_config_kwargs=overwrite, args=arguments)
 
 
 # -- what is shown -----------------------------------------------------------------------------------------------------

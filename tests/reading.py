@@ -33,6 +33,20 @@ def read_tensorboard(logger):
 
 def read_wandb(directory):
     """Of the one offline run below a directory: its rows, as they were sent."""
+    return [_row(record.history) for record in _sent(directory) if record.WhichOneof("record_type") == "history"]
+
+
+def read_wandb_config(directory):
+    """Of the one offline run below a directory: its configuration."""
+    config = {}
+    for record in _sent(directory):
+        sent = record.run.config if record.WhichOneof("record_type") == "run" else record.config
+        config |= {item.key or item.nested_key[0]: json.loads(item.value_json) for item in sent.update}
+    return config
+
+
+def _sent(directory):
+    """All records of the one offline run below a directory."""
     (path,) = [path for path in Path(directory).glob("**/*.wandb") if not path.parent.is_symlink()]
     deadline = time.monotonic() + 30
     # Another process writes the file; on a busy machine it goes on for a moment after the run has been finished.
@@ -40,7 +54,7 @@ def read_wandb(directory):
     while "exit" not in [record.WhichOneof("record_type") for record in _records(path)]:
         assert time.monotonic() < deadline, f"{path} was not written to its end"
         time.sleep(0.1)
-    return [_row(record.history) for record in _records(path) if record.WhichOneof("record_type") == "history"]
+    return _records(path)
 
 
 def _row(history):

@@ -1,4 +1,4 @@
-"""How do numbers and histograms get to loggers? What is peculiar to single loggers stands here.
+"""How do numbers, histograms and hyper-parameters get to loggers? What is peculiar to single loggers stands here.
 
 Values of all callbacks are gathered over a batch and logged in one row. They do not go through the module's ``log``,
 which forgets what was logged in one hook when another one runs, and needs a batch size that only the module may know.
@@ -99,6 +99,26 @@ def log(loggers: Iterable[Any], scalars: Mapping[str, float], histograms: Mappin
         if is_named(logger, "TensorBoardLogger"):
             for key, histogram in histograms.items():
                 _add_histogram(logger.experiment, key, histogram, step)
+
+
+def log_hyperparams(trainer: pl.Trainer, values: Mapping[str, Any]) -> None:
+    """Log hyper-parameters with every logger on rank 0, in ``setup``: Lightning logs those of the module later.
+
+    Args:
+        trainer: The Trainer.
+        values: Numbers, booleans, texts or None by key.
+    """
+    for logger in trainer.loggers if trainer.is_global_zero else ():
+        # Of each run TensorBoard shows only what is logged first, so those of the module have to be among them.
+        of_the_modules = _hyperparams_of_modules(trainer) if is_named(logger, "TensorBoardLogger") else {}
+        logger.log_hyperparams({**of_the_modules, **values})
+
+
+def _hyperparams_of_modules(trainer: pl.Trainer) -> dict[str, Any]:
+    """What Lightning is about to log: saved with ``save_hyperparameters(logger=True)``."""
+    holders: list[Any] = [trainer.lightning_module, trainer.datamodule]  # type: ignore[attr-defined]
+    saved = [holder.hparams_initial for holder in holders if getattr(holder, "_log_hyperparams", False)]
+    return {name: value for each in saved for name, value in each.items() if name != "_class_path"}
 
 
 def shows_histograms(logger: Any) -> bool:

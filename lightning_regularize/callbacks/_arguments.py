@@ -110,6 +110,13 @@ class Described(*both("Callback")):  # type: ignore[misc]
         texts = {name: _text(value) for name, value in self.arguments.items()}
         return {name: text for name, text in texts.items() if text is not None}
 
+    def hyperparameters(self) -> dict[str, Any]:
+        """The arguments for loggers: numbers, booleans, strings and None as they are, others as texts; no tensors."""
+        values = {name: value.value if isinstance(value, Constant) else value for name, value in self.arguments.items()}
+        plain = (bool, int, float, str, type(None))
+        texts = self.argument_texts()
+        return {name: values[name] if isinstance(values[name], plain) else text for name, text in texts.items()}
+
 
 @contextlib.contextmanager
 def named_errors(name: str) -> Iterator[None]:

@@ -14,6 +14,7 @@ from rich.table import Table
 from lightning_regularize import group_settings
 from lightning_regularize._checks import check_positive_integer
 from lightning_regularize._steps.watch import stepping_optimizers
+from lightning_regularize._trainer import loggers
 from lightning_regularize._trainer.run import group_labels, steps_per_epoch, total_steps
 from lightning_regularize._trainer.strategies import has_optimizer, held_parameters, model_root, torch_optimizer
 from lightning_regularize.advice import DecayingGroup, advise
@@ -27,7 +28,7 @@ from lightning_regularize.schedules import Position, timescales_in, value_at
 from lightning_regularize.selection import parameter_infos
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     import lightning.pytorch as pl
 
@@ -46,11 +47,17 @@ class RegularizationSummary(Regularizer):
     meant: weight decay that hardly acts in a run of this length, is lost to rounding, goes through Adam's
     normalization, or is applied twice. Printed on rank 0 only.
 
+    Every logger gets the arguments of all other callbacks of this package as hyper-parameters, with keys such as
+    ``regularization/WeightDecay/weight_decay``, and ``regularization/L1Penalty 2/strength`` where there are several of
+    a class. Numbers stay numbers; schedules, rules and projections are texts; tensors are left out.
+
     Args:
         max_rows: Rows shown at most; what is left out is counted. At least 1. Parameters that differ in a number only,
             as those of repeated blocks, share a row.
+        log_hyperparams: Whether loggers get the arguments.
 
     Raises:
+        TypeError: ``log_hyperparams`` is not a boolean.
         ValueError: ``max_rows`` is no positive integer.
 
     Example:
@@ -62,14 +69,19 @@ class RegularizationSummary(Regularizer):
 
     acts_on_steps = False
 
-    def __init__(self, *, max_rows: int = 50) -> None:
+    def __init__(self, *, max_rows: int = 50, log_hyperparams: bool = True) -> None:
         super().__init__(locals())
         self.max_rows = check_positive_integer(max_rows, "`max_rows`")
+        if not isinstance(log_hyperparams, bool):
+            raise TypeError(f"`log_hyperparams` should be True or False, got {log_hyperparams!r}.")
+        self.log_hyperparams = log_hyperparams
         self._printed = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         self._printed = False
+        if self.log_hyperparams and stage == "fit":
+            loggers.log_hyperparams(trainer, _hyperparameters(trainer.callbacks))  # type: ignore[attr-defined]
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """In the first epoch: others have written their values in ``on_train_start``, also those that stand behind."""
@@ -82,6 +94,20 @@ class RegularizationSummary(Regularizer):
             console.print(_table(rows, self.max_rows))
             for sentence in _advice(trainer, rows):
                 console.print(f"[bold]Note[/bold] {escape(sentence)}", highlight=False)
+
+
+def _hyperparameters(callbacks: Iterable[Any]) -> dict[str, Any]:
+    """The arguments of all callbacks of this package but the summary."""
+    by_class: dict[str, list[Regularizer]] = {}
+    for callback in callbacks:
+        if isinstance(callback, Regularizer) and not isinstance(callback, RegularizationSummary):
+            by_class.setdefault(type(callback).__name__, []).append(callback)
+    return {
+        f"regularization/{name}{f' {i}' if len(alike) > 1 else ''}/{argument}": value
+        for name, alike in by_class.items()
+        for i, callback in enumerate(alike, start=1)
+        for argument, value in callback.hyperparameters().items()
+    }
 
 
 class _Row(NamedTuple):

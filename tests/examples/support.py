@@ -22,3 +22,14 @@ def run(name, *arguments, cwd=None, **environment):
         text=True,
         check=False,
     )
+
+
+def agents_command(sweep, parameters):
+    """What an agent of Weights & Biases makes of the YAML of a sweep, with these values for its parameters."""
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
+
+    values = {"args": {name: {"value": value} for name, value in parameters.items()}}
+    macros = {"${env}": [], "${interpreter}": ["python"], "${program}": [sweep["program"]]}
+    macros["${args}"] = create_sweep_command_args(values)["args"]
+    command = create_sweep_command(list(sweep["command"]))
+    return [word for chunk in command for word in macros.get(chunk, [chunk])]

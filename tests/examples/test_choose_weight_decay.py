@@ -10,9 +10,8 @@ import torch
 import wandb
 import yaml
 from optuna.trial import TrialState
-from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
-from tests.examples.support import EXAMPLES, run
+from tests.examples.support import EXAMPLES, agents_command, run
 from tests.reading import read_wandb
 
 pytestmark = pytest.mark.timeout(300)  # seconds
@@ -161,20 +160,11 @@ def test_scores_are_what_the_docstring_says(capsys):
 # -- the sweep ---------------------------------------------------------------------------------------------------------
 
 
-def agents_command(**parameters):
-    """What an agent of Weights & Biases makes of the YAML, with these values for its parameters."""
-    values = {"args": {name: {"value": value} for name, value in parameters.items()}}
-    macros = {"${env}": [], "${interpreter}": ["python"], "${program}": [SWEEP["program"]]}
-    macros["${args}"] = create_sweep_command_args(values)["args"]
-    command = create_sweep_command(list(SWEEP["command"]))
-    return [word for chunk in command for word in macros.get(chunk, [chunk])]
-
-
 def test_the_script_takes_the_command_of_the_sweep():
     strength, folds = SWEEP["parameters"]["weight-decay"], SWEEP["parameters"]["folds"]["value"]
     assert strength["distribution"] == "log_uniform_values"
     assert (strength["min"], strength["max"]) == (example.GRID[0], example.GRID[-1])
-    python, program, *arguments = agents_command(**{"weight-decay": 0.0123, "folds": folds})
+    python, program, *arguments = agents_command(SWEEP, {"weight-decay": 0.0123, "folds": folds})
     assert (python, program) == ("python", "examples/choose_weight_decay.py")
     assert (EXAMPLES.parent / program).is_file()
     options = example.parse_options(arguments)
@@ -182,7 +172,7 @@ def test_the_script_takes_the_command_of_the_sweep():
 
 
 def test_the_metric_of_the_sweep_is_logged(tmp_path):
-    _, _, *arguments = agents_command(**{"weight-decay": 3, "folds": 2})
+    _, _, *arguments = agents_command(SWEEP, {"weight-decay": 3, "folds": 2})
     process = run("choose_weight_decay", *arguments, "--fast", "--output", tmp_path)
     assert process.returncode == 0, process.stderr
     (row,) = read_wandb(tmp_path)

@@ -11,7 +11,8 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning_regularize import L1Penalty, WeightConstraint, WeightDecay
 from lightning_regularize.projections import MaxNorm
 from lightning_regularize.schedules import Constant, Cosine, Linear, Warmup
-from tests.examples.support import run
+from tests.examples.support import agents_command, run
+from tests.reading import read_wandb, read_wandb_config
 
 pytestmark = pytest.mark.timeout(300)  # seconds; the slowest takes 15 on a free core, which tests have not
 
@@ -120,6 +121,25 @@ def test_a_wrong_yaml_ends_with_a_message_and_2(tmp_path, capsys, old, new, mess
     assert message in said.partition("error: ")[2]
     assert "Traceback" not in said
     assert [path.name for path in tmp_path.iterdir()] == ["wrong.yaml"]
+
+
+def test_the_sweep_drives_it(tmp_path, monkeypatch):
+    for name, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}.items():
+        monkeypatch.setenv(name, value)
+    sweep = yaml.safe_load((cli.CONFIG.parent / "cli_sweep.yaml").read_text())
+    values = {name: parameter.get("value", parameter.get("min")) for name, parameter in sweep["parameters"].items()}
+    python, program, *arguments = agents_command(sweep, values)
+    assert (python, program) == ("python", "examples/cli.py")
+    monkeypatch.chdir(cli.CONFIG.parents[1])
+    (tmp_path / "config.yaml").write_text("of the run before\n")
+    fitted = cli.run([*arguments, *SHORT, f"--trainer.logger.save_dir={tmp_path}"])
+    fitted.trainer.logger.experiment.finish()
+    assert sweep["metric"] == {"name": "val_accuracy", "goal": "maximize"}
+    assert [row for row in read_wandb(tmp_path) if "val_accuracy" in row]
+    config = read_wandb_config(tmp_path)  # what W&B draws the metric over
+    assert config["regularization/WeightDecay/weight_decay"] == repr(found(fitted, WeightDecay)[0].schedule)
+    assert found(fitted, WeightDecay)[0].schedule == Warmup(Cosine(0.1, 0.1), fraction=0.1, start=0.01)
+    assert fitted.trainer.optimizers[0].param_groups[0]["initial_lr"] == 0.001
 
 
 def test_the_yaml_is_short_enough_to_be_shown_whole():

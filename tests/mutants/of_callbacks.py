@@ -165,4 +165,21 @@ MUTANTS = [
         # The peak tells whether decay is lost, not the first rate of a warm-up.
         ("self.run.clock.position(group, step).peak_lr)", "self.run.clock.position(group, step).lr)"),
     ),
+    *mutants_of(
+        "_trainer/loggers.py",
+        "tests/training/test_hyperparameters.py::test_only_the_first_rank_logs",
+        ("for logger in trainer.loggers if trainer.is_global_zero else ():", "for logger in trainer.loggers:"),
+    ),
+    *mutants_of(
+        "_trainer/loggers.py",
+        "tests/training/test_hyperparameters.py::test_loggers_write_them_beside_those_of_the_module",
+        # TensorBoard shows what is written first, and nothing of what Lightning writes afterwards.
+        ("{**of_the_modules, **values}", "dict(values)"),
+        ('if name != "_class_path"}', "}"),
+    ),
+    *mutants_of(
+        "callbacks/summary.py",
+        "tests/training/test_hyperparameters.py::test_nothing_is_logged_while_a_model_is_only_validated",
+        ('if self.log_hyperparams and stage == "fit":', "if self.log_hyperparams:"),
+    ),
 ]
