@@ -14,7 +14,7 @@ from lightning_regularize.callbacks.generalization_gap import GeneralizationGapM
 from lightning_regularize.callbacks.hyperball import Hyperball
 from lightning_regularize.callbacks.norm_monitor import WeightNormMonitor
 from lightning_regularize.callbacks.penalty import ElasticNetPenalty, GroupLassoPenalty, L1Penalty, L2Penalty
-from lightning_regularize.callbacks.summary import RegularizationSummary
+from lightning_regularize.callbacks.summary import RegularizationSummary, summary
 from lightning_regularize.callbacks.weight_decay import WeightDecay
 from lightning_regularize.callbacks.weight_penalty import WeightPenalty
 from lightning_regularize.groups import describe, param_groups
@@ -40,6 +40,7 @@ __all__ = [
     "WeightNormMonitor",
     "GeneralizationGapMonitor",
     "RegularizationSummary",
+    "summary",
     "RegularizedModule",
     "regularize",
     "ChainedOptimizer",

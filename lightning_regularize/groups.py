@@ -12,6 +12,7 @@ from torch import nn  # noqa: TC002  for the examples below
 
 from lightning_regularize._checks import check_number
 from lightning_regularize._layers import layer_scales
+from lightning_regularize._tables import Column, Table
 from lightning_regularize.schedules import Schedule
 from lightning_regularize.selection import (
     DEFAULT_EXCLUDE,
@@ -169,6 +170,31 @@ class Description:
     rule: str
 
 
+class Descriptions(list[Description]):
+    """What :func:`describe` returns: a list that prints as a table, and that a notebook shows as one."""
+
+    def __repr__(self) -> str:
+        return repr(self._table())
+
+    def _repr_html_(self) -> str:
+        return self._table()._repr_html_()
+
+    def _table(self) -> Table:
+        columns = [
+            Column("Name"),
+            Column("Shape", is_right=True),
+            Column("Numbers", is_right=True),
+            Column("Kind"),
+            Column("Group"),
+            Column("Rule"),
+        ]
+        rows = [
+            (row.name, "x".join(map(str, row.shape)) or "scalar", f"{row.numel:,}", row.kind, row.group, row.rule)
+            for row in self
+        ]
+        return Table(columns, [rows])
+
+
 def param_groups(
     module: nn.Module,
     weight_decay: float,
@@ -270,7 +296,7 @@ def layer_groups(module: nn.Module, lr: float, layer_decay: float) -> list[dict[
 
 def describe(
     module: nn.Module, *, exclude: Sequence[Rule] = DEFAULT_EXCLUDE, factors: Mapping[Any, float] | None = None
-) -> list[Description]:
+) -> Descriptions:
     """Where :func:`param_groups` puts each trainable parameter, and the rule that decided.
 
     Args:
@@ -279,22 +305,26 @@ def describe(
         factors: As for :func:`param_groups`.
 
     Returns:
-        A row a parameter, in registration order.
+        A list with one row for each parameter, in registration order, that prints as a table.
 
     Raises:
         TypeError: A rule is of no known type.
         ValueError: A rule is not understood or matches nothing.
 
     Example:
-        >>> for row in describe(nn.Linear(3, 2)):
-        ...     print(row.name, row.shape, row.kind, row.group, row.rule or "-")
-        weight (2, 3) weight decay -
-        bias (2,) bias no_decay bias
+        >>> rows = describe(nn.Linear(3, 2))
+        >>> print(rows)
+         Name    Shape  Numbers  Kind    Group     Rule
+         ──────────────────────────────────────────────
+         weight    2x3        6  weight  decay
+         bias        2        2  bias    no_decay  bias
+        >>> rows[0].shape, rows[0].group
+        ((2, 3), 'decay')
     """
     grouping = Grouping(exclude, factors or {})
     infos = parameter_infos(module)
     grouping.check(infos)
-    rows = []
+    rows = Descriptions()
     for info in infos:
         if info.parameter.requires_grad:
             factor, rule = grouping.decide(info)

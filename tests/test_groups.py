@@ -152,6 +152,24 @@ def test_training_is_bit_for_bit_that_of_groups_made_by_hand(model, decay, no_de
     assert_same_weights(module, by_hand)
 
 
+def test_a_description_prints_as_a_table_and_shows_as_one_in_a_notebook():
+    rows = describe(nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2)), factors={"0.*": 0.1})
+    assert str(rows).splitlines() == [
+        " Name      Shape  Numbers  Kind    Group       Rule",
+        " ──────────────────────────────────────────────────",
+        " 0.weight    2x3        6  weight  decay x0.1  0.*",
+        " 0.bias        2        2  bias    no_decay    bias",
+        " 1.weight      2        2  norm    no_decay    norm",
+        " 1.bias        2        2  bias    no_decay    bias",
+    ]
+    html = rows._repr_html_()
+    assert html.startswith("<table><thead><tr><th")
+    assert html.count("<tr>") == 5
+    assert '<td style="text-align: left">decay x0.1</td>' in html
+    assert isinstance(rows, list)
+    assert rows[1:] == list(rows)[1:]
+
+
 @KNOWN_MODELS
 def test_description_names_the_group_of_every_parameter(model, decay, no_decay):
     rows = describe(model())

@@ -2,40 +2,32 @@
 
 from __future__ import annotations
 
-import itertools
+import copy
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from rich import box
+import torch
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from lightning_regularize import group_settings
 from lightning_regularize._checks import check_positive_integer
-from lightning_regularize._steps.watch import stepping_optimizers
 from lightning_regularize._trainer import loggers
-from lightning_regularize._trainer.run import group_labels, steps_per_epoch, total_steps
-from lightning_regularize._trainer.strategies import has_optimizer, held_parameters, model_root, torch_optimizer
-from lightning_regularize.advice import DecayingGroup, advise
+from lightning_regularize._trainer.run import steps_per_epoch, total_steps
+from lightning_regularize._trainer.strategies import has_optimizer, model_root
 from lightning_regularize.callbacks._base import Regularizer
-from lightning_regularize.callbacks.anchor_decay import AnchorDecay
-from lightning_regularize.callbacks.constrained_decay import ConstrainedDecay
-from lightning_regularize.callbacks.penalty import PenaltyCallback
+from lightning_regularize.callbacks._summary_rows import Training, notes_of, rows_of, table_of
 from lightning_regularize.callbacks.weight_decay import WeightDecay
-from lightning_regularize.groups import group_name
-from lightning_regularize.schedules import Position, timescales_in, value_at
+from lightning_regularize.schedules import check_total_steps, timescales_in
 from lightning_regularize.selection import parameter_infos
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable
 
     import lightning.pytorch as pl
+    from torch import nn
 
-    from lightning_regularize.schedules import ScheduleLike
-    from lightning_regularize.selection import ParameterInfo
+    from lightning_regularize._tables import Table
 
-_SAMPLES = 100  # positions at which a schedule is looked at for its mean
+_HORIZON = 10_000  # steps over which a schedule is shown, where nobody says how many there are
 
 
 class RegularizationSummary(Regularizer):
@@ -88,12 +80,99 @@ class RegularizationSummary(Regularizer):
         if self._printed or not has_optimizer(trainer):
             return
         self._printed = True
-        rows = _rows(trainer, pl_module)  # on every rank: if one alone raised, the others would wait for it
+        infos = parameter_infos(model_root(trainer, pl_module))
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        training = Training(infos, trainer.optimizers, callbacks, total_steps(trainer), steps_per_epoch(trainer))
+        rows = rows_of(training)  # on every rank: if one alone raised, the others would wait for it
         if trainer.is_global_zero:
-            console = Console()
-            console.print(_table(rows, self.max_rows))
-            for sentence in _advice(trainer, rows):
-                console.print(f"[bold]Note[/bold] {escape(sentence)}", highlight=False)
+            table_of(rows, max_rows=self.max_rows, notes=notes_of(training, rows)).print_to(Console())
+
+
+def summary(
+    module: nn.Module,
+    *callbacks: Regularizer,
+    optimizer: torch.optim.Optimizer | None = None,
+    total_steps: int | None = None,
+    max_rows: int = 50,
+) -> Table:
+    """What :class:`RegularizationSummary` prints, before there is a Trainer.
+
+    Args:
+        module: Its trainable parameters are shown.
+        callbacks: What the Trainer will get. Without a :class:`~lightning_regularize.WeightDecay` among them, the
+            weight decay that ``optimizer`` has is shown.
+        optimizer: Is left as it is. Without one, learning rates are not known, and notes that depend on them are left
+            out.
+        total_steps: Steps of the run. Without it, schedules are shown over 10,000 steps, and no note is made of decay
+            that is too weak for the run.
+        max_rows: As for :class:`RegularizationSummary`.
+
+    Returns:
+        A table that prints as text, and that a notebook shows as HTML.
+
+    Raises:
+        TypeError: An argument is of the wrong type.
+        ValueError: There is neither a WeightDecay nor an optimizer, more than one WeightDecay, an optimizer is needed
+            and not given, a number is out of range, or a rule matches nothing.
+        MisconfigurationException: WeightDecay cannot work with the optimizer.
+
+    Example:
+        >>> from lightning_regularize import WeightDecay, summary
+        >>> print(summary(torch.nn.Linear(3, 2), WeightDecay(0.05)))
+                          Regularization
+        <BLANKLINE>
+         Group, parameters     Shape  Numbers  Decay, why
+         ────────────────────────────────────────────────
+         decay              1 tensor        6  0.05
+           weight                2x3        6
+        <BLANKLINE>
+         no_decay           1 tensor        2  0
+           bias                    2        2  bias
+    """
+    if not isinstance(module, torch.nn.Module):
+        raise TypeError(f"summary: `module` should be a torch.nn.Module, got {type(module).__name__}.")
+    if wrong := [type(each).__name__ for each in callbacks if not isinstance(each, Regularizer)]:
+        raise TypeError(f"summary: `callbacks` should be callbacks of this package, got {wrong[0]}.")
+    if not (optimizer is None or isinstance(optimizer, torch.optim.Optimizer)):
+        raise TypeError(f"summary: `optimizer` should be a torch.optim.Optimizer, got {type(optimizer).__name__}.")
+    max_rows, given_steps = check_positive_integer(max_rows, "summary: `max_rows`"), check_total_steps(total_steps)
+    decays = [callback for callback in callbacks if isinstance(callback, WeightDecay)]
+    if len(decays) > 1:
+        raise ValueError(f"summary: {len(decays)} WeightDecay would write over each other. Use one, with `factors`.")
+    infos = parameter_infos(module)
+    if not decays:
+        if optimizer is None:
+            raise ValueError("summary: give a WeightDecay, or the `optimizer` whose weight decay is to be shown.")
+        training = Training(infos, [optimizer], callbacks, given_steps or math.inf)
+        rows = rows_of(training)
+        return table_of(rows, max_rows=max_rows, notes=notes_of(training, rows))
+    decay = copy.copy(decays[0])  # which may be in use
+    if optimizer is None:
+        _check_needs_no_optimizer(decay)
+    stand_in = torch.optim.SGD([info.parameter for info in infos if info.parameter.requires_grad], lr=1.0)
+    steps = given_steps or decay.total_steps or math.inf
+    horizon = _HORIZON if math.isinf(steps) else int(steps)
+    training = Training(infos, [optimizer or stand_in], [*(c for c in callbacks if c is not decays[0]), decay], steps)
+    with decay.attach(optimizer or stand_in, module, total_steps=horizon):
+        rows = rows_of(training)
+    if optimizer is None:
+        rows = [row._replace(lr=None, advice=None) for row in rows]
+    is_guessed = math.isinf(steps) and any(getattr(each, "needs_total_steps", False) for each in decay.schedules)
+    caption = f"Schedules are shown over {_HORIZON:,} steps; give `total_steps` of your run." if is_guessed else ""
+    return table_of(rows, max_rows=max_rows, caption=caption, notes=notes_of(training, rows))
+
+
+def _check_needs_no_optimizer(decay: WeightDecay) -> None:
+    """Refuse what nothing is known of without an optimizer.
+
+    Raises:
+        ValueError: A schedule needs a learning rate, or values that the optimizer has.
+    """
+    for schedule in decay.rules.schedules:
+        if schedule is None:
+            raise ValueError(f"summary: {decay!r} keeps the weight decay of the optimizer: give `optimizer`.")
+        if timescales_in(schedule):
+            raise ValueError(f"summary: {schedule!r} needs the learning rate: give `optimizer`.")
 
 
 def _hyperparameters(callbacks: Iterable[Any]) -> dict[str, Any]:
@@ -108,203 +187,3 @@ def _hyperparameters(callbacks: Iterable[Any]) -> dict[str, Any]:
         for i, callback in enumerate(alike, start=1)
         for argument, value in callback.hyperparameters().items()
     }
-
-
-class _Row(NamedTuple):
-    group: str
-    info: ParameterInfo
-    decays: tuple[float, float] | None = None  # the least and the most of the run
-    lr: float | None = None
-    rule: str = ""
-    advice: DecayingGroup | None = None  # what is known of the group, if the parameter decays
-    timescale: float = 0.0  # in steps, where a Timescale was asked for
-
-
-def _rows(trainer: pl.Trainer, module: pl.LightningModule) -> list[_Row]:
-    """All trainable parameters, by optimizer, group and factor."""
-    schedule = _schedule(trainer)
-    rows = list(_of_optimizers(trainer, module) if schedule is None else _of_schedule(trainer, schedule))
-    held = {id(row.info.parameter) for row in rows}
-    infos = [info for info in parameter_infos(model_root(trainer, module)) if info.parameter.requires_grad]
-    names = {info.name for info in infos}
-    rows = [row for row in rows if row.info.name in names]
-    return rows + [_Row("(in no optimizer)", info) for info in infos if id(info.parameter) not in held]
-
-
-def _schedule(trainer: pl.Trainer) -> WeightDecay | None:
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    return next((callback for callback in callbacks if isinstance(callback, WeightDecay)), None)
-
-
-def _of_optimizers(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[_Row]:
-    """What the groups of the optimizers say by themselves."""
-    infos = {id(info.parameter): info for info in parameter_infos(model_root(trainer, module))}
-    several = len(trainer.optimizers) > 1
-    for i, wrapped in enumerate(trainer.optimizers):
-        optimizer = torch_optimizer(wrapped)
-        labels = group_labels(wrapped, f"optimizer{i}" if several else "")
-        of_groups = zip(labels, wrapped.param_groups, held_parameters(wrapped), strict=True)
-        for pg, group, parameters in of_groups:
-            label, holder = _holder(optimizer, group, pg)
-            decay = None if group.get("weight_decay") is None else float(group["weight_decay"])
-            known = _group_advice(label, holder, group, decay or 0.0, not _is_coupled(holder, group))
-            for parameter in parameters:
-                if id(parameter) in infos:
-                    rule = "" if decay else "0 as configured"
-                    decays = None if decay is None else (decay, decay)
-                    yield _Row(label, infos[id(parameter)], decays, _rate(group), rule, known)
-
-
-def _of_schedule(trainer: pl.Trainer, callback: WeightDecay) -> Iterator[_Row]:
-    """What WeightDecay makes of the groups: each in parts of one schedule and factor."""
-    rules = callback.rules
-    found = list(callback.by_parameter())
-    settings = {id(info): rules.decide(info).setting for info, *_ in found}
-    found.sort(key=lambda each: (each[1].index, each[2], -each[4], settings[id(each[0])].schedule))
-    labels = {w.index: group_labels(w.optimizer, callback.run.label(w)) for _, w, *_ in found}
-    is_one = sum(map(len, labels.values())) == 1
-    samples: dict[tuple[float, int], Sequence[float]] = {}
-    for info, watch, i, value, share, rule in found:
-        optimizer = torch_optimizer(watch.optimizer)
-        group = optimizer.param_groups[i]
-        peak, part, schedule = _peak(group), group_name(share), settings[id(info)].schedule
-        if (peak, schedule) not in samples:
-            samples[peak, schedule] = _sampled(callback, rules.schedules[schedule], total_steps(trainer), peak)
-        reach = samples[peak, schedule] or [value / share if share else 0.0]
-        if share and rules.names[schedule]:
-            part = f"{part}, {rules.names[schedule]}"
-        pg, holder = _holder(optimizer, group, labels[watch.index][i])
-        label = part if is_one else f"{pg} {part}"
-        is_decoupled = not callback.decay_method.adds_to_gradients
-        if callback.decay_method.uses_optimizer:
-            is_decoupled = not _is_coupled(holder, group)
-        elif share:
-            label = f"WeightDecay, {label}"
-        known = _group_advice(label, holder, group, share * sum(reach) / len(reach), is_decoupled)
-        why = rule if rule or share else "0 as configured"
-        steps = _timescale(callback, schedule, total_steps(trainer)) / share if share else 0.0
-        yield _Row(label, info, (share * min(reach), share * max(reach)), _rate(group), why, known, steps)
-
-
-def _holder(optimizer: Any, group: dict[str, Any], label: str) -> tuple[str, Any]:
-    """Which of several optimizers in one steps a group, with the label of the group, in which its name comes first."""
-    inner = stepping_optimizers(optimizer)
-    holder = next((each for each in inner if any(held is group for held in each.param_groups)), optimizer)
-    return (f"{type(holder).__name__} {label}" if len(inner) > 1 else label), holder
-
-
-def _rate(group: dict[str, Any]) -> float | None:
-    return None if group.get("lr") is None else float(group["lr"])
-
-
-def _peak(group: dict[str, Any]) -> float:
-    # LR schedulers that cycle write their peak into the group, others leave what they began with.
-    return max(float(group.get(key) or 0.0) for key in ("lr", "initial_lr", "max_lr"))
-
-
-def _group_advice(
-    label: str, optimizer: Any, group: dict[str, Any], weight_decay: float, is_decoupled: bool
-) -> DecayingGroup | None:
-    found = group_settings.settings(optimizer, group)
-    if not (_peak(group) > 0 and weight_decay > 0):
-        return None
-    return DecayingGroup(
-        label=label,
-        rule=found["rule"],
-        lr=_peak(group),
-        weight_decay=weight_decay,
-        momentum=0.0 if is_decoupled or "SGD" not in found["rule"] else found["momentum"],
-        is_decoupled=is_decoupled,
-        is_fused=bool(group.get("fused")),
-        dtypes=frozenset(parameter.dtype for parameter in group["params"]),
-    )
-
-
-def _is_coupled(optimizer: Any, group: dict[str, Any]) -> bool:
-    rule = group_settings.settings(optimizer, group)["rule"]
-    return rule not in ("AdamW", "Lion", "Muon", "Adafactor") and not group.get("decoupled_weight_decay")
-
-
-def _table(rows: list[_Row], max_rows: int) -> Table:
-    table = Table(title="Regularization", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("Group, parameters", overflow="fold")
-    table.add_column("Shape", justify="right", no_wrap=True)
-    table.add_column("Numbers", justify="right", no_wrap=True)
-    table.add_column("Decay, why", overflow="fold", max_width=20)
-    lrs = {row.lr for row in rows if row.lr is not None}
-    hidden, left = 0, max_rows
-    for group, found in itertools.groupby(rows, key=lambda row: row.group):
-        members = list(found)
-        ranges = {row.decays for row in members if row.decays is not None}
-        numbers = sum(math.prod(row.info.shape) for row in members)
-        decay = ", ".join(f"{low:g}" if low == high else f"{low:g} to {high:g}" for low, high in sorted(ranges)) or "-"
-        if len(lrs) > 1 and members[0].lr is not None:
-            decay += f", lr {members[0].lr:.3g}"
-        if members[0].timescale:
-            decay += f", over {members[0].timescale:,.4g} steps"
-        tensors = f"{len(members)} tensor{'s' if len(members) > 1 else ''}"
-        table.add_row(escape(group), tensors, f"{numbers:,}", decay, style="bold")
-        alike = _alike(members)
-        for rows_alike in alike[:left]:
-            info, count = rows_alike[0].info, len(rows_alike)
-            shape = "x".join(map(str, info.shape)) or "scalar"
-            name = escape("  " + _joint_name([row.info.name for row in rows_alike]))
-            why = escape(rows_alike[0].rule)
-            table.add_row(
-                name, f"{count} of {shape}" if count > 1 else shape, f"{count * math.prod(info.shape):,}", why
-            )
-        hidden += sum(map(len, alike[left:]))
-        left = max(left - len(alike), 0)
-        table.add_section()
-    if hidden:
-        table.caption = f"{hidden} more parameters are not shown; see `max_rows`."
-    return table
-
-
-def _alike(rows: list[_Row]) -> list[list[_Row]]:
-    """Rows of one shape and rule whose names differ in numbers only, in the order of the first of each."""
-    found: dict[Any, list[_Row]] = {}
-    for row in rows:
-        pattern = tuple("#" if part.isdigit() else part for part in row.info.name.split("."))
-        found.setdefault((pattern, tuple(row.info.shape), row.rule), []).append(row)
-    return list(found.values())
-
-
-def _joint_name(names: list[str]) -> str:
-    """One name for several: ``blocks.0.weight`` and ``blocks.1.weight`` are ``blocks.{0,1}.weight``."""
-    parts = [list(dict.fromkeys(parts)) for parts in zip(*(name.split(".") for name in names), strict=True)]
-    return ".".join(part[0] if len(part) == 1 else "{" + _ranges(list(map(int, part))) + "}" for part in parts)
-
-
-def _ranges(numbers: list[int]) -> str:
-    contiguous = numbers == list(range(numbers[0], numbers[-1] + 1)) and len(numbers) > 2
-    return f"{numbers[0]}-{numbers[-1]}" if contiguous else ",".join(map(str, numbers))
-
-
-def _advice(trainer: pl.Trainer, rows: list[_Row]) -> list[str]:
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    groups = list(dict.fromkeys(row.advice for row in rows if row.advice is not None))
-    kinds = (AnchorDecay, ConstrainedDecay)
-    others = [c for c in callbacks if isinstance(c, kinds) or (isinstance(c, PenaltyCallback) and c.decays)]
-    names = [type(other).__name__ for other in others]
-    steps = {"total_steps": total_steps(trainer), "steps_per_epoch": steps_per_epoch(trainer)}
-    decaying = [row.info.name for row in rows if row.advice is not None]
-    return advise(groups, other_decays=names, decaying=decaying, **steps)
-
-
-def _timescale(callback: WeightDecay, schedule: int, steps_of_run: float) -> float:
-    """The time over which a Timescale acts at the peak of the rate, in steps; 0 of another schedule."""
-    timescales = timescales_in(callback.rules.schedules[schedule])
-    position = Position(0, callback.total_steps or steps_of_run, steps_per_epoch=callback.run.clock.steps_per_epoch)
-    return timescales[0].in_steps(position) if timescales else 0.0
-
-
-def _sampled(callback: WeightDecay, schedule: ScheduleLike | None, steps_of_run: float, lr: float) -> Sequence[float]:
-    """Values of a schedule over the run, at a constant rate; none where the groups keep their own."""
-    if schedule is None:
-        return []
-    horizon = callback.total_steps or steps_of_run
-    last = horizon - 1 if math.isfinite(horizon) else 0
-    steps = [round(i * last / (_SAMPLES - 1)) for i in range(_SAMPLES)]
-    epoch_steps = callback.run.clock.steps_per_epoch
-    return [value_at(schedule, Position(step, horizon, 0, lr, lr, epoch_steps)) for step in steps]

@@ -182,4 +182,14 @@ MUTANTS = [
         "tests/training/test_hyperparameters.py::test_nothing_is_logged_while_a_model_is_only_validated",
         ('if self.log_hyperparams and stage == "fit":', "if self.log_hyperparams:"),
     ),
+    *mutants_of(
+        "callbacks/summary.py",
+        "tests/training/test_summary.py::test_without_an_optimizer_rates_are_not_known_and_nothing_is_noted_about_them",
+        ("rows = [row._replace(lr=None, advice=None) for row in rows]", "pass"),
+    ),
+    *mutants_of(
+        "callbacks/summary.py",
+        "tests/training/test_summary.py::test_a_summary_of_an_optimizer_alone_and_of_a_callback_in_use",
+        ("decay = copy.copy(decays[0])", "decay = decays[0]"),
+    ),
 ]

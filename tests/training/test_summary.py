@@ -11,6 +11,7 @@ from lightning_regularize import (
     WeightDecay,
     regularize,
     schedules,
+    summary,
 )
 from tests.distributed import run_distributed
 from tests.models import LanguageModel
@@ -255,3 +256,101 @@ def test_decay_that_rounds_to_nothing_is_told(capsys):
     trainer = make_trainer(RegularizationSummary(), max_epochs=20)
     trainer.fit(module, Half())
     assert "lost to rounding: torch.bfloat16" in " ".join(capsys.readouterr().out.split())
+
+
+# -- without a Trainer -----------------------------------------------------------------------------------------------
+
+
+def table_of(*args, **options):
+    """The lines of a table as lists of words."""
+    lines = str(summary(*args, **options)).splitlines()
+    return [line.split() for line in lines if line.split() and not set(line.strip()) <= {"─"}]
+
+
+@pytest.mark.parametrize("method", ["optimizer", "decoupled"])
+def test_a_summary_without_a_trainer_is_what_a_trainer_prints(capsys, method):
+    module = Regression(lambda parameters: adamw(parameters, lr=1e-3))
+    options = {"factors": {"output.*": 0.5}, "method": method}
+    schedule = schedules.Cosine(0.01, 0.04)
+    make_trainer(WeightDecay(schedule, **options), RegularizationSummary(), max_epochs=1).fit(module, Batches())
+    printed = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    optimizer = module.configure_optimizers()
+    made = summary(module, WeightDecay(schedule, **options), optimizer=optimizer, total_steps=7)
+    assert str(made).splitlines()[1:] == [line for line in printed if line.strip() != "Regularization"]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.01]
+    optimizer.step()
+    assert "step" not in vars(optimizer)  # nothing is left at the optimizer
+
+
+def test_without_an_optimizer_rates_are_not_known_and_nothing_is_noted_about_them():
+    decay = WeightDecay({"output.*": schedules.FollowLR(0.1), "*": 1e-9})
+    assert table_of(Regression(), decay, total_steps=2) == [
+        ["Regularization"],
+        ["Group,", "parameters", "Shape", "Numbers", "Decay,", "why"],
+        ["decay,", "output.*", "1", "tensor", "8", "0.1"],
+        ["output.weight", "2x4", "8", "output.*"],
+        ["decay,", "*", "1", "tensor", "12", "1e-09"],
+        ["hidden.weight", "4x3", "12", "*"],
+        ["no_decay", "4", "tensors", "14", "0"],
+        ["hidden.bias", "4", "4", "bias"],
+        ["norm.weight", "4", "4", "norm"],
+        ["norm.bias", "4", "4", "bias"],
+        ["output.bias", "2", "2", "bias"],
+    ]
+
+
+def test_a_schedule_without_a_number_of_steps_says_over_how_many_it_is_shown():
+    decay = WeightDecay(schedules.Warmup(schedules.Cosine(0.1, 0.4), steps=500))
+    assert "Schedules are shown over 10,000 steps" in " ".join(str(summary(Regression(), decay)).split())
+    assert "Schedules are shown" not in str(summary(Regression(), decay, total_steps=100))
+    assert ["decay", "2", "tensors", "20", "0", "to", "0.0198"] in table_of(Regression(), decay, total_steps=100)
+
+
+def test_a_summary_of_an_optimizer_alone_and_of_a_callback_in_use():
+    module = Regression(lambda parameters: torch.optim.Adam(parameters, lr=0.1, weight_decay=0.9))
+    optimizer = module.configure_optimizers()
+    text = " ".join(str(summary(module, optimizer=optimizer)).split())
+    assert "pg1 6 tensors 34 0.9" in text
+    assert "Note Adam adds weight decay to the gradient" in text
+    decay = WeightDecay(0.3)
+    with decay.attach(torch.optim.SGD(module.parameters(), lr=0.1), module):
+        assert ["decay", "2", "tensors", "20", "0.3"] in table_of(module, decay)
+    text = " ".join(str(summary(module, decay, AnchorDecay(0.1), L2Penalty(0.1), optimizer=optimizer)).split())
+    assert "by AnchorDecay and L2Penalty." in text
+
+
+def test_a_notebook_shows_a_table():
+    html = summary(Regression(), WeightDecay(0.05), max_rows=2)._repr_html_()
+    assert html.count("<tr>") == 1 + 2 + 2  # the header, a heading for each group, and two rows
+    assert ">&nbsp;&nbsp;hidden.weight</td>" in html
+    assert '<th style="text-align: left">decay</th><th style="text-align: right">2 tensors</th>' in html
+    assert "more parameters are not shown" in html
+    module = Regression()
+    note = summary(module, WeightDecay(1e-9), optimizer=module.configure_optimizers(), total_steps=2)
+    assert "<p><b>Note</b> &#x27;decay&#x27;: weight decay 1e-09" in note._repr_html_()
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "options", "error", "message"),
+    [
+        ([], {}, ValueError, "give a WeightDecay, or the `optimizer` whose weight decay is to be shown"),
+        ([WeightDecay(None)], {}, ValueError, r"WeightDecay\(None\) keeps .*: give `optimizer`"),
+        ([WeightDecay(schedules.Timescale(steps=9))], {}, ValueError, r"Timescale\(.* needs the learning rate: give"),
+        ([WeightDecay(0.1), WeightDecay(0.2)], {}, ValueError, "2 WeightDecay would write over each other"),
+        ([0.1], {}, TypeError, "`callbacks` should be callbacks of this package, got float"),
+        ([WeightDecay(0.1)], {"max_rows": 0}, ValueError, "`max_rows` should be a positive integer, got 0"),
+        ([WeightDecay(0.1)], {"total_steps": -1}, ValueError, "`total_steps`"),
+        ([WeightDecay(0.1)], {"optimizer": "adam"}, TypeError, "`optimizer` should be a torch.optim.Optimizer"),
+        ([], {"optimizer": "adam"}, TypeError, "`optimizer` should be a torch.optim.Optimizer"),
+        ([WeightDecay(0.1, exclude=("nothing.*",))], {}, ValueError, "nothing"),
+    ],
+    ids=["nothing", "none", "timescale", "two", "number", "rows", "steps", "text", "text alone", "rule"],
+)
+def test_what_a_summary_cannot_be_made_of_is_refused(callbacks, options, error, message):
+    with pytest.raises(error, match=message):
+        summary(Regression(), *callbacks, **options)
+
+
+def test_a_summary_is_of_a_module():
+    with pytest.raises(TypeError, match=r"summary: `module` should be a torch.nn.Module, got list"):
+        summary(list(Regression().parameters()), WeightDecay(0.1))
