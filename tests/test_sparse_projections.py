@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.sparse import _semi_structured_conversions as conversions
 
 from lightning_regularize import WeightConstraint
 from lightning_regularize.projections import NM
@@ -84,3 +85,17 @@ def test_the_layer_says_which_dim_is_the_input(layer):
         optimizer.step()
     inputs = 0 if isinstance(layer, nn.ConvTranspose2d) else 1
     assert ((layer.weight != 0).sum(inputs) == 2).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_two_of_four_is_the_layout_of_sparse_tensor_cores(dtype):
+    module, callback = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 7)), WeightConstraint(NM(2, 4))
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.1)
+    with callback.attach(optimizer, module):
+        module(randn(5, 64)).sum().backward()
+        optimizer.step()
+    weight = module[0].weight.detach().to(dtype)
+    packed, meta = conversions.sparse_semi_structured_from_dense_cutlass(weight)
+    assert packed.shape == (32, 32)  # half of the elements, and which half
+    assert torch.equal(conversions.sparse_semi_structured_to_dense_cutlass(packed, meta), weight)
+    assert weight.count_nonzero() == weight.numel() / 2
