@@ -6,10 +6,10 @@ What to look for: zeros alone make nothing faster, for a layer multiplies by the
 that belongs to them, they do: a small ResNet and a small vision transformer end with fewer hidden units, the same
 outputs up to rounding, and in less time.
 
-The penalty is on what *reads* a unit, not on what writes it. Of a convolution whose filter is zero, a batch norm makes
-its shift, and of a row of zeros a Linear makes its bias: constants that are not zero, which removing would take away
-from the sum. Of a unit that nothing reads, nothing is missed, whatever it is. So the groups are the weights behind a
-hidden unit: dim 1 of the next layer tells them apart, and `dim` names the others.
+The penalty is on the weights that *read* a hidden unit, not on those that write it. If a filter is zero, the batch norm
+behind it still returns its shift, and a row of zeros in a Linear still returns its bias. The next layer reads these
+constants, and outputs change without them. A unit that nothing reads can be removed, whatever its value is. So a group
+is all that reads one hidden unit, in every dim of the weight but dim 1.
 
 The transformer is also trained with two zeros among every four neighbors, which the sparse tensor cores of a GPU make
 use of; see the guide on sparsity. On a CPU it is checked that torch's format for them keeps all the weights.
