@@ -124,6 +124,9 @@ class Function(ByAutograd):
             function = function.func
         return getattr(function, "__name__", type(function).__name__).strip("<>")
 
+    def __str__(self) -> str:
+        return self.name
+
     def of(self, weights: Tensor, dim: int | Sequence[int] | None) -> Tensor:
         """Call the function on each weight.
 
