@@ -289,9 +289,15 @@ class ActivationPenalty(Regularizer):
         self._is_in_batch = False
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Once an epoch has passed it is known what does not run."""
-        names = dict.fromkeys(name for names in self._names.values() for name in names)
-        idle = [name for name in names if name not in self._has_run]
-        if idle and not self._epoch_is_checked:
-            self.warn(f"ActivationPenalty has no effect on {idle[:10]}, which were not called in a whole epoch.")
+        """Once an epoch has passed it is known what does not run, and what the loss does not depend on."""
+        if self._epoch_is_checked:
+            return
         self._epoch_is_checked = True
+        names = dict.fromkeys(name for names in self._names.values() for name in names)
+        if idle := [name for name in names if name not in self._has_run]:
+            self.warn(f"ActivationPenalty has no effect on {idle[:10]}, which were not called in a whole epoch.")
+        if unused := [name for name in names if name in self._is_trained - self._is_reached]:
+            self.warn(
+                f"ActivationPenalty has no effect on {unused[:10]}, on whose outputs the loss did not depend in a "
+                "whole epoch: it acts in the backward pass of the loss."
+            )

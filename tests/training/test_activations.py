@@ -457,6 +457,17 @@ def test_a_module_that_did_not_run_in_an_epoch_is_told():
         fit(Net(), ActivationPenalty(0.1, include=(nn.Linear,)), max_epochs=1)
 
 
+class OnlyLogged(Net):
+    def loss(self, batch):
+        self.log("size", self.unused(self.last(self.act(self.first(batch[0])))).mean())
+        return super().loss(batch)
+
+
+def test_a_module_that_the_loss_does_not_depend_on_is_told():
+    with pytest.warns(UserWarning, match=r"no effect on \['unused'\], on whose outputs the loss did not depend"):
+        fit(OnlyLogged(), ActivationPenalty(0.1, include=(nn.Linear,)), max_epochs=1)
+
+
 def test_what_is_frozen_is_told():
     module = Net(make=lambda parameters: torch.optim.SGD([p for p in parameters if p.requires_grad], lr=0.1))
     module.first.requires_grad_(False)
