@@ -20,8 +20,8 @@ if dist.is_available():
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
 __all__ = [
-    "norm_dims", "units_are_known", "check_dim", "unit_dims", "unit_norms", "norms_of_units", "unit_buckets",
-    "sum_over_ranks", "spread_of", "at_least_float32", "in_float64",
+    "norm_dims", "input_dims", "block_dims", "units_are_known", "check_dim", "unit_dims", "unit_norms",
+    "norms_of_units", "unit_buckets", "sum_over_ranks", "spread_of", "at_least_float32", "in_float64",
 ]  # fmt: skip
 
 _BLOCK = 256  # elements reduced in float32 before float64 takes over: an error below 12 eps, even if all are equal
@@ -90,8 +90,7 @@ def norm_dims(
     if isinstance(owner, _TRANSPOSED_CONVOLUTIONS) and len(shape) > 2:
         if owner.groups == 1:
             return shape, (0, *range(2, len(shape)))
-        # Its input channels come group by group, and each group has output channels of its own.
-        return (owner.groups, shape[0] // owner.groups, *shape[1:]), (1, *range(3, len(shape) + 1))
+        return _channels_by_groups(owner.groups, shape)  # each group of input channels has output channels of its own
     stated = _stated_dims(owner, shape)
     if stated is not None:
         return shape, stated
@@ -102,6 +101,74 @@ def norm_dims(
             "what a unit is."
         )
     return shape, tuple(range(1, len(shape)))
+
+
+def input_dims(owner: nn.Module, name: str, shape: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return how to view a parameter, and along which dims, so that each norm is that of all that one input feeds.
+
+    An input is a feature of a Linear, a channel of a convolution, and a row of an Embedding. Where layers are known,
+    what is a guess, and which dim it is, is as for :func:`norm_dims`.
+
+    Args:
+        owner: The module that has the parameter.
+        name: The parameter's name, as its owner or as the whole model says it.
+        shape: The parameter's shape, of the whole tensor where ranks hold pieces.
+
+    Returns:
+        ``view, dim``, as :func:`norm_dims`.
+
+    Raises:
+        ValueError: It cannot be told; a Bilinear has two inputs.
+
+    Example:
+        >>> input_dims(nn.Conv2d(8, 6, 3), "weight", (6, 8, 3, 3))
+        ((6, 8, 3, 3), (0, 2, 3))
+        >>> input_dims(nn.Conv2d(8, 6, 3, groups=2), "weight", (6, 4, 3, 3))
+        ((2, 3, 4, 3, 3), (1, 3, 4))
+    """
+    shape = tuple(shape)
+    if isinstance(owner, nn.Bilinear) and len(shape) > 2:
+        raise ValueError("A Bilinear has two inputs: write `dim=(0, 2)` for the first, or `dim=(0, 1)` for the second.")
+    if isinstance(owner, (nn.Embedding, nn.EmbeddingBag)):
+        return norm_dims(owner, name, shape)
+    if isinstance(owner, _TRANSPOSED_CONVOLUTIONS) and len(shape) > 2:
+        return shape, tuple(range(1, len(shape)))
+    if isinstance(owner, nn.modules.conv._ConvNd) and owner.groups > 1 and len(shape) > 2:
+        return _channels_by_groups(owner.groups, shape)  # each group of output channels has input channels of its own
+    view, incoming = norm_dims(owner, name, shape)
+    return view, tuple(d for d in range(len(view)) if d != incoming[0])
+
+
+def block_dims(
+    owner: nn.Module, name: str, shape: Sequence[int], size: int, *, dim: int | None = None
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return how to view a parameter, and along which dim, so that each norm is that of ``size`` neighbors.
+
+    Args:
+        owner: The module that has the parameter.
+        name: The parameter's name, as its owner or as the whole model says it.
+        shape: The parameter's shape, of the whole tensor where ranks hold pieces.
+        size: How many elements a block has.
+        dim: The dim along which they lie; by default that of the inputs, dim 1 of a Linear or a convolution.
+
+    Returns:
+        ``view, dim``, as :func:`norm_dims`.
+
+    Raises:
+        ValueError: ``size`` does not divide the dim; or it is not given, and cannot be told.
+
+    Example:
+        >>> block_dims(nn.Linear(8, 6), "weight", (6, 8), 4)
+        ((6, 2, 4), (2,))
+    """
+    view, incoming = norm_dims(owner, name, shape, dim=dim)
+    along = incoming[0]
+    if view[along] % size:
+        raise ValueError(
+            f"`block_size` should divide the dim along which blocks lie, got {size} for dim {along} of shape "
+            f"{tuple(view)}."
+        )
+    return (*view[:along], view[along] // size, size, *view[along + 1 :]), (along + 1,)
 
 
 def units_are_known(owner: nn.Module, shape: Sequence[int]) -> bool:
@@ -124,6 +191,11 @@ def units_are_known(owner: nn.Module, shape: Sequence[int]) -> bool:
         (True, False)
     """
     return isinstance(owner, _LAYERS_OF_TORCH) or _stated_dims(owner, tuple(shape)) is not None
+
+
+def _channels_by_groups(groups: int, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """A view in which dim 0 is taken apart by groups, and the dims of it that belong to one channel of dim 1."""
+    return (groups, shape[0] // groups, *shape[1:]), (1, *range(3, len(shape) + 1))
 
 
 def _stated_dims(owner: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...] | None:

@@ -36,6 +36,11 @@ def listed(tensors: Tensors) -> list[Tensor]:
     return [tensors] if isinstance(tensors, Tensor) else list(tensors)
 
 
+def bytes_of_bucket(tensor: Tensor) -> int:
+    """How large a bucket may be on the device of a tensor."""
+    return _CPU_BYTES if tensor.is_cpu else _DEVICE_BYTES
+
+
 class Bucket(NamedTuple):
     """Some rows of a table of tensors, on one device, with one dtype in each column: many small ones, or one piece.
 
@@ -69,8 +74,9 @@ def buckets(
         [[0, 1], [2]]
     """
     for indices in _alike(columns, alike):
-        is_cpu = columns[0][indices[0]].is_cpu
-        limit, alone = (_CPU_BYTES, _SMALL_BYTES) if is_cpu else (_DEVICE_BYTES, _DEVICE_BYTES)
+        first = columns[0][indices[0]]
+        limit = bytes_of_bucket(first)
+        alone = _SMALL_BYTES if first.is_cpu else limit
         sizes = [columns[0][i].nbytes for i in indices]
         if max(sizes) <= alone and sum(sizes) <= limit:
             yield _bucket(indices, columns)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from lightning_regularize._joint import add_joint_gradient_, joint_proximal_
 from lightning_regularize._sharding import (
     gathered,
     is_dtensor,
@@ -18,7 +18,7 @@ from lightning_regularize._sharding import (
     settle_gradient_,
     whole_tensor,
 )
-from lightning_regularize._steps.buckets import HALF, buckets, calls, listed
+from lightning_regularize._steps.buckets import HALF, buckets, calls
 from lightning_regularize._steps.clock import rate_of
 from lightning_regularize._trainer.strategies import check_gradients_are_the_modules, check_weights_are_the_optimizers
 from lightning_regularize.decay import change_stochastically_, noise_seed
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
-    from lightning_regularize._steps.buckets import Tensors
+    from lightning_regularize._heads import Part
     from lightning_regularize._steps.hooks import Step
     from lightning_regularize._steps.run import Run
     from lightning_regularize.callbacks._base import Regularizer
@@ -44,11 +44,15 @@ if TYPE_CHECKING:
 
 
 class Target(NamedTuple):
-    """A parameter that is penalized, with the shape in which the norms of its units run over ``dim``."""
+    """A parameter that is penalized, with the shape in which the norms of its units run over ``dim``.
+
+    ``part`` is what it is of an attention layer, where groups are heads, which lie in several parameters.
+    """
 
     info: ParameterInfo
-    view: tuple[int, ...] | None
-    dim: tuple[int, ...] | None
+    view: tuple[int, ...] | None = None
+    dim: tuple[int, ...] | None = None
+    part: Part | None = None
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -102,20 +106,16 @@ class Gradient(Method):
             for dim, alike in by_dim(targets).items():
                 # Without a gradient a parameter is unused in this step, and none is made for it.
                 pairs = [(t, g) for t in alike if (g := settle_gradient_(t.parameter)) is not None]
-                weights = [target.as_units(target.parameter) for target, _ in pairs]
+                found = [target for target, _ in pairs]
                 gradients = [target.as_units(gradient) for target, gradient in pairs]
-                before = [g.clone() for g in gradients] if is_measured else []
                 if owner.rounds_at_random:
-                    for (target, _), g, w in zip(pairs, gradients, weights, strict=True):
-                        wide = w.to(at_least_float32(w))
-                        add = functools.partial(_add_, weights=[wide], penalty=penalty, strength=scaled, dim=dim)
-                        name = f"{type(owner).__name__}/{target.info.name}"
-                        change_stochastically_(local_piece(g), add, seed=noise_seed(owner.seed, step.number, name))
+                    _add_at_random_(owner, gradients, found, scaled, dim, step.number)
                     continue
-                _add_(gradients, weights, penalty, scaled, dim)
+                before = [g.clone() for g in gradients] if is_measured else []
+                _add_(gradients, found, penalty, scaled, dim)
                 if before:
                     asked = [torch.zeros_like(g, dtype=torch.float32) for g in gradients]
-                    _add_(asked, weights, penalty, scaled, dim)
+                    _add_(asked, found, penalty, scaled, dim)
                     owner.rounding.compare(before, gradients, asked)
         owner.rounding.sum_up()
 
@@ -161,6 +161,11 @@ class Proximal(Method):
         rounding.sum_up()
 
 
+def parts_of(targets: Sequence[Target]) -> list[Part]:
+    """What targets of one call are of attention layers; empty where groups are not heads."""
+    return [target.part for target in targets if target.part is not None]
+
+
 def by_dim(targets: Sequence[Target]) -> dict[tuple[int, ...] | None, list[Target]]:
     """Targets whose units lie in the same dims, which are penalized by one call."""
     found: dict[tuple[int, ...] | None, list[Target]] = {}
@@ -170,19 +175,56 @@ def by_dim(targets: Sequence[Target]) -> dict[tuple[int, ...] | None, list[Targe
 
 
 def _add_(
-    gradients: Tensors, weights: Sequence[Tensor], penalty: Any, strength: Any, dim: tuple[int, ...] | None
+    gradients: Sequence[Tensor],
+    targets: Sequence[Target],
+    penalty: Any,
+    strength: Any,
+    dim: tuple[int, ...] | None,
 ) -> None:
     """Add the gradient of a penalty, also of one that has to be given whole weights."""
+    weights = [target.as_units(target.parameter) for target in targets]
+    if parts := parts_of(targets):
+        add_joint_gradient_(penalty, parts, gradients, weights, strength)
+        return
     if penalty.takes_pieces or not any(map(is_dtensor, weights)):
-        for g, w in calls(penalty.takes_lists, listed(gradients), weights):
+        for g, w in calls(penalty.takes_lists, gradients, weights):
             penalty.add_gradient_(g, w, strength, dim=dim)
         return
-    for gradient, weight in zip(listed(gradients), weights, strict=True):
+    for gradient, weight in zip(gradients, weights, strict=True):
         wide = weight.to(at_least_float32(weight))
         every = gathered(wide)
         term = torch.zeros_like(every)
         penalty.add_gradient_(term, every, strength, dim=dim)
         local_piece(gradient).add_(piece_like(term, wide))
+
+
+def _add_at_random_(
+    owner: PenaltyCallback,
+    gradients: Sequence[Tensor],
+    targets: Sequence[Target],
+    strength: Any,
+    dim: tuple[int, ...] | None,
+    step: int,
+) -> None:
+    """Add the gradient of a penalty, to gradients of half precision by rounding at random."""
+    together: dict[str, list[int]] = {}
+    for i, target in enumerate(targets):
+        together.setdefault(target.info.name if target.part is None else target.part.layer, []).append(i)
+    for numbers in together.values():
+        those, found = [gradients[i] for i in numbers], [targets[i] for i in numbers]
+        terms = [torch.zeros_like(each, dtype=torch.float32) if each.dtype in HALF else each for each in those]
+        _add_(terms, found, owner.penalty(), strength, dim)
+        for target, gradient, term in zip(found, those, terms, strict=True):
+            if term is not gradient:
+                seed = noise_seed(owner.seed, step, f"{type(owner).__name__}/{target.info.name}")
+                change_stochastically_(local_piece(gradient), _addition(local_piece(term)), seed=seed)
+
+
+def _addition(term: Tensor) -> Callable[[Tensor], None]:
+    def add(wide: Tensor) -> None:
+        wide.add_(term)
+
+    return add
 
 
 def _shrink_whole_(penalty: Any, weight: Tensor, threshold: float | Tensor, dim: tuple[int, ...] | None) -> None:
@@ -201,7 +243,11 @@ def _shrink_(
 ) -> None:
     weights = [target.as_units(target.parameter) for target, _ in stepped]
     sizes = [size for _, size in stepped]
+    parts = parts_of([target for target, _ in stepped])
     if sizes[0].square is None:  # for all parameters of the group
+        if parts:
+            joint_proximal_(penalty, parts, weights, sizes[0].length * strength)
+            return
         if not penalty.takes_pieces:
             for weight, size in zip(weights, sizes, strict=True):
                 _shrink_whole_(penalty, weight, size.length * strength, dim)
@@ -215,6 +261,14 @@ def _shrink_(
         for column in columns
         if column[0] is not None
     ]
+    if parts:
+
+        def thresholds_of(numbers: Sequence[int]) -> list[Tensor]:
+            squares, *means = [[column[i] for i in numbers] for column in states]
+            return thresholds([sizes[i] for i in numbers], squares, means[0] if means else [], strength)
+
+        joint_proximal_(penalty, parts, weights, thresholds_of)
+        return
     if not penalty.takes_pieces:
         for i, (weight, (square, *mean)) in enumerate(zip(weights, zip(*states, strict=True), strict=True)):
             (threshold,) = thresholds([sizes[i]], [square], mean, strength)

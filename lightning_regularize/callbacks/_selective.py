@@ -107,13 +107,23 @@ class Selective(Described):
             ValueError: The parameter lacks ``dim``; or it is not given and cannot be told.
         """
         view, dims = norm_dims(info.owner, tensor_name(info.name), info.shape, dim=dim)
-        if dim is None and not units_are_known(info.owner, info.shape):
+        if dim is None:
+            self.warn_if_guessed(info, argument)
+        return view, dims
+
+    def warn_if_guessed(self, info: ParameterInfo, argument: str) -> None:
+        """Warn once for each class that does not say what its units are.
+
+        Args:
+            info: A parameter.
+            argument: As for :meth:`units`.
+        """
+        if not units_are_known(info.owner, info.shape):
             kind = type(info.owner).__name__
             self.warn(
                 f"{type(self).__name__} takes dim 0 of weights for the output units of {kind}, and {kind} does not say "
                 f"what they are. If they are in another dim, say by `{argument}` which dims hold the incoming weights."
             )
-        return view, dims
 
     def check_real(self, infos: Sequence[ParameterInfo], owner: str = "") -> None:
         """Refuse complex weights, which have neither a sign nor an order.

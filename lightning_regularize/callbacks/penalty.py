@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Any, Literal, final
 from weakref import WeakSet
@@ -9,7 +10,8 @@ from weakref import WeakSet
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_regularize._checks import check_number, check_rounding
+from lightning_regularize._checks import check_number, check_positive_integer, check_rounding
+from lightning_regularize._joint import joint_value
 from lightning_regularize._sharding import gathered
 from lightning_regularize._steps.buckets import HALF, calls
 from lightning_regularize._steps.targets import Targets
@@ -23,7 +25,9 @@ from lightning_regularize.callbacks._penalty_methods import (
     Rounding,
     Target,
     by_dim,
+    parts_of,
 )
+from lightning_regularize.callbacks._weight_groups import Blocks, Heads, InputFeatures, OutputUnits, WeightGroups
 from lightning_regularize.penalties import L1, L2, ElasticNet, GroupLasso, Penalty
 from lightning_regularize.schedules import Constant, Schedule, as_schedule, check_total_steps
 from lightning_regularize.selection import DEFAULT_EXCLUDE
@@ -83,6 +87,11 @@ class PenaltyCallback(Regularizer):
         """Does it shrink weights, as weight decay does?"""
         return isinstance(self.penalty(), (L2, ElasticNet))
 
+    @property
+    def groups(self) -> WeightGroups:
+        """What a penalty per unit takes for units."""
+        return OutputUnits(getattr(self.penalty(), "dim", None))
+
     def strength(self, group: dict[str, Any], step: int) -> float:
         """The strength for a parameter group in step number ``step``."""
         return self.run.clock.value(self.schedule, group, step)  # type: ignore[no-any-return]
@@ -93,13 +102,36 @@ class PenaltyCallback(Regularizer):
         self._sharding = run.sharding()
         has_half = any(info.parameter.dtype in HALF for info in infos)
         self._method.check(run, self, infos)
-        self._targets: Targets[Target] = Targets(run.infos, self._learn)
+        self._targets: Targets[Target] = Targets(self._look, self._learn)
         self.rounding = Rounding(has_half and not self.rounds_at_random, self.method)
         self._checked: WeakSet[Optimizer] = WeakSet()
         for optimizer in run.optimizers:
             for leaf in stepping_optimizers(optimizer):
                 self._check_optimizer(leaf)
+        if needs_shapes:
+            groups = [targets for leaf in self._checked for _, targets in self.targets(leaf)]
+            with self._misconfigurations():
+                self.groups.check(groups)
         self.warn_if_no_effect(run, infos)
+
+    def _look(self) -> list[ParameterInfo]:
+        infos: list[ParameterInfo] = self.run.infos()
+        if self.penalty().per_unit:
+            with self._misconfigurations():
+                self.groups.look(self, infos)
+        return infos
+
+    @contextlib.contextmanager
+    def _misconfigurations(self) -> Iterator[None]:
+        """What cannot be grouped is a misconfiguration of the run.
+
+        Raises:
+            MisconfigurationException: Instead of a ValueError.
+        """
+        try:
+            yield
+        except ValueError as error:
+            raise MisconfigurationException(f"{type(self).__name__}: {error}") from error
 
     def _learn(self, info: ParameterInfo) -> Target | None:
         if not self.selects(info):
@@ -112,15 +144,16 @@ class PenaltyCallback(Regularizer):
                 "ModelParallelStrategy with fully_shard (FSDP2)."
             )
         if not penalty.per_unit:
-            return Target(info, None, None)
+            return Target(info)
         try:
-            view, dim = self.units(info, getattr(penalty, "dim", None), f"{type(self).__name__}(..., dim=...)")
+            target = self.groups.target(self, info)
         except ValueError as error:
             raise MisconfigurationException(
                 f"{type(self).__name__} does not know what the units of {info.name!r} are: {error}"
             ) from error
-        check_view(info.name, info.parameter, view)
-        return Target(info, view, dim)
+        if target is not None and target.view is not None:
+            check_view(info.name, info.parameter, target.view)
+        return target
 
     def targets(self, optimizer: Optimizer) -> Iterator[tuple[dict[str, Any], list[Target]]]:
         """The groups of an optimizer, each with what is penalized in it now."""
@@ -155,6 +188,9 @@ class PenaltyCallback(Regularizer):
             for group, targets in self.targets(leaf):
                 strength = self.strength(group, watch.number(leaf)) if targets else 0.0
                 for dim, alike in by_dim(targets).items():
+                    if parts := parts_of(alike):
+                        values += joint_value(penalty, parts, [target.parameter for target in alike], strength)
+                        continue
                     pieces = [target.parameter for target in alike if self._sharding.is_flat(target.parameter)]
                     whole = [t.as_units(t.parameter) for t in alike if not self._sharding.is_flat(t.parameter)]
                     if not penalty.takes_pieces:
@@ -354,14 +390,33 @@ class ElasticNetPenalty(PenaltyCallback):
 
 @final
 class GroupLassoPenalty(PenaltyCallback):
-    r"""Adds the gradient of :math:`a \sum_g \sqrt{|g|}\,\lVert w_g \rVert_2`, where a group is an output unit.
+    r"""Adds the gradient of :math:`a \sum_g \sqrt{|g|}\,\lVert w_g \rVert_2`, where a group is, say, an output unit.
 
-    With ``method="proximal"`` whole neurons and channels become exactly zero. Logged as ``penalty/group_lasso``.
+    With ``method="proximal"`` whole groups become exactly zero. Logged as ``penalty/group_lasso``.
+
+    ============  ====================================================================================================
+    ``group``     What is a group
+    ============  ====================================================================================================
+    "output"      The incoming weights of an output unit: a neuron, a channel. See
+                  :func:`~lightning_regularize.units.norm_dims`.
+    "input"       All weights that one input feature or input channel feeds, see
+                  :func:`~lightning_regularize.units.input_dims`.
+    "head"        A head of attention as a whole: its rows in the projections to queries, keys and values, and its
+                  columns in that of the output. If several queries share a key and a value, these are one group.
+    "block"       ``block_size`` neighbors along the input dim, or along ``dim``.
+    ============  ====================================================================================================
+
+    Heads are found in the attention layers of torch, transformers, timm and others, by the names of projections and by
+    an attribute such as ``num_heads``; weights of other layers are left alone. What ``include`` and ``exclude`` leave
+    out of a layer is not part of its groups, nor is what is frozen.
 
     Args:
         strength: ``a``; see :class:`L1Penalty`.
-        dim: The dims that hold the incoming weights of a unit, an integer or a sequence of them. None takes what the
-            layer says, see :func:`~lightning_regularize.units.norm_dims`; a warning names layers that say nothing.
+        group: "output", "input", "head" or "block".
+        block_size: How many weights a block has, which should divide the dim along which it lies.
+        dim: Anything else: the dims that hold the weights of a group, an integer or a sequence of them. None takes
+            what the layer says; a warning names layers that say nothing. With ``group="block"`` the dim along which
+            blocks lie.
         include: Rules for what is penalized.
         exclude: Rules for what is not. By default biases, norms and other vectors.
         method: "gradient" or "proximal".
@@ -377,8 +432,9 @@ class GroupLassoPenalty(PenaltyCallback):
     Example:
         >>> from lightning.pytorch import Trainer
         >>> from lightning_regularize import GroupLassoPenalty
-        >>> penalty = GroupLassoPenalty(1e-4, method="proximal")
-        >>> trainer = Trainer(callbacks=[penalty], logger=False, accelerator="cpu")
+        >>> neurons = GroupLassoPenalty(1e-4, method="proximal", exclude=("bias", "norm", "vector", "*.self_attn.*"))
+        >>> heads = GroupLassoPenalty(1e-4, group="head", method="proximal")
+        >>> trainer = Trainer(callbacks=[neurons, heads], logger=False, accelerator="cpu")
 
     References:
         Yuan and Lin, "Model Selection and Estimation in Regression with Grouped Variables", 2006.
@@ -388,6 +444,8 @@ class GroupLassoPenalty(PenaltyCallback):
         self,
         strength: float | Schedule | Callable[[Position], float],
         *,
+        group: Literal["output", "input", "head", "block"] = "output",
+        block_size: int | None = None,
         dim: int | Sequence[int] | None = None,
         include: Sequence[Rule] = ("*",),
         exclude: Sequence[Rule] = DEFAULT_EXCLUDE,
@@ -398,9 +456,35 @@ class GroupLassoPenalty(PenaltyCallback):
     ) -> None:
         super().__init__(locals(), strength)
         self._penalty = GroupLasso(dim)
+        if group not in ("output", "input", "head", "block"):
+            raise ValueError(f"`group` should be 'output', 'input', 'head' or 'block', got {group!r}.")
+        if block_size is not None and group != "block":
+            raise ValueError(f"`block_size` is for group='block', got {block_size!r} with group={group!r}.")
+        if dim is not None and group in ("input", "head"):
+            raise ValueError(
+                f"`dim` says what a group is instead of group={group!r}: give one of the two, got {dim!r}."
+            )
+        if group == "block":
+            if not (dim is None or isinstance(dim, int)):
+                raise TypeError(
+                    f"`dim` should be one integer with group='block', got {dim!r}: blocks lie along one dim."
+                )
+            self._groups: WeightGroups = Blocks(check_positive_integer(block_size, "`block_size`"), dim)
+        else:
+            self._groups = {"output": OutputUnits(dim), "input": InputFeatures(), "head": Heads()}[group]
 
     name = "group_lasso"
 
+    @property
+    def groups(self) -> WeightGroups:
+        """What ``group`` and ``dim`` say."""
+        return self._groups
+
+    def identity(self) -> dict[str, Any]:
+        """Two penalties may have different groups of the same weights."""
+        group = self.arguments["group"]
+        return super().identity() if group == "output" else {**super().identity(), "group": group}
+
     def penalty(self) -> Penalty:
-        """The norms of output units."""
+        """The norms of groups."""
         return self._penalty

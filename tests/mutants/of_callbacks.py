@@ -116,7 +116,34 @@ MUTANTS = [
     *mutants_of(
         "callbacks/_selective.py",
         "tests/training/test_units.py::test_where_the_units_are_a_guess_it_is_told_once_a_class",
-        ("if dim is None and not units_are_known(info.owner, info.shape):", "if False:"),
+        ("if not units_are_known(info.owner, info.shape):", "if False:"),
+    ),
+    *mutants_of(
+        "_heads.py",
+        "tests/training/test_weight_groups.py::test_groups_are_penalized_as_a_whole",
+        ("number = keys // width", "number = heads"),
+        ("if width and size % width == 0:", "if False:"),
+        ("if is_head_by_head:", "if False:"),
+    ),
+    *mutants_of(
+        "_joint.py",
+        "tests/training/test_weight_groups.py::test_groups_are_penalized_as_a_whole",
+        ("start + self.first * width, ", "self.first * width, "),
+    ),
+    *mutants_of(
+        "_joint.py",
+        "tests/training/test_weight_groups.py::test_a_large_layer_is_taken_some_heads_at_a_time",
+        ("range(0, heads, step)", "range(0, 1, step)"),
+    ),
+    *mutants_of(
+        "_joint.py",
+        "tests/training/test_weight_groups.py::test_two_processes_end_where_one_does",
+        ("[whole_tensor(tensor, like) for tensor in tensors_of(numbers)]", "tensors_of(numbers)"),
+    ),
+    *mutants_of(
+        "callbacks/_weight_groups.py",
+        "tests/training/test_weight_groups.py::test_heads_that_cannot_be_told",
+        ("if place.setdefault(part.layer, i) != i:", "if False:"),
     ),
     *mutants_of(
         "callbacks/anchor_decay.py",
