@@ -13,7 +13,8 @@ layers = int(sys.argv[1]) if len(sys.argv) > 1 else 75
 logging.disable(logging.WARNING)
 print(f"launches and waits of a step, with {4 * layers} and {16 * layers} tensors; and of a step that is logged")
 for row in ROWS:
-    few, many, logged = observe(row.make, layers), observe(row.make, 4 * layers), observe(row.make, layers, logs=True)
+    few, many = (observe(row.make, count, **row.options) for count in (layers, 4 * layers))
+    logged = observe(row.make, layers, logs=True, **row.options)
     counts = f"{few.launched.total():6d} {many.launched.total():6d} (bound {row.launches:3d}) {few.waited.total():4d}"
     bound = "" if row.logged_launches is None else f"(bound {row.logged_launches})"
-    print(f"{row.name:28s} {counts}    {logged.launched.total():6d} {logged.waited.total():4d} {bound}", flush=True)
+    print(f"{row.name:31s} {counts}    {logged.launched.total():6d} {logged.waited.total():4d} {bound}", flush=True)

@@ -24,13 +24,16 @@ class _Accelerator(CPUAccelerator):
 
 
 class _Layers(pl.LightningModule):
-    """Four tensors a layer, in two shapes. There is no forward pass: gradients are simply there."""
+    """Four tensors a layer, mostly in two shapes. There is no forward pass: gradients are simply there."""
 
-    def __init__(self, layers, make_optimizer, dtype):
+    def __init__(self, layers, make_optimizer, dtype, is_attention):
         super().__init__()
         self.make_optimizer = make_optimizer
         where = {"device": NAME, "dtype": dtype}
-        blocks = (nn.Sequential(nn.Linear(8, 8, **where), nn.LayerNorm(8, **where)) for _ in range(layers))
+        if is_attention:
+            blocks = (nn.MultiheadAttention(8, 2, **where) for _ in range(layers))
+        else:
+            blocks = (nn.Sequential(nn.Linear(8, 8, **where), nn.LayerNorm(8, **where)) for _ in range(layers))
         self.layers = nn.Sequential(*blocks)
         self.gradients = [torch.empty_like(parameter) for parameter in self.parameters()]
 
@@ -84,7 +87,16 @@ def _train(observer, make_callback, layers, options):
 
 
 def train(
-    observer, make_callback, layers, *, logs=False, fused=False, scaler=False, tensor_lr=False, dtype=torch.float32
+    observer,
+    make_callback,
+    layers,
+    *,
+    logs=False,
+    fused=False,
+    scaler=False,
+    tensor_lr=False,
+    dtype=torch.float32,
+    is_attention=False,
 ):
     """What the last of a few steps does on the device.
 
@@ -97,6 +109,7 @@ def train(
         scaler: Train with a GradScaler, in precision 16-mixed.
         tensor_lr: Is the learning rate a tensor on the device? Only AdamW's ``fused`` is rehearsed so.
         dtype: Of the parameters.
+        is_attention: Are the layers attention?
     """
     last_step, made = _LastStep(observer), make_callback() if make_callback else []
     with tempfile.TemporaryDirectory() as folder:
@@ -111,5 +124,5 @@ def train(
             strategy=SingleDeviceStrategy(torch.device(NAME, 0), _Accelerator()),
             plugins=[MixedPrecision("16-mixed", NAME, torch.amp.GradScaler(NAME))] if scaler else None,
         )
-        trainer.fit(_Layers(layers, functools.partial(_adamw, fused, tensor_lr), dtype), range(STEPS))
+        trainer.fit(_Layers(layers, functools.partial(_adamw, fused, tensor_lr), dtype, is_attention), range(STEPS))
     return last_step.seen

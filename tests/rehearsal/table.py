@@ -32,6 +32,7 @@ class Row:
         logged_launches: Likewise in a step that is logged; None for no bound but that of any number of tensors.
         takes_half: Does it act on weights of half precision?
         transfers: How often the host waits for the device in a step that is logged. In others it never does.
+        is_attention: Is it for layers of attention?
     """
 
     name: str
@@ -40,6 +41,11 @@ class Row:
     logged_launches: int | None = None
     takes_half: bool = True
     transfers: int = 0
+    is_attention: bool = False
+
+    @property
+    def options(self):
+        return {"is_attention": True} if self.is_attention else {}
 
 
 _ALL_BUT_SPECTRA = ("weight", "rms", "gradient", "update", "ratio", "angle", "sparsity", "effective_decay")
@@ -61,6 +67,20 @@ ROWS = (
     Row("elastic net, proximal", lambda: ElasticNetPenalty(1e-5, 1e-5, method="proximal"), 20, transfers=1),
     Row("group lasso, gradient", lambda: GroupLassoPenalty(1e-5), 20, transfers=1),
     Row("group lasso, proximal", lambda: GroupLassoPenalty(1e-5, method="proximal"), 120, transfers=1),
+    Row(
+        "group lasso of blocks, proximal",
+        lambda: GroupLassoPenalty(1e-5, group="block", block_size=4, method="proximal"),
+        120,
+        transfers=1,
+    ),
+    Row("heads, gradient", lambda: GroupLassoPenalty(1e-5, group="head"), 60, transfers=1, is_attention=True),
+    Row(
+        "heads, proximal",
+        lambda: GroupLassoPenalty(1e-5, group="head", method="proximal"),
+        160,
+        transfers=1,
+        is_attention=True,
+    ),
     Row("WeightPenalty of L1", lambda: WeightPenalty(L1(), 1e-5), 6, transfers=1),
     Row("max-norm", lambda: WeightConstraint(MaxNorm(3.0)), 25),
     Row("Frobenius ball", lambda: WeightConstraint(FrobeniusBall(3.0)), 25),

@@ -25,9 +25,9 @@ def rows(chosen, marks=None):
 
 
 def check_launches(row, bound, **options):
-    few = seen(row.make, FEW, **options).launched
+    few = seen(row.make, FEW, **row.options, **options).launched
     assert bound is None or few.total() <= bound, few
-    many = seen(row.make, MANY, **options).launched
+    many = seen(row.make, MANY, **row.options, **options).launched
     assert many.total() == few.total(), many - few
 
 
@@ -46,12 +46,12 @@ def test_launches_of_a_step_that_is_logged(row):
 
 @rows(ROWS, WAITING)
 def test_no_step_waits_that_is_not_logged(row):
-    assert not seen(row.make, FEW).waited
+    assert not seen(row.make, FEW, **row.options).waited
 
 
 @rows(LOGGED)
 def test_a_step_that_is_logged_waits_once(row):
-    waited = seen(row.make, FEW, logs=True).waited
+    waited = seen(row.make, FEW, logs=True, **row.options).waited
     assert waited.total() == row.transfers, waited
 
 
@@ -60,13 +60,13 @@ def test_a_step_that_is_logged_waits_once(row):
 
 @rows(ROWS)
 def test_no_device_is_mixed_with_another(row):
-    rehearse(train_in_other_precisions, row.make, row.takes_half)
+    rehearse(train_in_other_precisions, row)
 
 
-def train_in_other_precisions(observer, make, takes_half):
-    half = [{"dtype": torch.bfloat16}] if takes_half else []
+def train_in_other_precisions(observer, row):
+    half = [{"dtype": torch.bfloat16}] if row.takes_half else []
     for options in (*half, {"scaler": True}, {"scaler": True, "fused": True}):
-        train(observer, make, 1, **options)
+        train(observer, row.make, 1, **options, **row.options)
 
 
 @rows([row for row in ROWS if "Decay" in row.name])

@@ -124,6 +124,41 @@ class Network(Training, L.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=0.05)
 
 
+class Attention(nn.Module):
+    """Four heads of two, of which two share a key and a value; each input is a token."""
+
+    num_heads = 4
+
+    def __init__(self):
+        super().__init__()
+        # Without biases: that of the keys has no gradient but roundings, of which Adam makes steps.
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(3, size, bias=False) for size in (8, 4, 4))
+        self.out_proj = nn.Linear(8, 3)
+
+    def forward(self, x):
+        tokens = x[:, :, None] * torch.tensor([1.0, -0.5, 0.25], dtype=x.dtype)
+        # Under tensor parallelism these are the heads of one rank.
+        q, k, v = (
+            each.unflatten(-1, (-1, 2)).transpose(1, 2)
+            for each in (self.q_proj(tokens), self.k_proj(tokens), self.v_proj(tokens))
+        )
+        heads = nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        return x + self.out_proj(heads.transpose(1, 2).flatten(2)).mean(dim=2)
+
+
+class Attending(Network):
+    """The network, with attention before it."""
+
+    def build(self, column, dtype=torch.float64):
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(1)
+            self.attention = Attention()
+        return super().build(column, dtype)
+
+    def forward(self, x):
+        return super().forward(self.attention(x))
+
+
 class NetworkWithSGD(Training, L.LightningModule):
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
@@ -291,7 +326,10 @@ def cut(module):
         "norm": SequenceParallel(sequence_dim=0),
         "hidden": ColwiseParallel(input_layouts=Shard(0)),
         "output": RowwiseParallel(),
+        **{f"attention.{name}_proj": ColwiseParallel() for name in "qkv"},
+        "attention.out_proj": RowwiseParallel(),
     }
+    plan = {name: style for name, style in plan.items() if name in dict(module.named_modules())}
     parallelize_module(module, module.device_mesh["tensor_parallel"], plan)
 
 
@@ -384,6 +422,19 @@ ROWS = {
     "GroupLassoPenalty proximal": Row(
         '`GroupLassoPenalty(method="proximal")`', lambda: [GroupLassoPenalty(0.02, method="proximal")], NetworkWithSGD
     ),
+    "inputs": Row('`GroupLassoPenalty(group="input")`', lambda: [GroupLassoPenalty(0.1, group="input")]),
+    "blocks": Row(
+        '`GroupLassoPenalty(group="block", method="proximal")`',
+        lambda: [
+            GroupLassoPenalty(0.5, group="block", block_size=2, include=("output.weight",), method="proximal"),
+        ],
+    ),
+    "heads": Row('`GroupLassoPenalty(group="head")`', lambda: [GroupLassoPenalty(0.1, group="head")], Attending),
+    "heads proximal": Row(
+        '`GroupLassoPenalty(group="head", method="proximal")`',
+        lambda: [GroupLassoPenalty(0.5, group="head", method="proximal")],
+        Attending,
+    ),
     "WeightPenalty of a function": Row("`WeightPenalty` of a function", lambda: [WeightPenalty(double_well, 0.1)]),
     "WeightPenalty orthogonal": Row("`WeightPenalty(Orthogonal())`", lambda: [WeightPenalty(Orthogonal(), 0.1)]),
     "WeightPenalty spectral": Row("`WeightPenalty(Spectral())`", lambda: [WeightPenalty(Spectral(0.5), 0.1)]),
@@ -461,6 +512,7 @@ OWN_GRADIENTS = ("WeightPenalty of a function", "WeightPenalty orthogonal", "Wei
 
 FSDP1 = {
     **dict.fromkeys(("GroupLassoPenalty", "GroupLassoPenalty proximal"), CUT),
+    **dict.fromkeys(("inputs", "blocks", "heads", "heads proximal"), CUT),
     **dict.fromkeys((*OWN_GRADIENTS, "WeightPenalty of one's own"), CUT),
     **dict.fromkeys(("MaxNorm", "FrobeniusBall", "SpectralBall", "NM"), CUT),
     **dict.fromkeys(
@@ -472,9 +524,10 @@ FSDP1 = {
 }
 ZERO = {
     **dict.fromkeys(("coupled", "L1Penalty", "L2Penalty", "GroupLassoPenalty", *OWN_GRADIENTS), ZERO_GRADIENTS),
+    **dict.fromkeys(("inputs", "heads"), ZERO_GRADIENTS),
     **dict.fromkeys(("decoupled", "independent", "cautious", "stable"), ZERO_WEIGHTS),
     **dict.fromkeys(("L1Penalty proximal", "ElasticNetPenalty", "GroupLassoPenalty proximal"), ZERO_WEIGHTS),
-    "WeightPenalty of one's own": ZERO_WEIGHTS,
+    **dict.fromkeys(("blocks", "heads proximal", "WeightPenalty of one's own"), ZERO_WEIGHTS),
     **dict.fromkeys(("MaxNorm", "FrobeniusBall", "SpectralBall", "NM", "Box"), ZERO_WEIGHTS),
     **dict.fromkeys(("AnchorDecay", "AnchorDecay selective", "ConstrainedDecay", "Hyperball"), ZERO_WEIGHTS),
     **dict.fromkeys(("ChainedOptimizer", "Muon"), refused("and not several optimizers in one: use DDP or FSDP2")),
