@@ -187,7 +187,8 @@ def test_the_navigation_lists_every_page_once():
 def test_the_site_loads_nothing_from_elsewhere():
     config = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
     assert config["theme"]["font"] is False
-    assert not any("//" in path for path in [*config.get("extra_css", ()), *config.get("extra_javascript", ())])
+    loaded = [*config.get("extra_css", ()), *config.get("extra_javascript", ()), *config["extra"]["polyfills"]]
+    assert all("//" not in path and (DOCS / path).is_file() for path in loaded)
 
 
 def documented():
@@ -416,5 +417,9 @@ def test_the_site_builds_without_a_warning(tmp_path):
     pages = {page: (tmp_path / "site" / page).with_suffix(".html").read_text() for page in PAGES}
     assert "<math" in pages["mathematics.md"]
     assert "<math" in pages["api/theory.md"]
+    assert (tmp_path / "site" / "search" / "search_index.js").is_file()  # with which search works in a folder
+    assert all(
+        'src="javascripts/iframe-worker.js"' in re.sub(r'src="(\.\./)+', 'src="', html) for html in pages.values()
+    )
     left_over = re.compile(r':(func|class|meth|mod|data|math):|\.\. math|class="arithmatex"|<script src="http')
     assert not {page: found for page, html in pages.items() if (found := left_over.search(html))}
