@@ -63,6 +63,12 @@ class Watch:
             return self._position()
         return max(self._steps.values(), default=self._start)
 
+    @property
+    def may_move_weights_later(self) -> bool:
+        """Does the optimizer step by others, and may it change weights after them, as Lookahead does?"""
+        plain = ("ChainedOptimizer", "ZeroRedundancyOptimizer")
+        return self.optimizer not in self.leaves and not is_named(self.optimizer, *plain)
+
     def number(self, leaf: Optimizer) -> int:
         """The number of the present or next step of one optimizer that steps."""
         return self._steps[leaf] if self._position is None else self._position()

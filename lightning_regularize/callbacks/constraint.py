@@ -9,6 +9,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_regularize._steps.buckets import calls
+from lightning_regularize._steps.hooks import Step
 from lightning_regularize._steps.targets import Targets
 from lightning_regularize._trainer.strategies import check_view, check_weights_are_the_optimizers
 from lightning_regularize.callbacks._base import Regularizer
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     import lightning.pytorch as pl
     from torch import Tensor
 
-    from lightning_regularize._steps.hooks import Step
     from lightning_regularize._steps.run import Run
     from lightning_regularize.callbacks._saved import Layout
     from lightning_regularize.selection import ParameterInfo, Rule
@@ -63,7 +63,9 @@ class WeightConstraint(Regularizer):
     .. math:: w \leftarrow \arg\min_{x \in C} \lVert x - w \rVert_2
 
     It acts on the parameters of the optimizer that stepped, after the update and never after a step that a GradScaler
-    skipped; validation, weight averaging and checkpoints see the projected weights. Norms of units are over their
+    skipped; validation, weight averaging and checkpoints see the projected weights. If an optimizer steps by another
+    one, and moves weights after it as Lookahead does, they are projected again at the end of the batch; in a loop of
+    one's own that is left to the loop. Norms of units are over their
     incoming weights, whatever the layer, see :func:`~lightning_regularize.units.norm_dims`. If in the first epoch
     the constraint changes nothing, it warns once.
 
@@ -206,6 +208,12 @@ class WeightConstraint(Regularizer):
         for those in alike.values():
             changed = _project_(those)
             self._bound = changed if self._bound is None else self._bound | changed.to(self._bound.device)
+
+    def after_batch(self, trainer: pl.Trainer) -> None:
+        """An optimizer that steps by another one may have moved the weights once more, as Lookahead does."""
+        for watch in self.run.watches:
+            for leaf in watch.leaves if watch.may_move_weights_later else ():
+                self.after_step(Step(leaf, watch, max(watch.number(leaf) - 1, 0)), is_real=True)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Once an epoch the device is asked whether anything was changed at all."""

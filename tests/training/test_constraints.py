@@ -18,6 +18,7 @@ from torch.optim import SGD, Adam, AdamW
 
 from lightning_regularize import L1Penalty, WeightConstraint
 from lightning_regularize.projections import (
+    NM,
     Box,
     FrobeniusBall,
     FrobeniusSphere,
@@ -30,6 +31,7 @@ from lightning_regularize.projections import (
 from tests.distributed import run_distributed
 from tests.models import randn
 from tests.properties import assert_same_bits
+from tests.steps.optimizers import Lookahead
 from tests.strategies import CPUFSDPStrategy
 from tests.training import spread
 from tests.training.support import (
@@ -636,3 +638,14 @@ def constrain_under_fsdp1(rank, world_size, projection, message):
 )
 def test_fsdp1_serves_what_acts_on_each_weight_and_refuses_the_rest(projection, message):
     run_distributed(constrain_under_fsdp1, projection, message)
+
+
+# --- optimizers that hold others ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("projection", [UnitNorm(), NM(1, 2)], ids=repr)
+def test_the_constraint_holds_after_an_optimizer_has_moved_what_another_one_in_it_stepped(projection):
+    module, watch = Regression(lambda parameters: Lookahead(adam(parameters))), Watch(lambda m: m.output.weight.clone())
+    train(module, WeightConstraint(projection, include=("output.weight",)), watch)
+    for weight in watch.seen:
+        torch.testing.assert_close(projection.project(weight), weight, rtol=1e-6, atol=0)
