@@ -313,22 +313,27 @@ def _check_importance(importance: Mapping[str, Tensor], infos: Sequence[Paramete
     shapes = {info.name: tuple(info.shape) for info in infos}
     if unknown := [name for name in importance if name not in shapes]:
         raise ValueError(
-            f"`importance` should have names of parameters that AnchorDecay is for, such as {next(iter(shapes))!r}, "
-            f"got {unknown[0]!r}."
+            "AnchorDecay: `importance` should have names of parameters that it is for, such as "
+            f"{next(iter(shapes))!r}, got {unknown[0]!r}."
         )
     largest = 0.0
     for name, tensor in importance.items():
         if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != shapes[name]:
             what = f"shape {tuple(tensor.shape)}" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-            raise ValueError(f"`importance` should have a tensor of shape {shapes[name]} for {name!r}, got {what}.")
+            raise ValueError(
+                f"AnchorDecay: `importance` should have a tensor of shape {shapes[name]} for {name!r}, got {what}."
+            )
         is_dense = tensor.layout == torch.strided and tensor.is_floating_point()
         if not is_dense or not tensor.isfinite().all() or (tensor < 0).any():
             raise ValueError(
-                f"`importance` should be dense, finite, floating and at least 0, which that of {name!r} is not."
+                "AnchorDecay: `importance` should be dense, finite, floating and at least 0, which that of "
+                f"{name!r} is not."
             )
         largest = max(largest, tensor.max().item()) if tensor.numel() else largest
     if not largest:
-        raise ValueError("`importance` is 0 everywhere, so that nothing would be pulled: use tensors with numbers > 0.")
+        raise ValueError(
+            "AnchorDecay: `importance` is 0 everywhere, so that nothing would be pulled: use tensors with numbers > 0."
+        )
     return largest
 
 
@@ -336,15 +341,15 @@ def _check_anchor(anchor: Mapping[str, Tensor], infos: Sequence[ParameterInfo]) 
     for info in infos:
         found = anchor.get(info.name)
         if found is not None and not isinstance(found, torch.Tensor):
-            raise TypeError(f"`anchor` should hold tensors, got {type(found).__name__} for {info.name!r}.")
+            raise TypeError(f"AnchorDecay: `anchor` should hold tensors, got {type(found).__name__} for {info.name!r}.")
         if found is None or tuple(found.shape) != tuple(info.shape):
             what = "lacks it" if found is None else f"has shape {tuple(found.shape)}"
             raise ValueError(
-                f"`anchor` should have a tensor of shape {tuple(info.shape)} for {info.name!r}, but {what}. "
-                "Complete it, or leave the parameter out by `exclude`."
+                f"AnchorDecay: `anchor` should have a tensor of shape {tuple(info.shape)} for {info.name!r}, but "
+                f"{what}. Complete it, or leave the parameter out by `exclude`."
             )
         if not (found.is_floating_point() or found.is_complex()) or not found.isfinite().all():
             raise ValueError(
-                f"`anchor` should hold finite floating-point numbers, which those for {info.name!r} are not "
-                f"({found.dtype})."
+                f"AnchorDecay: `anchor` should hold finite floating-point numbers, which those for {info.name!r} are "
+                f"not ({found.dtype})."
             )

@@ -81,6 +81,11 @@ MUTANTS = [
     ),
     *mutants_of(
         "callbacks/constraint.py",
+        "tests/training/test_constraints.py::test_the_constraint_holds_after_an_optimizer_has_moved_what_another_one_in_it_stepped",
+        ("if watch.may_move_weights_later else ()", "if False else ()"),
+    ),
+    *mutants_of(
+        "callbacks/constraint.py",
         "tests/training/test_constraints.py::test_a_constraint_that_binds_says_nothing",
         ("changed if self._bound is None else self._bound | changed.to(self._bound.device)", "changed"),
         ("if not self.run.largest(float(self._bound)):", "if True:"),

@@ -98,6 +98,11 @@ MUTANTS = [
     ),
     *mutants_of(
         "callbacks/activation.py",
+        "tests/training/test_activations.py::test_a_module_that_the_loss_does_not_depend_on_is_told",
+        ("if name in self._is_trained - self._is_reached]", "if name not in self._is_trained]"),
+    ),
+    *mutants_of(
+        "callbacks/activation.py",
         "tests/training/test_activations.py::test_training_is_that_with_the_penalty_in_the_loss",
         ("self.run.value(self.schedule) / batches", "self.run.value(self.schedule)"),
         ("term = term * self._scale.to(term.device)", "pass"),

@@ -514,7 +514,7 @@ def test_what_a_checkpoint_does_not_tell_is_said(callback, message, tmp_path):
 @pytest.mark.parametrize(
     ("anchor", "message"),
     [
-        ({}, r"`anchor` should have a tensor of shape \(4, 3\) for 'hidden.weight', but lacks it"),
+        ({}, r"AnchorDecay: `anchor` should have a tensor of shape \(4, 3\) for 'hidden.weight', but lacks it"),
         ({"hidden.weight": torch.zeros(3, 4)}, r"but has shape \(3, 4\). Complete it, or leave .* out by `exclude`"),
     ],
     ids=["incomplete", "other shape"],
@@ -529,7 +529,7 @@ def test_an_anchor_that_does_not_fit_is_an_error_before_training(anchor, message
     [
         (torch.full((4, 3), float("nan")), ValueError, r"finite floating-point numbers, .* 'hidden.weight' are not"),
         (torch.zeros(4, 3, dtype=torch.int64), ValueError, r"floating-point numbers, .*torch.int64"),
-        (np.zeros((4, 3)), TypeError, "`anchor` should hold tensors, got ndarray for 'hidden.weight'"),
+        (np.zeros((4, 3)), TypeError, "AnchorDecay: `anchor` should hold tensors, got ndarray for 'hidden.weight'"),
         (0.0, TypeError, "`anchor` should hold tensors, got float for 'hidden.weight'"),
     ],
     ids=["nan", "integers", "numpy", "number"],
