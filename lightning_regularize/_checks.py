@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 
 def check_is_number(name: str, value: object) -> None:
@@ -85,6 +85,18 @@ def check_layer_decay(layer_decay: object) -> None:
     """
     if not 0 < check_number(layer_decay, "`layer_decay`") <= 1:
         raise ValueError(f"`layer_decay` should be in (0, 1], got {layer_decay!r}.")
+
+
+def name_of(function: Any) -> str:
+    """The name of a function, of a partial one that of the whole, and of an object that of its class.
+
+    Example:
+        >>> name_of(math.sqrt)
+        'sqrt'
+    """
+    while hasattr(function, "func"):  # functools.partial
+        function = function.func
+    return getattr(function, "__name__", type(function).__name__).strip("<>")
 
 
 def is_named(thing: object, *names: str) -> bool:

@@ -29,6 +29,9 @@ class Penalty(ABC):
     takes_lists: ClassVar[bool] = False
     """Whether ``weight``, ``gradient`` and a threshold that is a tensor may be lists, for one call instead of many."""
 
+    takes_metric: ClassVar[bool] = True
+    """Whether the threshold of ``proximal_`` may be a tensor of the weight's shape, as Adam and its like need it."""
+
     @abstractmethod
     def value(
         self, weight: Tensor, strength: float | Tensor = 1.0, *, dim: int | Sequence[int] | None = None
@@ -70,7 +73,8 @@ class Penalty(ABC):
 
         Args:
             weight: A weight.
-            threshold: Strength times step, non-negative: a number, a 0-d tensor, or a tensor of the weight's shape.
+            threshold: Strength times step, non-negative: a number, a 0-d tensor, or, where ``takes_metric``, a tensor
+                of the weight's shape.
             dim: See the class.
 
         Raises:

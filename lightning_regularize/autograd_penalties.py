@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, final
 import torch
 from torch import Tensor
 
-from lightning_regularize._checks import check_is_number, check_positive_integer
+from lightning_regularize._checks import check_is_number, check_positive_integer, name_of
 from lightning_regularize._penalty import Penalty, check_strength, dense_gradients
 from lightning_regularize._sharding import is_dtensor
 from lightning_regularize._steps.buckets import Tensors, listed
@@ -119,10 +119,7 @@ class Function(ByAutograd):
     @property
     def name(self) -> str:
         """The function's name, of an object the name of its class."""
-        function: Any = self.function
-        while hasattr(function, "func"):  # functools.partial
-            function = function.func
-        return getattr(function, "__name__", type(function).__name__).strip("<>")
+        return name_of(self.function)
 
     def __str__(self) -> str:
         return self.name

@@ -45,9 +45,13 @@ from lightning_regularize._steps.buckets import (
 )
 from lightning_regularize.autograd_penalties import ByAutograd, Function, Orthogonal, Spectral
 from lightning_regularize.norms import norms
+from lightning_regularize.nuclear_norm import NuclearNorm
 from lightning_regularize.units import check_dim, norms_of_units, spread_of, sum_over_ranks, unit_buckets, unit_dims
 
-__all__ = ["Penalty", "L1", "L2", "ElasticNet", "GroupLasso", "ByAutograd", "Function", "Orthogonal", "Spectral"]
+__all__ = [
+    "Penalty",
+    "L1", "L2", "ElasticNet", "GroupLasso", "NuclearNorm", "ByAutograd", "Function", "Orthogonal", "Spectral",
+]  # fmt: skip
 
 _STEPS_ON_CPU = 10  # of Newton's method, at most
 _STEPS_ELSEWHERE = 7  # always: to ask a device whether fewer suffice would wait for it

@@ -21,7 +21,7 @@ from lightning_regularize._checks import is_number, quoted_number
 __all__ = [
     "Position", "Schedule", "ScheduleLike",
     "Constant", "Linear", "Cosine", "Exponential", "Polynomial",
-    "Steps", "Join", "Warmup", "FollowLR", "Timescale", "FromLRScheduler",
+    "CubicRamp", "Steps", "Join", "Warmup", "FollowLR", "Timescale", "FromLRScheduler",
     "early_dropout", "late_dropout",
     "as_schedule", "check_total_steps", "value_at", "simulate",
 ]  # fmt: skip
@@ -337,6 +337,60 @@ class Join(Schedule):
         piece = bisect_right(boundaries, step)
         begin, end = [0, *boundaries][piece], [*boundaries, at.total_steps][piece]
         return value_at(self.schedules[piece], replace(at, step=step - begin, total_steps=end - begin))
+
+
+@final
+@dataclass(frozen=True)
+class CubicRamp(Schedule):
+    """From ``start`` to ``end``, fast at first and slowly at last: the ramp of gradual pruning.
+
+    Between ``begin`` and ``until`` it is ``end + (start - end) * (1 - f) ** 3`` with ``f`` from 0 to 1, before and
+    after that it is constant. For the share of weights that are kept, ``CubicRamp(1.0, 0.1)`` ends at 90 % zeros.
+
+    Args:
+        start: The value up to ``begin``; finite and not negative.
+        end: The value from ``until`` on; finite and not negative.
+        begin: Where the ramp begins, in the units of ``Steps``: an integer is a step, a float in [0, 1] a fraction of
+            the run.
+        until: Where it ends, likewise.
+
+    Raises:
+        ValueError: If a number is out of range, or ``begin`` is not before ``until``; TypeError if it is no number.
+
+    Example:
+        >>> [round(value, 3) for value in simulate(CubicRamp(1.0, 0.2, until=4), total_steps=6)]
+        [1.0, 0.437, 0.23, 0.2, 0.2, 0.2]
+
+    References:
+        Zhu and Gupta, "To Prune, or Not to Prune", 2017, arXiv 1710.01878.
+    """
+
+    start: float
+    end: float
+    begin: int | float = 0
+    until: int | float = 1.0
+    _pieces: Join = field(init=False, repr=False)  # for `==`: 1 equals 1.0, a step not the whole run
+
+    def __post_init__(self) -> None:
+        _set_(self, start=_value("start", self.start), end=_value("end", self.end))
+        ramp = Polynomial(self.start, self.end, power=3)
+        try:
+            pieces = Join([self.start, ramp, self.end], boundaries=[self.begin, self.until])
+        except (TypeError, ValueError) as error:
+            found = f"got {self.begin!r} and {self.until!r}"
+            raise type(error)(
+                f"`begin` and `until` should be steps or fractions, in this order, {found}: {error}"
+            ) from error
+        _set_(self, _pieces=pieces)
+
+    @property
+    def needs_total_steps(self) -> bool:
+        """Whether an end of the ramp is a fraction of the run."""
+        return float in map(type, self._pieces.boundaries)
+
+    def __call__(self, at: Position) -> float:
+        """The point of the ramp."""
+        return self._pieces(at)
 
 
 @final
@@ -800,7 +854,8 @@ def depends_on_step_alone(schedule: object) -> bool:
     if type(schedule) is Warmup:
         return depends_on_step_alone(schedule.schedule)
     # Not `isinstance`: a subclass of the user's may look at anything.
-    return type(schedule) in (Constant, Linear, Cosine, Exponential, Polynomial, Steps) or is_number(schedule)
+    kinds = (Constant, Linear, Cosine, Exponential, Polynomial, CubicRamp, Steps)
+    return type(schedule) in kinds or is_number(schedule)
 
 
 def _needs_total_steps(schedule: ScheduleLike) -> bool:

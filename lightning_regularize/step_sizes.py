@@ -20,7 +20,7 @@ from lightning_regularize._steps.buckets import HALF, copies, new
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-__all__ = ["KNOWN_OPTIMIZERS", "StepSize", "knows", "step_size", "step_sizes", "thresholds"]
+__all__ = ["KNOWN_OPTIMIZERS", "StepSize", "differ_by_weight", "knows", "step_size", "step_sizes", "thresholds"]
 
 
 class StepSize(NamedTuple):
@@ -144,6 +144,11 @@ def step_sizes(optimizer: Optimizer, group: Mapping[str, Any], parameters: Seque
 def knows(optimizer: Optimizer) -> bool:
     """Is the metric of this optimizer known?"""
     return isinstance(optimizer, tuple(_METRICS))
+
+
+def differ_by_weight(optimizer: Optimizer) -> bool:
+    """Does an optimizer whose metric is known have a step size for each weight, and not one for all of a group?"""
+    return not isinstance(optimizer, SGD)
 
 
 def unknown_metric(optimizer: Optimizer) -> str:

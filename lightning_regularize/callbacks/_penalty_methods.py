@@ -24,7 +24,7 @@ from lightning_regularize._trainer.strategies import check_gradients_are_the_mod
 from lightning_regularize.decay import change_stochastically_, noise_seed
 from lightning_regularize.penalties import L2
 from lightning_regularize.selection import is_normalized
-from lightning_regularize.step_sizes import knows, step_sizes, thresholds, unknown_metric
+from lightning_regularize.step_sizes import differ_by_weight, knows, step_sizes, thresholds, unknown_metric
 from lightning_regularize.units import at_least_float32, unit_buckets, unit_dims
 
 if TYPE_CHECKING:
@@ -140,6 +140,12 @@ class Proximal(Method):
         for group, penalized in owner.targets(optimizer):
             if penalized and not knows(optimizer):
                 raise MisconfigurationException(unknown_metric(optimizer))
+            if penalized and not owner.penalty().takes_metric and differ_by_weight(optimizer):
+                raise MisconfigurationException(
+                    f"{type(owner).__name__}(method='proximal') of {owner.penalty()} needs one step size for all "
+                    f"weights of a group, as SGD has, and {type(optimizer).__name__} has one for each weight: use SGD, "
+                    "or method='gradient'."
+                )
             if penalized:
                 rate_of(optimizer, group)
 
@@ -248,9 +254,9 @@ def _shrink_(
         if parts:
             joint_proximal_(penalty, parts, weights, sizes[0].length * strength)
             return
-        if not penalty.takes_pieces:
-            for weight, size in zip(weights, sizes, strict=True):
-                _shrink_whole_(penalty, weight, size.length * strength, dim)
+        if not penalty.takes_pieces and any(map(is_dtensor, weights)):
+            for weight in weights:
+                _shrink_whole_(penalty, weight, sizes[0].length * strength, dim)
             return
         for (w,) in calls(penalty.takes_lists, weights):
             penalty.proximal_(w, sizes[0].length * strength, dim=dim)

@@ -198,12 +198,12 @@ MUTANTS = [
         ("torch._foreach_minimum_(bounded, thresholds)", "pass"),
     ),
     *mutants_of(
-        "projections.py",
+        "_projection.py",
         "tests/test_projections.py::test_max_norm_is_strict_in_every_precision",
-        ("bound * (1 - _margin(dtype)) / found", "bound / found"),
+        ("bound * (1 - margin(dtype)) / found", "bound / found"),
     ),
     *mutants_of(
-        "projections.py",
+        "_projection.py",
         "tests/test_projections.py::test_weights_that_are_not_finite_stay_as_they_are_and_show",
         ("return (found > bound) & (found < math.inf)", "return (found > bound)"),
     ),
@@ -218,18 +218,18 @@ MUTANTS = [
         ("off = (found - radius).abs() >", "off = (found - radius) >"),
     ),
     *mutants_of(
-        "projections.py",
+        "_projection.py",
         "tests/test_projections.py::test_a_relative_radius_is_a_multiple_of_the_norm_at_the_start",
-        ("radius=self.radius * norm, relative=False", "radius=norm, relative=False"),
+        ("radius=projection.radius * norm, relative=False", "radius=norm, relative=False"),
     ),
     *mutants_of(
-        "projections.py",
+        "_projection.py",
         "tests/test_projections.py::test_a_list_is_projected_as_each_of_its_weights",
         ("put_back_(weights, units)", "pass"),
         ("return found.any()", "return found.all()"),
     ),
     *mutants_of(
-        "projections.py",
+        "spectral_projections.py",
         "tests/test_projections.py::test_a_vector_kept_from_step_to_step_follows_the_largest_singular_value",
         ("torch._foreach_copy_(kept, direction.unbind())", "pass"),
     ),
@@ -239,7 +239,7 @@ MUTANTS = [
         ("((smallest < low) | (largest > high)).any()", "(largest > high).any()"),
     ),
     *mutants_of(
-        "projections.py",
+        "spectral_projections.py",
         "tests/test_projections.py::test_singular_values_of_units_in_the_last_dims_are_clipped",
         ("*[1 + order.index(d) for d in range(weight.dim())]", "*[1 + d for d in order]"),
     ),
@@ -249,7 +249,7 @@ MUTANTS = [
         ("if not self.low < self.high:", "if self.low > self.high:"),
     ),
     *mutants_of(
-        "projections.py",
+        "_projection.py",
         "tests/test_projections.py::test_max_norm_is_strict_where_all_roundings_agree",
         ("return eps / 2 if dtype in HALF else 32 * eps", "return eps / 2"),
     ),

@@ -90,27 +90,27 @@ MUTANTS = [
         ('        gaps = copies(those, slot="gaps")', '        gaps = copies(those, slot="wide")'),
     ),
     *mutants_of(
-        "projections.py",
+        "sparse_projections.py",
         "tests/test_sparse_projections.py::test_the_result_is_the_nearest_of_all",
         ("groups.abs().argsort(", "groups.argsort("),
     ),
     *mutants_of(
-        "projections.py",
+        "sparse_projections.py",
         "tests/test_sparse_projections.py::test_a_list_is_as_one_after_the_other_and_a_second_time_changes_nothing",
         ("(groups.gather(-1, smallest) != 0).any()", "(groups != 0).any()"),
     ),
     *mutants_of(
-        "projections.py",
+        "sparse_projections.py",
         "tests/test_sparse_projections.py::test_bad_input",
         ("if self.n >= self.m:", "if self.n > self.m:"),
     ),
     *mutants_of(
-        "projections.py",
+        "sparse_projections.py",
         "tests/test_sparse_projections.py::test_the_layer_says_which_dim_is_the_input",
         ("input_dim = along[indices[0]][0] + 1", "input_dim = 2"),
     ),
     *mutants_of(
-        "projections.py",
+        "sparse_projections.py",
         "tests/test_sparse_projections.py::test_m_that_does_not_divide_is_told_before_training",
         ("along = min(dim) if dim else 1\n", "along = 0\n"),
     ),
