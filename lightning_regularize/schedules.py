@@ -854,8 +854,8 @@ def depends_on_step_alone(schedule: object) -> bool:
     if type(schedule) is Warmup:
         return depends_on_step_alone(schedule.schedule)
     # Not `isinstance`: a subclass of the user's may look at anything.
-    kinds = (Constant, Linear, Cosine, Exponential, Polynomial, CubicRamp, Steps)
-    return type(schedule) in kinds or is_number(schedule)
+    by_step = (CubicRamp, Constant, Linear, Cosine, Exponential, Polynomial, Steps)
+    return type(schedule) in by_step or is_number(schedule)
 
 
 def _needs_total_steps(schedule: ScheduleLike) -> bool:

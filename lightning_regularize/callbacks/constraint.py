@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_regularize._steps.buckets import calls
-from lightning_regularize._steps.hooks import Step
+from lightning_regularize._checks import check_positive_integer, name_of
+from lightning_regularize._projection import schedules_of
+from lightning_regularize._sharding import local_piece
+from lightning_regularize._steps.buckets import buckets, calls, put_back_, stacked
 from lightning_regularize._steps.targets import Targets
 from lightning_regularize._trainer.strategies import check_view, check_weights_are_the_optimizers
 from lightning_regularize.callbacks._base import Regularizer
 from lightning_regularize.callbacks._saved import POSITIVE, TENSOR
-from lightning_regularize.projections import Box, MaxNorm, NonNegative, Projection, SpectralBall
+from lightning_regularize.projections import Box, Function, MaxNorm, NonNegative, Projection, SpectralBall, TopShare
+from lightning_regularize.schedules import Constant, Steps, check_total_steps
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Sequence
+    from collections.abc import Callable, Hashable, Sequence
 
     import lightning.pytorch as pl
     from torch import Tensor
+    from torch.optim import Optimizer
 
+    from lightning_regularize._steps.hooks import Step
     from lightning_regularize._steps.run import Run
     from lightning_regularize.callbacks._saved import Layout
+    from lightning_regularize.schedules import Schedule
     from lightning_regularize.selection import ParameterInfo, Rule
 
 
@@ -34,7 +41,7 @@ class _Target:
     info: ParameterInfo
     view: tuple[int, ...]
     dim: tuple[int, ...] | None
-    projection: Projection | None = None  # known when training begins
+    projection: Projection | None = None  # known when training begins; of what is scheduled, it has the schedules
     vector: Tensor | None = None
 
     def as_units(self) -> Tensor:
@@ -43,9 +50,8 @@ class _Target:
         return weight if tuple(weight.shape) == self.view else weight.view(self.view)
 
 
-def _project_(targets: Sequence[_Target]) -> Tensor:
-    """Project the weights of targets with the same projection and ``dim``."""
-    projection: Any = targets[0].projection
+def _project_(projection: Any, targets: Sequence[_Target]) -> Tensor:
+    """Project the weights of targets with the same ``dim``."""
     options: dict[str, Any] = {"dim": targets[0].dim}
     if isinstance(projection, SpectralBall):
         options["vector"] = [target.vector for target in targets]
@@ -55,6 +61,12 @@ def _project_(targets: Sequence[_Target]) -> Tensor:
         return changed[0]
     found = torch.stack([each.to(changed[0].device) for each in changed])
     return found.any()
+
+
+def _of_one_shape(parameters: Sequence[Tensor]) -> list[list[Tensor]]:
+    """What this rank holds of parameters, in lists of one shape."""
+    pieces = [piece for each in parameters if (piece := local_piece(each.detach())).numel()]
+    return [those for _, (those,) in buckets(pieces, alike=[each.shape for each in pieces])] if pieces else []
 
 
 class WeightConstraint(Regularizer):
@@ -70,14 +82,25 @@ class WeightConstraint(Regularizer):
     the constraint changes nothing, it warns once.
 
     Args:
-        projection: One of :mod:`lightning_regularize.projections`. A relative radius is taken of the weights at the
-            start of training, and remembered in checkpoints.
+        projection: One of :mod:`lightning_regularize.projections`, whose bounds may be schedules; a
+            :class:`~lightning_regularize.projections.Projection` of one's own; or a function from a weight to a tensor
+            of the same shape. A relative radius is taken of the weights at the start of training, and remembered in
+            checkpoints. A function gets each weight as a whole: under FSDP2 and tensor parallel it is gathered, and
+            FSDP1 is refused. It is tried once before training begins.
         include: Rules for what is constrained.
         exclude: Rules for what is not.
+        every_n_steps: It projects after each ``n``-th step of an optimizer, with 10 after steps 10, 20 and so on.
+            Between these steps weights leave the set, and after the last one they may be outside of it. A step that a
+            GradScaler skips counts, and projects nothing.
+        freeze_zeros: From where on weights that are zero stay zero while the others train on: an integer is a step, a
+            float in [0, 1] a fraction of the run, None for nowhere. A weight that is zero when a step begins is zero
+            when it ends, whoever made it so; the weights are the only state of this, so that a resumed run agrees.
+        total_steps: Length of schedules in steps of an optimizer; by default what the Trainer expects.
 
     Raises:
         TypeError: ``projection`` is none, or a rule is of no known type.
-        ValueError: A rule is not understood.
+        ValueError: A rule is not understood, or a number is out of range. Before training begins also if a function
+            does not return a tensor of the weight's shape, or a schedule leaves the range of what it is for.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -90,21 +113,43 @@ class WeightConstraint(Regularizer):
     """
 
     def __init__(
-        self, projection: Projection, *, include: Sequence[Rule] = ("weight",), exclude: Sequence[Rule] = ()
+        self,
+        projection: Projection | Callable[[Tensor], Tensor],
+        *,
+        include: Sequence[Rule] = ("weight",),
+        exclude: Sequence[Rule] = (),
+        every_n_steps: int = 1,
+        freeze_zeros: int | float | None = None,
+        total_steps: int | None = None,
     ) -> None:
         super().__init__(locals())
-        if not isinstance(projection, Projection):
+        if isinstance(projection, type) or not (isinstance(projection, Projection) or callable(projection)):
             raise TypeError(
-                f"`projection` should be one of lightning_regularize.projections, such as MaxNorm(3.0), "
-                f"got {projection!r}."
+                "`projection` should be one of lightning_regularize.projections, or a function from a weight to a "
+                f"tensor of its shape, such as MaxNorm(3.0), got {projection!r}."
             )
-        self.projection = projection
+        self.projection = projection if isinstance(projection, Projection) else Function(projection)
+        self._scheduled = schedules_of(self.projection)
+        self.every_n_steps = check_positive_integer(every_n_steps, "`every_n_steps`")
+        try:
+            self._freeze = Constant(0.0) if freeze_zeros is None else Steps([0.0, 1.0], boundaries=[freeze_zeros])
+        except (TypeError, ValueError) as error:
+            message = f"`freeze_zeros` should be a step or a fraction of the run, got {freeze_zeros!r}: {error}"
+            raise type(error)(message) from error
+        self.total_steps = check_total_steps(total_steps)
 
     state_layouts: ClassVar[dict[str, Layout]] = {"radii": {"*": POSITIVE}, "vectors": {"*": TENSOR}}
 
+    @property
+    def schedules(self) -> Sequence[Schedule]:
+        """Those of the projection, and when zeros are frozen."""
+        return (*self._scheduled.values(), self._freeze)
+
     def identity(self) -> dict[str, Any]:
         """Projections of two kinds are two constraints."""
-        return {**super().identity(), "projection": type(self.projection).__name__}
+        given = self.arguments["projection"]
+        name = type(given).__name__ if isinstance(given, Projection) else name_of(given)
+        return {**super().identity(), "projection": name}
 
     # -- before training -----------------------------------------------------------------------------------------------
 
@@ -116,6 +161,9 @@ class WeightConstraint(Regularizer):
         self._sharding, self._has_begun = run.sharding(), False
         self._bound: Tensor | None = None
         self._is_checked = False
+        # In the step under way: what to project by what, and what was zero before it.
+        self._due: dict[Optimizer, list[tuple[Projection, list[_Target]]]] = {}
+        self._frozen: dict[Optimizer, tuple[Sequence[Tensor], list[Tensor]]] = {}
         self._targets: Targets[_Target] = Targets(run.infos, self._learn, move=self._move)
 
     def _learn(self, info: ParameterInfo) -> _Target | None:
@@ -128,8 +176,9 @@ class WeightConstraint(Regularizer):
             )
         is_elementwise = isinstance(self.projection, (Box, NonNegative))
         if not is_elementwise and self._sharding.is_flat(info.parameter):
+            needs = "whole weights" if isinstance(self.projection, (TopShare, Function)) else "norms of whole units"
             raise MisconfigurationException(
-                f"{type(self.projection).__name__} needs norms of whole units, and FSDP1 cuts weights anywhere: use "
+                f"{type(self.projection).__name__} needs {needs}, and FSDP1 cuts weights anywhere: use "
                 "ModelParallelStrategy with fully_shard (FSDP2), or Box or NonNegative, which act on each weight."
             )
         view, dim = tuple(info.shape), None
@@ -166,6 +215,12 @@ class WeightConstraint(Regularizer):
             if target.info.parameter.requires_grad:  # a frozen one begins when it is trained
                 self._begin_target(target)
         self._has_begun = True
+        horizon = run.clock.total_steps
+        for watch in run.watches:
+            for group in watch.optimizer.param_groups if self._scheduled else ():
+                # A range is left at the beginning or at the end, if at all.
+                for number in {watch.steps, watch.steps if math.isinf(horizon) else int(horizon) - 1}:
+                    self._projection_in(group, number)
 
     def _begin_target(self, target: _Target) -> None:
         """What is relative to the weights at the start is known from a checkpoint, or can be measured.
@@ -186,6 +241,33 @@ class WeightConstraint(Regularizer):
             saved = self._saved.get("vectors", {}).get(name)
             start = target.projection.warm_start(weight.view(target.view), dim=target.dim)
             target.vector = start if saved is None else saved.to(start)
+        if isinstance(target.projection, Function):
+            self._try(target.projection, name, weight)
+
+    def _try(self, function: Function, name: str, weight: Tensor) -> None:
+        """Call a function before any weight changes.
+
+        Raises:
+            TypeError: It returns no tensor.
+            ValueError: It returns a tensor of another shape.
+        """
+        try:
+            function.project(weight)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"WeightConstraint: {name!r}: {error}") from error
+
+    def _projection_in(self, group: dict[str, Any], number: int) -> Projection:
+        """The projection with the values that its schedules have for a group in a step.
+
+        Raises:
+            ValueError: A value is out of range.
+        """
+        values = {name: self.run.clock.value(schedule, group, number) for name, schedule in self._scheduled.items()}
+        projection: Any = self.projection
+        try:
+            return replace(projection, **values)  # type: ignore[no-any-return]
+        except ValueError as error:
+            raise ValueError(f"WeightConstraint: {projection!r} in step {number}: {error}") from error
 
     # -- training ------------------------------------------------------------------------------------------------------
 
@@ -194,30 +276,69 @@ class WeightConstraint(Regularizer):
         moved = [t for targets in self._targets.of(step.optimizer) for t in targets if not is_in_place(t.info)]
         for target in moved:
             self._targets.forget(target.info.parameter)
-        for targets in self._targets.of(step.optimizer):
+        groups = self._acting(step)
+        for target in [t for _, targets in groups for t in targets if t.projection is None]:
+            self._begin_target(target)
+        is_due = (step.number + 1) % self.every_n_steps == 0
+        self._due[step.optimizer] = self._arranged(groups, step.number) if is_due else []
+        value = self.run.clock.value
+        held = [t.info.parameter for group, ts in groups if ts and value(self._freeze, group, step.number) for t in ts]
+        self._frozen[step.optimizer] = held, [stacked(those) == 0 for those in _of_one_shape(held)]
+
+    def _acting(self, step: Step) -> list[tuple[dict[str, Any], list[_Target]]]:
+        """The groups of an optimizer, each with what is constrained in it now."""
+        groups = zip(step.optimizer.param_groups, self._targets.of(step.optimizer), strict=True)
+        return [(group, [t for t in targets if t.info.parameter.requires_grad]) for group, targets in groups]
+
+    def _arranged(
+        self, groups: Sequence[tuple[dict[str, Any], list[_Target]]], number: int
+    ) -> list[tuple[Projection, list[_Target]]]:
+        """Projections, with the values of the step, and what is projected by one call of each.
+
+        Raises:
+            ValueError: A value of a schedule is out of range.
+        """
+        alike: dict[Hashable, tuple[Any, list[_Target]]] = {}
+        now: dict[Hashable, Projection] = {}  # the same for all groups in which schedules have the same values
+        for group, targets in groups:
+            scheduled: Projection | None = None
+            if self._scheduled and targets:
+                values = tuple([self.run.clock.value(schedule, group, number) for schedule in self._scheduled.values()])
+                scheduled = now.setdefault(values, self._projection_in(group, number))
             for target in targets:
-                if target.projection is None and target.info.parameter.requires_grad:
-                    self._begin_target(target)
+                projection = scheduled or target.projection
+                alike.setdefault((id(projection), target.dim), (projection, []))[1].append(target)
+        return list(alike.values())
 
     def after_step(self, step: Step, *, is_real: bool) -> None:
-        alike: dict[Hashable, list[_Target]] = {}
-        for targets in self._targets.of(step.optimizer) if is_real else ():
-            for target in targets:
-                if target.info.parameter.requires_grad:
-                    alike.setdefault((id(target.projection), target.dim), []).append(target)
-        for those in alike.values():
-            changed = _project_(those)
-            self._bound = changed if self._bound is None else self._bound | changed.to(self._bound.device)
+        if is_real:
+            self._act(step.optimizer)
+        if not step.watch.may_move_weights_later:
+            self._forget(step.optimizer)
 
     def after_batch(self, trainer: pl.Trainer) -> None:
         """An optimizer that steps by another one may have moved the weights once more, as Lookahead does."""
         for watch in self.run.watches:
             for leaf in watch.leaves if watch.may_move_weights_later else ():
-                self.after_step(Step(leaf, watch, max(watch.number(leaf) - 1, 0)), is_real=True)
+                self._act(leaf)
+                self._forget(leaf)
+
+    @torch.no_grad()
+    def _act(self, optimizer: Optimizer) -> None:
+        held, are_zero = self._frozen.get(optimizer, ([], []))
+        for those, mask in zip(_of_one_shape(held), are_zero, strict=True):
+            put_back_(those, stacked(those).masked_fill_(mask, 0))
+        for projection, targets in self._due.get(optimizer, ()):
+            changed = _project_(projection, targets)
+            self._bound = changed if self._bound is None else self._bound | changed.to(self._bound.device)
+
+    def _forget(self, optimizer: Optimizer) -> None:
+        self._frozen.pop(optimizer, None)
+        self._due.pop(optimizer, None)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Once an epoch the device is asked whether anything was changed at all."""
-        if self._is_checked or self._bound is None:
+        if self._is_checked or self._bound is None or self._scheduled:  # which may not bind before the end
             return
         self._is_checked = True
         if not self.run.largest(float(self._bound)):

@@ -98,20 +98,28 @@ MUTANTS = [
     *mutants_of(
         "callbacks/constraint.py",
         "tests/training/test_constraints.py::test_a_step_that_overflows_moves_nothing",
-        (
-            "for targets in self._targets.of(step.optimizer) if is_real else ():",
-            "for targets in self._targets.of(step.optimizer):",
-        ),
+        ("        if not is_real:\n            return\n        for those, mask", "        for those, mask"),
+    ),
+    *mutants_of(
+        "callbacks/constraint.py",
+        "tests/training/test_target_share.py::test_from_a_step_on_zeros_stay_and_the_rest_trains_on",
+        ("stacked(those).masked_fill_(mask, 0)", "stacked(those)"),
+        ("self._freeze = Constant(0.0) if freeze_zeros is None", "self._freeze = Constant(0.0) if freeze_zeros"),
+    ),
+    *mutants_of(
+        "callbacks/constraint.py",
+        "tests/training/test_target_share.py::test_projections_at_every_nth_step",
+        ("(step.number + 1) % self.every_n_steps == 0", "step.number % self.every_n_steps == 0"),
     ),
     *mutants_of(
         "callbacks/constraint.py",
         "tests/training/test_constraints.py::test_frozen_weights_are_left_alone",
-        ("                if target.info.parameter.requires_grad:\n", "                if True:\n"),
+        ("[t for t in targets if t.info.parameter.requires_grad]", "list(targets)"),
     ),
     *mutants_of(
         "callbacks/constraint.py",
         "tests/training/test_constraints.py::test_a_relative_radius_is_of_the_weights_at_the_start_when_resumed_too",
-        ("alike.setdefault((id(target.projection), target.dim), [])", "alike.setdefault(target.dim, [])"),
+        ("alike.setdefault((id(projection), target.dim),", "alike.setdefault(target.dim,"),
     ),
     *mutants_of(
         "callbacks/constraint.py",

@@ -114,4 +114,44 @@ MUTANTS = [
         "tests/test_sparse_projections.py::test_m_that_does_not_divide_is_told_before_training",
         ("along = min(dim) if dim else 1\n", "along = 0\n"),
     ),
+    *mutants_of(
+        "sparse_projections.py",
+        "tests/test_sparse_projections.py::test_the_largest_share_is_kept",
+        ("(bits < here) | (equal & (ordinal <= most))", "(bits <= here)"),
+        ("(below | (equal & (_ordinal(equal) <= left)))", "(below | equal)"),
+        ("rest = rest - ", "rest - "),
+        ("left = left - torch.where(is_below, totals, 0).amax()", "left = left - totals[0]"),
+    ),
+    *mutants_of(
+        "sparse_projections.py",
+        "tests/test_sparse_projections.py::test_pieces_are_projected_as_the_whole",
+        ("for each in filter(is_dtensor, weights):", "for each in ():"),
+        ("    if is_dtensor(weights[0]):\n", "    if False:\n"),
+    ),
+    *mutants_of(
+        "spectral_projections.py",
+        "tests/test_low_rank.py::test_the_nearest_matrix_of_a_rank",
+        ("sigma.device) < rank", "sigma.device) <= rank"),
+        ("found if tall is whole else found.mT", "found"),
+    ),
+    *mutants_of(
+        "spectral_projections.py",
+        "tests/test_low_rank.py::test_a_large_matrix_is_projected_nearly_as_well",
+        ("_RANGE_ITERATIONS = 10, 4", "_RANGE_ITERATIONS = 10, 0"),
+    ),
+    *mutants_of(
+        "nuclear_norm.py",
+        "tests/test_low_rank.py::test_the_proximal_map_of_the_nuclear_norm",
+        ("1 - threshold / sigma, 0.0)", "1 - threshold / sigma, 1.0)"),
+    ),
+    *mutants_of(
+        "nuclear_norm.py",
+        "tests/test_low_rank.py::test_the_gradient_is_that_of_autograd",
+        ("1 / sigma, 0.0)", "sigma, 0.0)"),
+    ),
+    *mutants_of(
+        "nuclear_norm.py",
+        "tests/test_low_rank.py::test_zero_singular_values_have_no_gradient",
+        ("sigma > relative * sigma[:, :1]", "sigma > 0"),
+    ),
 ]

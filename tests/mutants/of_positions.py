@@ -35,7 +35,7 @@ MUTANTS = [
         "tests/test_schedules.py::test_what_depends_on_the_step_alone",
         ("all(map(depends_on_step_alone, schedule.schedules))", "any(map(depends_on_step_alone, schedule.schedules))"),
         ("return depends_on_step_alone(schedule.schedule)", "return True"),
-        ("Polynomial, Steps) or is_number", "Polynomial, Steps, Timescale) or is_number"),
+        ("Exponential, Polynomial, Steps)\n", "Exponential, Polynomial, Steps, Timescale)\n"),
     ),
     *mutants_of(
         "decay_rules.py",
