@@ -311,8 +311,7 @@ class WeightConstraint(Regularizer):
         return list(alike.values())
 
     def after_step(self, step: Step, *, is_real: bool) -> None:
-        if is_real:
-            self._act(step.optimizer)
+        self._act(step.optimizer)  # nothing is due if the step was skipped, for then it did not begin
         if not step.watch.may_move_weights_later:
             self._forget(step.optimizer)
 
