@@ -9,7 +9,7 @@ outputs up to rounding, and in less time.
 The penalty is on the weights that *read* a hidden unit, not on those that write it. If a filter is zero, the batch norm
 behind it still returns its shift, and a row of zeros in a Linear still returns its bias. The next layer reads these
 constants, and outputs change without them. A unit that nothing reads can be removed, whatever its value is. So a group
-is all that reads one hidden unit, in every dim of the weight but dim 1.
+is all that reads one hidden unit: `GroupLassoPenalty(group="input")` of the next layer.
 
 The transformer is also trained with two zeros among every four neighbors, which the sparse tensor cores of a GPU make
 use of; see the guide on sparsity. On a CPU it is checked that torch's format for them keeps all the weights.
@@ -138,9 +138,9 @@ class ViT(Classifier):
 # -- zeros, and their removal ------------------------------------------------------------------------------------------
 
 
-def lasso(strength: float, dim: int | tuple[int, ...]) -> GroupLassoPenalty:
-    """The groups are the weights that read one hidden unit: all but dim 1."""
-    return GroupLassoPenalty(strength, include=("*.reads.weight",), dim=dim, method="proximal")
+def lasso(strength: float) -> GroupLassoPenalty:
+    """The groups are the weights that read one hidden unit."""
+    return GroupLassoPenalty(strength, group="input", include=("*.reads.weight",), method="proximal")
 
 
 def unread(reads: nn.Module) -> list[int]:
@@ -334,7 +334,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Train, remove, and judge."""
     options = parser_of(__doc__, "zeros_that_pay").parse_args(arguments)
     be_quiet()
-    penalties = {ResNet: lasso(2e-2, dim=(0, 2, 3)), ViT: lasso(1e-3, dim=0)}
+    penalties = {ResNet: lasso(2e-2), ViT: lasso(1e-3)}
     results = [compare(make, each, options.seed, is_fast=options.fast) for make, each in penalties.items()]
     Console().print(table_of(results))
     save(plot(results), options.output / "zeros_that_pay.png")
