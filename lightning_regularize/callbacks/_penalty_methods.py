@@ -129,6 +129,7 @@ class Proximal(Method):
         owner.check_real(infos, name)
         if isinstance(owner.penalty(), L2):
             return
+        owner.warn_if_moved_later(run, "zeros do not last")
         if found := [info.name for info in infos if is_normalized(info)]:
             raise MisconfigurationException(
                 f"{name} makes weights exactly zero, where weight and spectral "

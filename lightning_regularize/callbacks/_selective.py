@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.nn.parameter import is_lazy
 
+from lightning_regularize._checks import is_named
 from lightning_regularize._steps.watch import stepping_optimizers
 from lightning_regularize._trainer.strategies import held_parameters
 from lightning_regularize.callbacks._arguments import Described
@@ -92,6 +93,20 @@ class Selective(Described):
         frozen = all(not info.parameter.requires_grad for info in infos)
         why = "all parameters that it is for are frozen" if frozen else "no optimizer trains a parameter that it is for"
         self.warn(f"{type(self).__name__} has no effect as long as {why}: {[info.name for info in infos[:5]]}.")
+
+    def warn_if_moved_later(self, run: Run, consequence: str) -> None:
+        """Warn of optimizers that move weights after each step of the one in them, which is what a callback sees.
+
+        Args:
+            run: The run.
+            consequence: What this means: "zeros do not last".
+        """
+        for optimizer in run.optimizers:
+            if is_named(optimizer, "Lookahead", "TRAC"):
+                self.warn(
+                    f"{type(self).__name__}: {type(optimizer).__name__} moves weights after each step of the optimizer "
+                    f"in it, so that {consequence}. Use the optimizer in it by itself."
+                )
 
     def units(
         self, info: ParameterInfo, dim: int | Sequence[int] | None, argument: str

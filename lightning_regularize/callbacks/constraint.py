@@ -77,9 +77,8 @@ class WeightConstraint(Regularizer):
     It acts on the parameters of the optimizer that stepped, after the update and never after a step that a GradScaler
     skipped; validation, weight averaging and checkpoints see the projected weights. If an optimizer steps by another
     one, and moves weights after it as Lookahead does, they are projected again at the end of the batch; in a loop of
-    one's own that is left to the loop. Norms of units are over their
-    incoming weights, whatever the layer, see :func:`~lightning_regularize.units.norm_dims`. If in the first epoch
-    the constraint changes nothing, it warns once.
+    one's own that is left to the loop. Norms of units are over their incoming weights, whatever the layer, see
+    :func:`~lightning_regularize.units.norm_dims`. If in the first epoch the constraint changes nothing, it warns once.
 
     Args:
         projection: One of :mod:`lightning_regularize.projections`, whose bounds may be schedules; a
@@ -158,6 +157,8 @@ class WeightConstraint(Regularizer):
         infos = self.select(run, "nothing to constrain")
         self.check_real(infos)
         self.warn_if_no_effect(run, infos)
+        if run.trainer is None:  # which tells when a batch ends
+            self.warn_if_moved_later(run, "the constraint does not hold behind it")
         self._sharding, self._has_begun = run.sharding(), False
         self._bound: Tensor | None = None
         self._is_checked = False

@@ -93,6 +93,7 @@ class Hyperball(Regularizer):
         infos = self.select(run, "nothing to turn")
         self.check_real(infos)
         self.warn_if_no_effect(run, infos)
+        self.warn_if_moved_later(run, "norms are not kept")
         self._sharding, self._has_begun = run.sharding(), False
         self._targets: Targets[_Target] = Targets(run.infos, self._learn, move=self._move)
         for optimizer in run.optimizers:

@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.optim import SGD, Adam, AdamW
 
-from lightning_regularize import L1Penalty, WeightConstraint
+from lightning_regularize import Hyperball, L1Penalty, WeightConstraint
 from lightning_regularize.projections import (
     NM,
     Box,
@@ -649,3 +649,27 @@ def test_the_constraint_holds_after_an_optimizer_has_moved_what_another_one_in_i
     train(module, WeightConstraint(projection, include=("output.weight",)), watch)
     for weight in watch.seen:
         torch.testing.assert_close(projection.project(weight), weight, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("callback", "message"),
+    [
+        (Hyperball(), "^Hyperball: Lookahead moves weights after each step .* so that norms are not kept"),
+        (L1Penalty(0.1, method="proximal"), "^L1Penalty: Lookahead moves weights after .* so that zeros do not last"),
+    ],
+    ids=["Hyperball", "proximal"],
+)
+def test_what_does_not_last_under_lookahead_is_told(callback, message):
+    plain = functools.partial(SGD, lr=0.1)
+    with pytest.warns(UserWarning, match=message):
+        train(Regression(lambda parameters: Lookahead(plain(parameters))), callback, max_epochs=1)
+
+
+def test_in_a_loop_of_ones_own_a_constraint_is_left_to_the_loop_and_says_so():
+    module = Regression()
+    optimizer = Lookahead(sgd(module.parameters()))
+    with (
+        pytest.warns(UserWarning, match="^WeightConstraint: Lookahead moves weights .* so that the constraint"),
+        WeightConstraint(UnitNorm()).attach(optimizer, module),
+    ):
+        pass
