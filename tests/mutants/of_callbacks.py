@@ -35,6 +35,11 @@ MUTANTS = [
         ("if any(info.parameter.requires_grad and", "if any("),
     ),
     *mutants_of(
+        "callbacks/_selective.py",
+        "tests/training/test_constraints.py::test_what_does_not_last_under_lookahead_is_told",
+        ('if is_named(optimizer, "Lookahead", "TRAC"):', "if False:"),
+    ),
+    *mutants_of(
         "callbacks/penalty.py",
         "tests/training/test_changes_in_mid_run.py::test_the_gradient_of_a_penalty_is_refused_by_an_optimizer_that_climbs",
         ("if step.optimizer not in self._checked:", "if False:"),
