@@ -54,7 +54,10 @@ def text_of(page):
 
 def blocks_of(page):
     fences = re.findall(r"^( *)```(\w+)([^\n]*)\n(.*?)^\1```$", text_of(page), flags=re.DOTALL | re.MULTILINE)
-    return [Block(language, options, textwrap.dedent(content)) for _, language, options, content in fences]
+    return [
+        Block(language, options, re.sub(f"^{indent}", "", content, flags=re.MULTILINE))
+        for indent, language, options, content in fences
+    ]
 
 
 def prose_of(page):
