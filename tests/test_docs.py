@@ -3,6 +3,8 @@
 Oracles of the migration page: formulas of the other libraries written out by hand in float64, and timm where it is.
 """
 
+import ast
+import builtins
 import contextlib
 import importlib
 import importlib.util
@@ -93,6 +95,27 @@ def test_the_python_blocks_of_a_page_run_in_order(page, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")  # what the output blocks were printed with
     torch.manual_seed(0)
     run(blocks_of(page), names_of_the_quick_start())
+
+
+def borrowed_by(page):
+    """The names that the blocks of a page use and do not define."""
+    tree = ast.parse("\n".join(block.content for block in blocks_of(page) if block.language == "python"))
+    names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
+    defined = {name.id for name in names if not isinstance(name.ctx, ast.Load)} | {*dir(builtins), "__name__"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.alias):
+            defined.add((node.asname or node.name).partition(".")[0])
+        elif isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.ExceptHandler)):
+            defined.add(node.name)
+        elif isinstance(node, ast.arg):
+            defined.add(node.arg)
+    return {name.id for name in names} - defined
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if borrowed_by(page)])
+def test_a_page_that_borrows_from_the_quick_start_begins_with_a_link_to_it(page):
+    assert borrowed_by(page) <= {"Classifier", "loader"}
+    assert re.search(r"\]\((\.\./)?quick-start\.md#a-module\)", text_of(page).partition("```")[0])
 
 
 @pytest.mark.parametrize("page", PAGES)
