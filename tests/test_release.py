@@ -267,6 +267,49 @@ def test_the_citation_has_what_its_format_requires():
     assert CITATION["title"].startswith(f"{PROJECT['name']}: ")
 
 
+PAPER = (ROOT / "paper.md").read_text()
+PAGES = "".join(path.read_text() for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+
+
+def test_the_paper_has_the_form_of_joss():
+    _, header, text = PAPER.split("---\n", 2)
+    fields = yaml.safe_load(header)
+    assert fields.keys() >= {"title", "tags", "authors", "affiliations", "date", "bibliography"}
+    assert (ROOT / fields["bibliography"]).is_file()
+    known = {affiliation["index"] for affiliation in fields["affiliations"]}
+    assert all(author["affiliation"] in known for author in fields["authors"])
+    headings = re.findall(r"^# (.*)$", text, re.M)
+    assert {"Summary", "Statement of need", "State of the field"} <= set(headings)
+    assert headings[-1] == "References"
+    assert 250 <= len(re.sub(r"^\|.*", "", text, flags=re.M).split()) <= 1000
+
+
+def test_the_references_of_the_paper_are_those_of_the_documentation():
+    entries = re.findall(r"^@\w+\{(\w+),\n(.*?)^\}", (ROOT / "paper.bib").read_text(), re.M | re.S)
+    cited = set(re.findall(r"@(\w+)\b", PAPER.split("---\n", 2)[2]))
+    assert cited == {key for key, _ in entries}
+    for key, fields in entries:
+        assert {"title", "author", "year", "url"} <= set(re.findall(r"^  (\w+) = \{", fields, re.M)), key
+        (url,) = re.findall(r"url = \{(.*?)\}", fields)
+        assert url in PAGES, key
+
+
+def test_the_numbers_of_the_paper_are_those_of_the_documentation():
+    rows = re.findall(r"^\| [^|].*\d.*\|$", PAPER, re.M)
+    assert len(rows) == 4
+    assert [row for row in rows if row not in PAGES] == []
+
+
+@pytest.mark.parametrize("name", ["CODE_OF_CONDUCT.md", "CONTRIBUTING.md", "SECURITY.md"])
+def test_pages_for_contributors_link_to_files_and_headings_that_are_there(name):
+    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", (ROOT / name).read_text()):
+        path, _, anchor = target.partition("#")
+        linked = ROOT / (path or name)
+        assert linked.is_file(), target
+        titles = re.findall(r"^#+ (.*)$", linked.read_text(), re.M)
+        assert not anchor or anchor in [title.lower().replace(" ", "-") for title in titles], target
+
+
 def test_each_target_has_a_line_of_help():
     (phony,) = re.findall(r"^\.PHONY: (.*)$", MAKEFILE, re.M)
     targets = re.findall(r"^([a-z-]+):", MAKEFILE, re.M)
