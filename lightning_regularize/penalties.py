@@ -473,7 +473,8 @@ def _shrink_in_metric_(units: Tensor, removed: Tensor, weight: Tensor, dims: tup
     sums = torch.empty(2, *found.shape, dtype=dtype, device=units.device)
     first, second = sums.unbind()
     torch.sum(torch.mul(squares, removed, out=terms), inner, keepdim=True, out=first)
-    norm = (1 - sum_over_ranks(first, weight, dims)).clamp_min_(0)
+    # A group whose norm has underflowed begins at zero and stays there.
+    norm = ((found > 0).to(dtype) - sum_over_ranks(first, weight, dims)).clamp_min_(0)
     for _ in range(_STEPS_ON_CPU if units.is_cpu else _STEPS_ELSEWHERE):
         torch.add(removed, norm, out=divisors)
         torch.div(squares, torch.mul(divisors, divisors, out=terms), out=terms)

@@ -502,6 +502,16 @@ def test_the_groups_under_an_elementwise_threshold_are_units_of_the_layer(layer)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.parametrize("size", [1e-22, 1e-30], ids=str)
+def test_groups_whose_norm_underflows_are_zero_afterwards(size):
+    """Momentum leaves such numbers in weights that were zero."""
+    weight = torch.full((2, 3), size)
+    weight[1] = 1.0
+    found = proximal(GroupLasso(), weight, torch.full((2, 3), 1e-3))
+    assert (found[0] == 0).all()
+    assert (found[1] != 0).all()
+
+
 def shrink_spread_in_metric(rank, world_size, placements):
     torch.distributed.init_process_group("gloo", rank=rank, world_size=world_size)
     mesh = init_device_mesh("cpu", (world_size,))
