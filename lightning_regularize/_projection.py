@@ -31,7 +31,8 @@ class Projection(ABC):
     """
 
     per_unit: ClassVar[bool] = False
-    """Whether each output unit is constrained for itself, so that :func:`norm_dims` has to say what a unit is."""
+    """Whether each output unit is constrained for itself, so that :func:`~lightning_regularize.units.norm_dims` has to
+    say what a unit is."""
 
     takes_lists: ClassVar[bool] = False
     """Whether :meth:`project_` takes a list of weights as well, for one call instead of many."""
@@ -43,8 +44,9 @@ class Projection(ABC):
         Args:
             weight: Any shape, floating. Nothing of this is recorded by autograd. A DTensor is projected as the whole
                 tensor that it is; every rank that holds a piece should take part.
-            dim: The dims that hold the incoming weights of one output unit, see :func:`norm_dims`. It precedes the
-                projection's own ``dim``; without both it is all dims but the first. Only where ``per_unit``.
+            dim: The dims that hold the incoming weights of one output unit, see
+                :func:`~lightning_regularize.units.norm_dims`. It precedes the projection's own ``dim``; without both it
+                is all dims but the first. Only where ``per_unit``.
 
         Returns:
             Whether anything was changed: a 0-d bool tensor on the weight's device, so that nobody has to wait for the

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, final
+from typing import ClassVar, Literal, cast, final
 
 import torch
 from torch import Tensor
@@ -33,7 +33,8 @@ class NM(Projection):
     Args:
         n: How many are zero, at least 1 and less than ``m``.
         m: Of how many; it should divide the size of the input dim.
-        dim: The dims that hold the incoming weights of a unit; None takes what the layer says, see :func:`norm_dims`.
+        dim: The dims that hold the incoming weights of a unit; None takes what the layer says, see
+            :func:`~lightning_regularize.units.norm_dims`.
 
     Raises:
         ValueError: If ``n`` or ``m`` is not a positive integer, or ``n`` is not less than ``m``.
@@ -111,8 +112,8 @@ class TopShare(Projection):
     tensors this is done three times.
 
     Args:
-        share: What is kept, in (0, 1]; or a schedule, such as
-            :class:`CubicRamp(1.0, 0.1) <lightning_regularize.schedules.CubicRamp>`.
+        share: What is kept, in (0, 1]; or a schedule, such as a
+            :class:`~lightning_regularize.schedules.CubicRamp` from 1.0 to 0.1.
         scope: "tensor" keeps this share of each tensor; "all" of all tensors of a list together, which in a
             ``WeightConstraint`` are all that it constrains in one optimizer.
 
@@ -194,34 +195,35 @@ def _drop_from_all_(weights: list[Tensor], number: int) -> Tensor:
     """
     wide = max((at_least_float32(each) for each in weights), key=lambda dtype: dtype.itemsize)
     device, width = weights[0].device, 8 * wide.itemsize
-    limit = torch.zeros((), dtype=torch.int64, device=device)
-    left: int | Tensor = number
+    limit, left = None, torch.full((), number, device=device)
     for shift in range(width - _DIGIT, -1, -_DIGIT):
-        counts = torch.zeros(2**_DIGIT, dtype=torch.int64, device=device)
+        counts = torch.zeros(1 + 2**_DIGIT, dtype=torch.int64, device=device)
         for _, flat in _flat(weights):
             bits = _bits(flat, wide)
             digits = torch.bitwise_right_shift(bits, shift, out=scratch(bits, dtype=torch.int64, slot="digits"))
-            matches = torch.ones((), dtype=torch.int64, device=flat.device).expand_as(digits)
-            if shift + _DIGIT < width:
+            if limit is None:
+                matches = torch.ones((), dtype=torch.int64, device=flat.device).expand_as(digits)
+            else:
                 matches = torch.bitwise_right_shift(digits, _DIGIT, out=scratch(digits, slot="matches"))
                 torch.eq(matches, limit.to(flat.device, non_blocking=True), out=matches)
                 digits &= 2**_DIGIT - 1
             here = counts if flat.device == device else torch.zeros_like(counts, device=flat.device)
-            here.scatter_add_(0, digits, matches)
+            here[1:].scatter_add_(0, digits, matches)
             if here is not counts:
                 counts += here.to(device, non_blocking=True)
-        totals = counts.cumsum(0)
-        is_below = totals < left
-        left = left - torch.where(is_below, totals, 0).amax()
-        limit = (limit << _DIGIT) + is_below.sum()
-    rest = torch.as_tensor(left)
+        totals = counts.cumsum(0)  # how many have a smaller digit, for each digit
+        digit = torch.searchsorted(totals, left) - 1
+        left = left - totals.gather(0, digit.view(1))[0]
+        limit = digit if limit is None else torch.add(digit, limit, alpha=2**_DIGIT)
+    limit, ordinal = cast("Tensor", limit), None
     for those, flat in _flat(weights):
-        here, most = (each.to(flat.device, non_blocking=True) for each in (limit, rest))
+        if ordinal is not None:
+            left = left - ordinal[-1].to(device, non_blocking=True)
+        here, rest = (each.to(flat.device, non_blocking=True) for each in (limit, left))
         bits = _bits(flat, wide)
         equal = bits == here
         ordinal = _ordinal(equal)
-        flat.masked_fill_((bits < here) | (equal & (ordinal <= most)), 0)
-        rest = rest - ordinal[-1].to(device, non_blocking=True)
+        flat.masked_fill_((bits < here) | (equal & (ordinal <= rest)), 0)
         values = torch.split(flat, [each.numel() for each in those])
         pieces = [piece_like(value.view(each.shape), each) for value, each in zip(values, those, strict=True)]
         torch._foreach_copy_([local_piece(each) for each in those], pieces)

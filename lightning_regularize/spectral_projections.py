@@ -47,7 +47,8 @@ class SpectralBall(Projection):
 
     Args:
         max_sigma: ``s``, positive and finite; or a schedule.
-        dim: The dims that hold the incoming weights of a unit; None takes what the layer says, see :func:`norm_dims`.
+        dim: The dims that hold the incoming weights of a unit; None takes what the layer says, see
+            :func:`~lightning_regularize.units.norm_dims`.
         iterations: Power iterations a call with ``vector``, at least 1; the default is that of
             ``torch.nn.utils.parametrizations.spectral_norm``.
 
@@ -210,7 +211,7 @@ def matrix_buckets(
 
 
 def put_matrices_back_(weights: Sequence[Tensor], matrices: Tensor, dims: tuple[int, ...]) -> None:
-    """Give weights of one shape, spread alike, the values of whole matrices as :func:`matrix_buckets` yields them."""
+    """Give weights of one shape, spread alike, the values of whole matrices as ``matrix_buckets`` yields them."""
     weight = weights[0]
     order = [*[d for d in range(weight.dim()) if d not in dims], *dims]
     arranged = matrices.to(weight.dtype).view(len(weights), *[weight.shape[d] for d in order])

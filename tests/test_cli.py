@@ -11,10 +11,12 @@ from torch import nn
 from lightning_regularize import RegularizedModule, WeightConstraint, WeightDecay
 from lightning_regularize.callbacks._base import Regularizer
 from lightning_regularize.factors import WidthPower
-from lightning_regularize.schedules import Constant, FollowLR
+from lightning_regularize.projections import Function, TopShare
+from lightning_regularize.schedules import Constant, CubicRamp, FollowLR
 from tests.models import randn
 from tests.test_docs import blocks_of
 from tests.test_docs import run as run_blocks
+from tests.training.support import zero_mean
 
 pytest.importorskip("jsonargparse")
 
@@ -53,6 +55,17 @@ CALLBACKS = f"""
   init_args:
     projection: {{class_path: lightning_regularize.projections.Box, init_args: {{low: -0.3, high: 0.3}}}}
     include: ["layers.0.*"]
+- class_path: lightning_regularize.WeightConstraint
+  init_args:
+    projection:
+      class_path: lightning_regularize.projections.TopShare
+      init_args:
+        share: {{class_path: lightning_regularize.schedules.CubicRamp, init_args: {{start: 1.0, end: 0.5}}}}
+        scope: all
+    include: ["layers.3.*"]
+    freeze_zeros: 0.8
+- class_path: lightning_regularize.WeightConstraint
+  init_args: {{projection: tests.training.support.zero_mean, include: ["layers.3.bias"]}}
 - class_path: lightning_regularize.DropoutSchedule
   init_args:
     p: {{class_path: lightning_regularize.schedules.Linear, init_args: {{start: 0.5, end: 0.0}}}}
@@ -132,7 +145,7 @@ def write(tmp_path, content):
 def test_every_callback_trains_from_yaml_and_two_of_a_kind_as_well(tmp_path):
     cli = run(write(tmp_path, config(tmp_path, yaml.safe_load(CALLBACKS))))
     names = [type(callback).__name__ for callback in cli.trainer.callbacks]
-    assert names.count("L1Penalty") == names.count("WeightConstraint") == 2
+    assert (names.count("L1Penalty"), names.count("WeightConstraint")) == (2, 4)
     assert cli.trainer.global_step == 4
     assert cli.trainer.callback_metrics["weight_decay"] == pytest.approx(0.4, rel=1e-12, abs=0)  # of the last step
     (decay,) = (callback for callback in cli.trainer.callbacks if isinstance(callback, WeightDecay))
@@ -232,9 +245,11 @@ def test_wrong_yaml_is_told(name, arguments, message, tmp_path, capsys):
 
 def test_constraints_are_built_with_their_numbers(tmp_path):
     cli = run(write(tmp_path, config(tmp_path, yaml.safe_load(CALLBACKS))))
-    first, second = (c.projection for c in cli.trainer.callbacks if isinstance(c, WeightConstraint))
+    first, second, third, fourth = (c.projection for c in cli.trainer.callbacks if isinstance(c, WeightConstraint))
     assert repr(first) == "MaxNorm(max_norm=0.5, dim=None)"
     assert repr(second) == "Box(low=-0.3, high=0.3)"
+    assert third == TopShare(CubicRamp(1.0, 0.5), "all")
+    assert fourth == Function(zero_mean)
 
 
 RULES = """

@@ -102,6 +102,11 @@ MUTANTS = [
     ),
     *mutants_of(
         "callbacks/constraint.py",
+        "tests/training/test_constraints.py::test_a_step_that_overflows_moves_nothing",
+        ("        self._due.pop(optimizer, None)\n", ""),
+    ),
+    *mutants_of(
+        "callbacks/constraint.py",
         "tests/training/test_target_share.py::test_from_a_step_on_zeros_stay_and_the_rest_trains_on",
         ("stacked(those).masked_fill_(mask, 0)", "stacked(those)"),
         ("self._freeze = Constant(0.0) if freeze_zeros is None", "self._freeze = Constant(0.0) if freeze_zeros"),

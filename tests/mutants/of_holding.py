@@ -117,10 +117,10 @@ MUTANTS = [
     *mutants_of(
         "sparse_projections.py",
         "tests/test_sparse_projections.py::test_the_largest_share_is_kept",
-        ("(bits < here) | (equal & (ordinal <= most))", "(bits <= here)"),
+        ("(bits < here) | (equal & (ordinal <= rest))", "(bits <= here)"),
         ("(below | (equal & (_ordinal(equal) <= left)))", "(below | equal)"),
-        ("rest = rest - ", "rest - "),
-        ("left = left - torch.where(is_below, totals, 0).amax()", "left = left - totals[0]"),
+        ("            left = left - ordinal[-1]", "            left - ordinal[-1]"),
+        ("left = left - totals.gather(0, digit.view(1))[0]", "left = left - totals[0]"),
     ),
     *mutants_of(
         "sparse_projections.py",

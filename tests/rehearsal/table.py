@@ -16,9 +16,9 @@ from lightning_regularize import (
     WeightNormMonitor,
     WeightPenalty,
 )
-from lightning_regularize.penalties import L1
-from lightning_regularize.projections import NM, FrobeniusBall, MaxNorm, SpectralBall
-from lightning_regularize.schedules import Cosine
+from lightning_regularize.penalties import L1, NuclearNorm
+from lightning_regularize.projections import NM, FrobeniusBall, MaxNorm, Rank, SpectralBall, TopShare
+from lightning_regularize.schedules import Cosine, CubicRamp
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,11 @@ ROWS = (
     Row("Frobenius ball", lambda: WeightConstraint(FrobeniusBall(3.0)), 25),
     Row("spectral ball", lambda: WeightConstraint(SpectralBall(3.0)), 60),
     Row("2 of 4", lambda: WeightConstraint(NM(2, 4)), 40),
+    Row("the largest tenth", lambda: WeightConstraint(TopShare(0.1)), 40),
+    Row("the largest tenth of all", lambda: WeightConstraint(TopShare(CubicRamp(0.2, 0.1, until=1), "all")), 40),
+    Row("frozen zeros", lambda: WeightConstraint(TopShare(0.1), freeze_zeros=0), 40),
+    Row("rank 2", lambda: WeightConstraint(Rank(2)), 40),
+    Row("nuclear norm, gradient", lambda: WeightPenalty(NuclearNorm(), 1e-5), 40),
     Row("AnchorDecay", lambda: AnchorDecay(0.01), 6),
     Row("AnchorDecay, selective", lambda: AnchorDecay(0.5, method="selective"), 40, takes_half=False),
     Row("ConstrainedDecay", lambda: ConstrainedDecay(), 20),

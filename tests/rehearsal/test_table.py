@@ -14,7 +14,9 @@ pytestmark = pytest.mark.skipif(not is_possible(), reason="this torch knows no d
 FEW, MANY = 4, 16  # layers; `python -m tests.rehearsal` takes 75 and 300
 
 # What waits, in the singular value decomposition of torch. One that is here and does not wait is a failure.
-WAITING = {"spectral ball": pytest.mark.xfail(strict=True, raises=AssertionError)}
+WAITING = dict.fromkeys(
+    ("spectral ball", "rank 2", "nuclear norm, gradient"), pytest.mark.xfail(strict=True, raises=AssertionError)
+)
 
 seen = functools.cache(observe)
 

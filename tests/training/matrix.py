@@ -45,12 +45,12 @@ from lightning_regularize import (
     hidden_matrices,
     regularize,
 )
-from lightning_regularize.penalties import Orthogonal, Penalty, Spectral
-from lightning_regularize.projections import NM, Box, FrobeniusBall, MaxNorm, SpectralBall
+from lightning_regularize.penalties import NuclearNorm, Orthogonal, Penalty, Spectral
+from lightning_regularize.projections import NM, Box, FrobeniusBall, MaxNorm, Rank, SpectralBall, TopShare
 from lightning_regularize.quantities import QUANTITIES
-from lightning_regularize.schedules import Cosine, Linear
+from lightning_regularize.schedules import Cosine, CubicRamp, Linear
 from tests.strategies import CPUDeepSpeedStrategy, CPUFSDPStrategy
-from tests.training.support import double_well, make_trainer
+from tests.training.support import double_well, make_trainer, zero_mean
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -438,6 +438,12 @@ ROWS = {
     "WeightPenalty of a function": Row("`WeightPenalty` of a function", lambda: [WeightPenalty(double_well, 0.1)]),
     "WeightPenalty orthogonal": Row("`WeightPenalty(Orthogonal())`", lambda: [WeightPenalty(Orthogonal(), 0.1)]),
     "WeightPenalty spectral": Row("`WeightPenalty(Spectral())`", lambda: [WeightPenalty(Spectral(0.5), 0.1)]),
+    "NuclearNorm": Row("`WeightPenalty(NuclearNorm())`", lambda: [WeightPenalty(NuclearNorm(), 0.1)]),
+    "NuclearNorm proximal": Row(
+        '`WeightPenalty(NuclearNorm(), method="proximal")`',
+        lambda: [WeightPenalty(NuclearNorm(), 0.05, method="proximal")],
+        NetworkWithSGD,
+    ),
     "WeightPenalty of one's own": Row(
         '`WeightPenalty(method="proximal")` of a `Penalty` of one\'s own',
         lambda: [WeightPenalty(Frobenius(), 0.5, method="proximal")],
@@ -452,6 +458,17 @@ ROWS = {
     ),
     "SpectralBall": Row("`WeightConstraint(SpectralBall)`", lambda: [WeightConstraint(SpectralBall(0.7))]),
     "NM": Row("`WeightConstraint(NM)`", lambda: [WeightConstraint(NM(2, 4), include=("output.weight",))]),
+    "TopShare": Row(
+        "`WeightConstraint(TopShare)` with a schedule and frozen zeros",
+        lambda: [WeightConstraint(TopShare(CubicRamp(1.0, 0.5, until=4)), freeze_zeros=5)],
+    ),
+    "TopShare of all": Row(
+        '`WeightConstraint(TopShare(scope="all"))`', lambda: [WeightConstraint(TopShare(Linear(1.0, 0.4), "all"))]
+    ),
+    "Rank": Row("`WeightConstraint(Rank, every_n_steps=2)`", lambda: [WeightConstraint(Rank(1), every_n_steps=2)]),
+    "WeightConstraint of a function": Row(
+        "`WeightConstraint` of a function", lambda: [WeightConstraint(zero_mean, include=("hidden.*", "output.*"))]
+    ),
     "Box": Row("`WeightConstraint(Box)`", lambda: [WeightConstraint(Box(-0.3, 0.3))]),
     "AnchorDecay": Row("`AnchorDecay`", lambda: [AnchorDecay(Linear(1.0, 0.1), exclude=("output.*",))]),
     "AnchorDecay selective": Row(
@@ -508,13 +525,14 @@ ZERO_GRADIENTS = refused("keeps to itself: use DDP, FSDP2 (ModelParallelStrategy
 SCALED = refused("DeepSpeed multiplies it by itself: use another strategy")
 WHOLE = refused("tensor parallelism cuts some of them: use FSDP2 alone")
 
-OWN_GRADIENTS = ("WeightPenalty of a function", "WeightPenalty orthogonal", "WeightPenalty spectral")
+OWN_GRADIENTS = ("WeightPenalty of a function", "WeightPenalty orthogonal", "WeightPenalty spectral", "NuclearNorm")
+WHOLE_WEIGHTS = ("TopShare", "TopShare of all", "Rank", "WeightConstraint of a function")
 
 FSDP1 = {
     **dict.fromkeys(("GroupLassoPenalty", "GroupLassoPenalty proximal"), CUT),
     **dict.fromkeys(("inputs", "blocks", "heads", "heads proximal"), CUT),
-    **dict.fromkeys((*OWN_GRADIENTS, "WeightPenalty of one's own"), CUT),
-    **dict.fromkeys(("MaxNorm", "FrobeniusBall", "SpectralBall", "NM"), CUT),
+    **dict.fromkeys((*OWN_GRADIENTS, "NuclearNorm proximal", "WeightPenalty of one's own"), CUT),
+    **dict.fromkeys(("MaxNorm", "FrobeniusBall", "SpectralBall", "NM", *WHOLE_WEIGHTS), CUT),
     **dict.fromkeys(
         ("AnchorDecay", "AnchorDecay selective", "Hyperball"),
         refused("FSDP1 cuts them anywhere: use ModelParallelStrategy with fully_shard (FSDP2)"),
@@ -527,8 +545,8 @@ ZERO = {
     **dict.fromkeys(("inputs", "heads"), ZERO_GRADIENTS),
     **dict.fromkeys(("decoupled", "independent", "cautious", "stable"), ZERO_WEIGHTS),
     **dict.fromkeys(("L1Penalty proximal", "ElasticNetPenalty", "GroupLassoPenalty proximal"), ZERO_WEIGHTS),
-    **dict.fromkeys(("blocks", "heads proximal", "WeightPenalty of one's own"), ZERO_WEIGHTS),
-    **dict.fromkeys(("MaxNorm", "FrobeniusBall", "SpectralBall", "NM", "Box"), ZERO_WEIGHTS),
+    **dict.fromkeys(("blocks", "heads proximal", "NuclearNorm proximal", "WeightPenalty of one's own"), ZERO_WEIGHTS),
+    **dict.fromkeys(("MaxNorm", "FrobeniusBall", "SpectralBall", "NM", *WHOLE_WEIGHTS, "Box"), ZERO_WEIGHTS),
     **dict.fromkeys(("AnchorDecay", "AnchorDecay selective", "ConstrainedDecay", "Hyperball"), ZERO_WEIGHTS),
     **dict.fromkeys(("ChainedOptimizer", "Muon"), refused("and not several optimizers in one: use DDP or FSDP2")),
     "ActivationPenalty": SCALED,

@@ -23,9 +23,9 @@ from lightning_regularize import (
     WeightNormMonitor,
     WeightPenalty,
 )
-from lightning_regularize.penalties import Orthogonal, Spectral
-from lightning_regularize.projections import MaxNorm
-from lightning_regularize.schedules import Cosine, FollowLR, Linear
+from lightning_regularize.penalties import NuclearNorm, Orthogonal, Spectral
+from lightning_regularize.projections import MaxNorm, Rank, TopShare
+from lightning_regularize.schedules import Cosine, CubicRamp, FollowLR, Linear
 
 torch.set_num_threads(1)  # threads that wait for each other on a busy machine cost ten times what the work does
 
@@ -40,6 +40,10 @@ QUIET = [
 
 def double_well(weight):
     return (weight.square() - 1).square().sum()
+
+
+def zero_mean(weight: torch.Tensor) -> torch.Tensor:  # LightningCLI asks for these
+    return weight - weight.mean()
 
 
 # Each regularizer, by each of its methods, for modules with layers ``hidden`` and ``output`` and something to drop.
@@ -63,7 +67,11 @@ REGULARIZERS = {
     "proximal L2": lambda: L2Penalty(0.1, method="proximal"),
     "proximal elastic net": lambda: ElasticNetPenalty(0.01, 0.1, method="proximal", include=("output.*",)),
     "proximal group lasso": lambda: GroupLassoPenalty(Linear(0.01, 0.0), method="proximal"),
+    "nuclear": lambda: WeightPenalty(NuclearNorm(), Linear(0.0, 0.1)),
     "constraint": lambda: WeightConstraint(MaxNorm(0.4)),
+    "share": lambda: WeightConstraint(TopShare(CubicRamp(1.0, 0.3, until=0.5), "all"), freeze_zeros=0.6),
+    "rank": lambda: WeightConstraint(Rank(1), every_n_steps=3),
+    "own constraint": lambda: WeightConstraint(zero_mean),
     "anchor": lambda: AnchorDecay(Linear(0.0, 2.0), exclude=("output.*",)),
     "constrained": lambda: ConstrainedDecay("warm_start", factor=0.9, warm_start_steps=3),
     "dropout": lambda: DropoutSchedule(Linear(0.5, 0.0)),

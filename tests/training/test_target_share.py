@@ -19,6 +19,7 @@ from tests.training.support import (
     make_trainer,
     train,
     weights,
+    zero_mean,
 )
 
 pytestmark = QUIET
@@ -99,10 +100,6 @@ def test_bounds_follow_schedules(projection, measure):
     schedule = next(value for value in vars(projection).values() if callable(value))
     for seen, bound in zip(witness.weights, simulate(schedule, STEPS), strict=True):
         assert 0.9 * bound < measure(seen["hidden.weight"]) <= bound
-
-
-def zero_mean(weight):
-    return weight - weight.mean()
 
 
 def test_a_plain_function_is_applied_after_each_step():
