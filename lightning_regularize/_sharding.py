@@ -48,6 +48,8 @@ def is_dtensor(tensor: Tensor) -> bool:
 def gradient_of(parameter: Tensor) -> Tensor | None:
     """The gradient of ``parameter``, spread over ranks as that is; tensor parallel may leave it in summands."""
     gradient = parameter.grad
+    if type(gradient) is Tensor:  # as almost always
+        return gradient
     if gradient is None and (hasattr(parameter, "ds_tensor") or hasattr(parameter, "_hp_mapping")):
         return _gradient_in_zero(parameter)
     if dist.is_available() and isinstance(gradient, DTensor) and isinstance(parameter, DTensor):
@@ -58,8 +60,6 @@ def gradient_of(parameter: Tensor) -> Tensor | None:
 
 def settle_gradient_(parameter: Tensor) -> Tensor | None:
     """What :func:`gradient_of` says, and from now on the parameter's own: what is added to it then counts once."""
-    if type(parameter.grad) is Tensor:  # as almost always, and asked for each parameter in each step
-        return parameter.grad
     gradient = gradient_of(parameter)
     if gradient is not parameter.grad:
         parameter.grad = gradient

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -56,6 +57,10 @@ class UsedWeight:
     stored: ParameterInfo
     recipe: Recipe
 
+    @cached_property
+    def _leaf(self) -> str:
+        return self.stored.name.rpartition(".")[2]
+
     @property
     def is_computed(self) -> bool:
         """Does the layer compute it from other tensors?"""
@@ -67,8 +72,16 @@ class UsedWeight:
         return any(source.requires_grad for source in self.recipe.sources.values())
 
     @property
+    def is_stored(self) -> bool:
+        """Does the layer use the very elements of the parameter, neither computed nor unpacked?"""
+        return not self.is_computed and not _is_quantized(local_tensor(self.info.parameter))
+
+    @property
     def is_up_to_date(self) -> bool:
         """Is it computed as it was? Masks and parametrizations may come and go while training."""
+        owner = self.stored.owner
+        if not self.is_computed and self._leaf in owner._parameters and not owner._forward_pre_hooks:
+            return True  # of most weights, and at once: each is asked for on every step that is logged
         now = _recipe_of(self.stored)
         return now is not None and now.makers == self.recipe.makers
 
@@ -234,5 +247,8 @@ def _generators_put_back(device: torch.device) -> Iterator[None]:
 def _unpacked(parameter: Tensor) -> Tensor:
     """The numbers that a quantized tensor stands for; any other tensor is its own."""
     piece = local_tensor(parameter)
-    is_quantized = piece.is_quantized or type(piece).dequantize is not Tensor.dequantize
-    return piece.dequantize() if is_quantized else parameter
+    return piece.dequantize() if _is_quantized(piece) else parameter
+
+
+def _is_quantized(piece: Tensor) -> bool:
+    return piece.is_quantized or type(piece).dequantize is not Tensor.dequantize

@@ -12,15 +12,13 @@ import torch
 from lightning_regularize import group_settings, quantities
 from lightning_regularize._checks import check_number, check_positive_integer
 from lightning_regularize._reading import Reading
-from lightning_regularize._sharding import gradient_of, is_elsewhere, local_tensor
-from lightning_regularize._steps.targets import Targets
+from lightning_regularize._sharding import gradient_of
 from lightning_regularize._trainer import loggers
-from lightning_regularize._trainer.run import group_labels, logs_now
-from lightning_regularize._trainer.strategies import deepspeed_keeper, held_parameters, hides_gradients, torch_optimizer
-from lightning_regularize._used import Piece, used_weight, used_weights
+from lightning_regularize._trainer.run import logs_now
+from lightning_regularize._trainer.strategies import hides_gradients
+from lightning_regularize._used import used_weights
 from lightning_regularize.callbacks._base import Regularizer
-from lightning_regularize.callbacks.weight_decay import WeightDecay
-from lightning_regularize.decay_methods import will_move
+from lightning_regularize.callbacks._monitored import Monitored, settings_of
 from lightning_regularize.histograms import BINS
 from lightning_regularize.norms import check_norm_type
 from lightning_regularize.quantities import QUANTITIES, check_quantities, needed_sums
@@ -30,14 +28,15 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import lightning.pytorch as pl
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from lightning_regularize._steps.hooks import Step
     from lightning_regularize._steps.run import Run
     from lightning_regularize._steps.watch import Watch
-    from lightning_regularize._used import UsedWeight
+    from lightning_regularize._used import Piece
+    from lightning_regularize.callbacks._monitored import Row, Table
     from lightning_regularize.histograms import Histogram
-    from lightning_regularize.selection import ParameterInfo, Rule
+    from lightning_regularize.selection import Rule
 
 _DETAILS = ("total", "group", "module", "parameter")
 _TOTAL = re.compile(r"(optimizer\d+ )?total")  # parts of the model may be called so as well
@@ -47,38 +46,17 @@ _BESIDE = (*_NONFINITE, "below_threshold", "timescale_epochs", "weight_histogram
 _BYTES = 16 * BINS  # of a histogram on disk: a count and an edge a bin
 
 
-class _Row(NamedTuple):
-    """A parameter that an optimizer holds, and the weight that a layer makes of it.
-
-    Of a computed weight the largest source has the name of the weight. The others add their gradients, and no elements.
-    """
-
-    name: str
-    weight: UsedWeight
-    parameter: nn.Parameter
-
-    def piece(self) -> Piece:
-        if self.parameter is self.weight.info.parameter:
-            return self.weight.piece()
-        return Piece(local_tensor(self.parameter).new_empty(0), self.parameter, torch.Size([0]))
-
-
-def _rows_of(weight: UsedWeight) -> list[_Row]:
-    largest, sources = weight.info.parameter, weight.recipe.sources
-    return [_Row(weight.info.name if p is largest else name, weight, p) for name, p in sources.items()]
-
-
 class _Read(NamedTuple):
     """What is known of the weights of an optimizer around a step that is logged."""
 
     watch: Watch
-    rows: list[_Row]
+    table: Table
     reading: Reading
     settings: list[dict[str, Any]] | None
 
     def read_changes(self) -> None:
         """Of plain parameters and computed weights."""
-        self.reading.read_changes(lambda: [row.piece().tensor for row in self.rows])
+        self.reading.read_changes(lambda: [piece.tensor for piece in self.table.pieces()])
 
 
 class WeightNormMonitor(Regularizer):
@@ -191,6 +169,7 @@ class WeightNormMonitor(Regularizer):
         self.max_keys = check_positive_integer(max_keys, "`max_keys`")
         self.max_histogram_megabytes = max_histogram_megabytes
         self._needs = needed_sums(self.quantities, expected=expected, below=threshold is not None)
+        self._needs_settings = expected or not {"effective_decay", "timescale"}.isdisjoint(self.quantities)
 
     # -- when ----------------------------------------------------------------------------------------------------------
 
@@ -214,21 +193,16 @@ class WeightNormMonitor(Regularizer):
             self.warn(f"WeightNormMonitor draws no histograms: {names} has no place for them.")
 
     def begin(self, run: Run) -> None:
-        self._sharding = run.sharding()
         infos = [weight.info for weight in used_weights(run.infos())]
         try:
             require_matches(self.include, infos, argument="include")
             require_matches(self.exclude, infos, argument="exclude")
         except ValueError as error:
             raise ValueError(f"WeightNormMonitor: {error}") from error
-        self._targets: Targets[UsedWeight] = Targets(run.infos, self._learn)
+        self._monitored = Monitored(self, run)
         if run.trainer.is_global_zero:
             keys = [QUANTITIES[quantity].key for quantity in self.quantities]
             loggers.define_step_axis(run.trainer.loggers, [*keys, *_BESIDE])
-
-    def _learn(self, info: ParameterInfo) -> UsedWeight | None:
-        weight = used_weight(info)
-        return weight if weight is not None and self.selects(weight.info) else None
 
     def on_gradients(self, step: Step) -> None:
         """Gradients are complete here, and not yet clipped."""
@@ -237,10 +211,9 @@ class WeightNormMonitor(Regularizer):
         # LBFGS evaluates its closure again: the first time counts.
         if logs_now(trainer, self.every_n_steps) and watch.index not in self._readings:
             self._logged[watch.index] = watch.steps
-            rows = self._rows(watch)
-            self._readings[watch.index] = _Read(
-                watch, rows, self._read(rows, step), self._settings(rows, trainer, watch)
-            )
+            table = self._monitored.of(watch)
+            settings = settings_of(table.rows, trainer, watch) if self._needs_settings else None
+            self._readings[watch.index] = _Read(watch, table, self._read(table, step), settings)
 
     def after_step(self, step: Step, *, is_real: bool) -> None:
         """Of several inner optimizers the last one completes the change."""
@@ -263,12 +236,12 @@ class WeightNormMonitor(Regularizer):
         details: dict[str, float] = {}
         drawn: dict[str, Histogram] = {}
         taken: set[str] = set()
-        for (watch, rows, reading, settings), own in zip(readings, of_readings, strict=True):
+        for (watch, table, reading, settings), own in zip(readings, of_readings, strict=True):
             sums, pictures = reading.sums(own)
             sums |= group_settings.known_sums(sums, reading.sizes, settings, self.norm_type, expected=self.expected)
-            self._warn_of_unknown_rules(rows, settings, sums)
+            self._warn_of_unknown_rules(table.rows, settings, sums)
             totals |= self._totals(watch, sums)
-            details |= self._details(watch, rows, sums, taken)
+            details |= self._details(watch, table, sums, taken)
             drawn |= pictures
         loggers.gather(trainer, totals, details=self._at_most(details), histograms=self._affordable(drawn))
 
@@ -296,15 +269,18 @@ class WeightNormMonitor(Regularizer):
 
     # -- on what -----------------------------------------------------------------------------------------------------
 
-    def _read(self, rows: list[_Row], step: Step) -> Reading:
+    def _read(self, table: Table, step: Step) -> Reading:
         """Whatever can be known before the step; nothing waits for the device."""
-        pieces = [row.piece() for row in rows]
-        weights = {row.name: piece.tensor for row, piece in zip(rows, pieces, strict=True)}
-        sizes, like = [math.prod(piece.shape) for piece in pieces], [piece.like for piece in pieces]
-        reading = Reading(weights, sizes, self._sharding, self._needs, self.norm_type, like)
+        rows, pieces = table.rows, table.pieces()
+        weights = [piece.tensor for piece in pieces]
+        sizes, like = [piece.shape.numel() for piece in pieces], [piece.like for piece in pieces]
+        reading = Reading(
+            dict(zip(table.names, weights, strict=True)),
+            *(sizes, self._monitored.sharding, self._needs, self.norm_type, like),
+        )
         reading.read_weights(self.threshold)
         if self.histograms:
-            reading.draw("weight", list(weights.values()))
+            reading.draw("weight", weights)
         if "gradient_size" in self._needs:
             is_hidden = hides_gradients(self.run.trainer)
             gradients = [None if is_hidden else gradient_of(row.parameter) for row in rows]
@@ -316,75 +292,17 @@ class WeightNormMonitor(Regularizer):
         reading.keep_weights()
         return reading
 
-    def _rows(self, watch: Watch) -> list[_Row]:
-        """What is read of the weights of an optimizer."""
-        for leaf in watch.leaves:  # layers may have been replaced
-            self._targets.of(leaf)
-        if outdated := [weight for weight in self._targets if not weight.is_up_to_date]:
-            for weight in outdated:
-                self._targets.forget(weight.stored.parameter)
-            self._targets.refresh()
-        trainable = [weight for weight in self._targets if weight.is_trainable]
-        readable = [weight for weight in trainable if not is_elsewhere(weight.info.parameter)]
-        if len(readable) < len(trainable):
-            self.warn(
-                "DeepSpeed has put parameters on a disk, where WeightNormMonitor cannot read them; it leaves them out."
-            )
-        if cut := [w.info.name for w in readable if w.is_computed and self._sharding.is_flat(w.info.parameter)]:
-            self.warn(
-                f"WeightNormMonitor leaves out {len(cut)} weights such as {cut[0]!r}, which layers compute from "
-                "parameters that FSDP1 or ZeRO-3 has cut into flat pieces; use FSDP2."
-            )
-            readable = [weight for weight in readable if weight.info.name not in cut]
-        if len(self.run.watches) > 1:
-            held = {id(p) for leaf in watch.leaves for group in leaf.param_groups for p in group["params"]}
-            readable = [weight for weight in readable if id(weight.info.parameter) in held]
-        return [row for weight in readable for row in _rows_of(weight)]
-
-    def _is_matrix(self, row: _Row, piece: Piece) -> bool:
+    def _is_matrix(self, row: Row, piece: Piece) -> bool:
         if len(piece.shape) < 2 or 0 in piece.shape:
             return False
-        if self._sharding.is_flat(row.parameter):
+        if self._monitored.sharding.is_flat(row.parameter):
             asked = " and ".join(q.replace("_", " ") for q in ("stable_rank", "spectral_norm") if q in self.quantities)
             self.warn(f"WeightNormMonitor logs no {asked} of what FSDP1 or ZeRO-3 has cut into flat pieces; use FSDP2.")
             return False
         return True
 
-    def _settings(self, rows: list[_Row], trainer: pl.Trainer, watch: Watch) -> list[dict[str, Any]] | None:
-        """What the optimizer's groups say of each parameter, and what WeightDecay says; None if nobody asks."""
-        if not self.expected and not {"effective_decay", "timescale"} & set(self.quantities):
-            return None
-        if deepspeed_keeper(trainer):  # which has the gradients to itself
-            optimizer, held = torch_optimizer(watch.optimizer), held_parameters(trainer.optimizers[watch.index])
-            of_groups = zip(trainer.optimizers[watch.index].param_groups, held, strict=True)
-            by_id = {id(p): group_settings.settings(optimizer, group) for group, params in of_groups for p in params}
-        else:
-            # What has no gradient neither moves nor decays; the piece of a parameter that is empty need not have one.
-            by_id = {
-                id(p): found
-                for leaf in watch.leaves
-                for group in leaf.param_groups
-                for found in [group_settings.settings(leaf, group)]
-                for p in group["params"]
-                if will_move(leaf, p) or not p.numel()
-            }
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if not isinstance(callback, WeightDecay):
-                continue
-            method = callback.decay_method
-            for info, _, _, value, _, _ in callback.by_parameter():
-                key = id(info.parameter)
-                if not method.knows_share:
-                    by_id.pop(key, None)
-                elif key in by_id:
-                    by_id[key] = by_id[key] | {"weight_decay": value, "lr": method.rate(by_id[key]["lr"])}
-        found = [by_id.get(id(row.parameter), group_settings.NO_SETTINGS) for row in rows]
-        # Theory is about what an optimizer holds, not about what a layer computes from it.
-        computed = {id(each): each | {"rule": f"{each['rule']} of computed weights"} for each in found}
-        return [computed[id(each)] if row.weight.is_computed else each for row, each in zip(rows, found, strict=True)]
-
     def _warn_of_unknown_rules(
-        self, rows: list[_Row], settings: list[dict[str, Any]] | None, sums: dict[str, Tensor]
+        self, rows: Sequence[Row], settings: list[dict[str, Any]] | None, sums: dict[str, Tensor]
     ) -> None:
         if not self.expected or settings is None:
             return
@@ -420,34 +338,21 @@ class WeightNormMonitor(Regularizer):
             del counted["weight_nonfinite"]
         return values | {f"{name}/{part}": counted[name] for name in _NONFINITE if name in counted}
 
-    def _details(self, watch: Watch, rows: list[_Row], sums: dict[str, Tensor], taken: set[str]) -> dict[str, float]:
+    def _details(self, watch: Watch, table: Table, sums: dict[str, Tensor], taken: set[str]) -> dict[str, float]:
         """The values of the parts that ``detail`` asks for, by key; ``taken`` are parts of other optimizers."""
-        part_of = self._parts(watch, rows)
-        parts = list(dict.fromkeys(part_of.values()))
+        if self.detail == "total":
+            return {}
+        part_of = table.parts(self.detail, watch.optimizer, self.run.label(watch))
+        parts = list(dict.fromkeys(part for part in part_of if part is not None))
         if not parts:
             return {}
-        places = {part: i for i, part in enumerate(parts)}
-        index = [places.get(part_of.get(row.name, ""), len(parts)) for row in rows]  # the last is of no part
+        places: dict[str | None, int] = {part: i for i, part in enumerate(parts)}
+        index = [places.get(part, len(parts)) for part in part_of]  # the last is of no part
         of_parts = quantities.combined(sums, index, max(index) + 1, self.norm_type)
+        parts = [f"{part} ({self.detail})" if _TOTAL.fullmatch(part) else part for part in parts]
         labels = [f"{self.run.label(watch)} {part}" if part in taken else part for part in parts]
         taken |= set(parts)
         return self._values(labels, {name: values[: len(parts)] for name, values in of_parts.items()})
-
-    def _parts(self, watch: Watch, rows: list[_Row]) -> dict[str, str]:
-        """The part of the model that each row belongs to, by its name."""
-        if self.detail == "total":
-            return {}
-        if self.detail == "parameter":
-            parts = {row.name: row.weight.info.name for row in rows}
-        elif self.detail == "module":
-            parts = {row.name: quantities.module_of(row.weight.info.name) for row in rows}
-        else:
-            labels = group_labels(watch.optimizer, self.run.label(watch))
-            of_groups = zip(labels, held_parameters(watch.optimizer), strict=True)
-            by_id = {id(p): label for label, parameters in of_groups for p in parameters}
-            parts = {row.name: by_id[id(row.parameter)] for row in rows if id(row.parameter) in by_id}
-        called_total = {part for part in set(parts.values()) if _TOTAL.fullmatch(part)}
-        return {name: f"{part} ({self.detail})" if part in called_total else part for name, part in parts.items()}
 
     def _values(self, parts: list[str], sums: dict[str, Tensor]) -> dict[str, float]:
         """The quantities of parts by key, without those that a part does not have."""
@@ -466,7 +371,8 @@ class WeightNormMonitor(Regularizer):
                 f"WeightNormMonitor logs {self.max_keys} of {len(details)} keys a step: "
                 "ask for less `detail`, `include` less, or raise `max_keys`."
             )
-        return dict(itertools.islice(details.items(), self.max_keys))
+            return dict(itertools.islice(details.items(), self.max_keys))
+        return details
 
     def _affordable(self, drawn: dict[str, Histogram]) -> dict[str, Histogram]:
         if drawn and self._histogram_bytes + len(drawn) * _BYTES > self.max_histogram_megabytes * 1e6:

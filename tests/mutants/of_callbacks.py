@@ -190,9 +190,9 @@ MUTANTS = [
         ("and watch.index not in self._readings:", ":"),
     ),
     *mutants_of(
-        "callbacks/norm_monitor.py",
+        "callbacks/_monitored.py",
         "tests/training/test_norm_monitor.py::test_frozen_parameters_do_not_count",
-        ("[weight for weight in self._targets if weight.is_trainable]", "list(self._targets)"),
+        ("[weight for weight in self._weights if weight.is_trainable]", "list(self._weights)"),
     ),
     *mutants_of(
         "callbacks/norm_monitor.py",
