@@ -135,7 +135,6 @@ def test_the_configurations_of_the_cli_page_train(decays_by, tmp_path, monkeypat
     page = "guides/lightning-cli.md"
     module = run(blocks_of(page), {"__name__": "docs"})["Classifier"]
     config, of_the_model = (yaml.safe_load(b.content) for b in blocks_of(page) if 'title="config.yaml' in b.options)
-    config["trainer"]["log_every_n_steps"] = 1  # the run is shorter than the default of 50
     if decays_by == "module":
         config["model"] |= of_the_model["model"]
         callbacks = config["trainer"]["callbacks"]

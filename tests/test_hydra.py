@@ -1,6 +1,7 @@
 """Everything can be built from YAML by Hydra, as the guide says: each block of it trains."""
 
 import inspect
+import shlex
 import sys
 
 import pytest
@@ -68,6 +69,17 @@ def test_the_program_trains_and_interpolations_reach_the_schedule(program):
     assert trainer.global_step == 16
     assert trainer.callback_metrics["weight_decay"] == pytest.approx(0.4, rel=1e-12, abs=0)
     assert isinstance(trainer.optimizers[0], torch.optim.AdamW)  # of a function that `_partial_` made
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed from:UserWarning")  # lightning: of each resumed run
+def test_the_command_of_the_page_resumes_what_the_program_has_saved(program):
+    (command,) = [b.content for b in blocks_of(PAGE) if b.language == "bash" and "ckpt_path" in b.content]
+    _, _, *overrides = shlex.split(command)
+    saves = "trainer.enable_checkpointing=true"
+    program(saves)
+    trainer = program(saves, *overrides)
+    assert trainer.ckpt_path.endswith("epoch=1-step=16.ckpt")
+    assert trainer.global_step == 10 * 8
 
 
 def test_every_callback_is_on_the_page():
