@@ -47,7 +47,7 @@ CALLBACKS = f"""
 - class_path: lightning_regularize.L1Penalty
   init_args: {{strength: 1.0e-5, include: ["layers.3.*"], method: proximal}}
 - class_path: lightning_regularize.GroupLassoPenalty
-  init_args: {{strength: 1.0e-6, include: ["layers.0.*"]}}
+  init_args: {{strength: 1.0e-6, include: ["layers.0.*"], group: block, block_size: 2}}
 - class_path: lightning_regularize.WeightConstraint
   init_args:
     projection: {{class_path: lightning_regularize.projections.MaxNorm, init_args: {{max_norm: 0.5}}}}
