@@ -18,7 +18,7 @@ from lightning_regularize.units import at_least_float32, spread_of, unit_buckets
 __all__ = ["NM", "TopShare"]
 
 _DIGIT = 16  # bits: a float32 has two digits of them, a float64 four, and each is counted in one pass
-_LARGE = 2**16  # elements, above which counting is faster than selecting or sorting
+_LARGE = 2**16  # elements of a tensor on a CPU, above which counting is faster than selecting
 
 
 @final
@@ -166,7 +166,7 @@ def _dropped(size: int, share: float) -> int:
 def _drop_from_each_(weights: list[Tensor], number: int) -> Tensor:
     """Set the smallest ``number`` weights of each tensor to zero; all are of one shape and spread alike."""
     whole = [gathered(each) if is_dtensor(each) else each for each in weights]
-    if len(whole) == 1 and whole[0].numel() > _LARGE:
+    if len(whole) == 1 and whole[0].is_cpu and whole[0].numel() > _LARGE:
         changed = _drop_from_all_(whole, number)
     else:
         rows = stacked(whole)
