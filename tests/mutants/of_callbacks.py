@@ -160,7 +160,7 @@ MUTANTS = [
     ),
     *mutants_of(
         "callbacks/_weight_groups.py",
-        "tests/training/test_weight_groups.py::test_heads_that_cannot_be_told",
+        "tests/training/test_weight_groups.py::test_a_layer_in_two_parameter_groups_is_refused",
         ("if place.setdefault(part.layer, i) != i:", "if False:"),
     ),
     *mutants_of(

@@ -134,6 +134,10 @@ CASES = {
     "head, timm": (lambda: Attention({"qkv": (8, 24), "proj": (8, 8)}, num_heads=2), {"group": "head"}, {
         "qkv.weight": PACKED, "proj.weight": SQUARE["columns"],
     }),
+    "head, a number of one rank": (
+        lambda: Attention({f"{n}_proj": (8, 8) for n in ("q", "k", "v", "out")}, num_heads=1, head_dim=4),
+        {"group": "head"}, separate("q_proj", "k_proj", "v_proj", "out_proj"),
+    ),
     "head, only outputs": (lambda: nn.MultiheadAttention(8, 2), {"group": "head", "include": ("out_proj.weight",)}, {
         "out_proj.weight": SQUARE["columns"],
     }),
