@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import LBFGS, SGD, Adam, NAdam
 
 from lightning_regularize._sharding import Sharding, gradient_of, local_piece, local_tensor, settle_gradient_
-from lightning_regularize._steps.buckets import HALF, refreshed
+from lightning_regularize._steps.buckets import refreshed
 from lightning_regularize.decay import (
     change_stochastically_,
     check_share,
@@ -27,11 +27,10 @@ from lightning_regularize.decay import (
     noise_seed,
 )
 from lightning_regularize.norms import norms
-from lightning_regularize.theory import decay_rounding_threshold
 from lightning_regularize.units import at_least_float32
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from torch import nn
     from torch.optim import Optimizer
@@ -65,6 +64,10 @@ class Target(NamedTuple):
         return -self.weight_decay if self.group.get("maximize") else self.weight_decay
 
 
+def _call(change: Callable[..., None], tensors: Sequence[Tensor], *columns: Sequence[Tensor]) -> None:
+    change(tensors, *columns)
+
+
 class DecayMethod(ABC):  # noqa: B024 each method does one of three things, none does all
     """How weights decay around one step of an optimizer. ``before`` and ``after`` are called around each real step."""
 
@@ -78,8 +81,9 @@ class DecayMethod(ABC):  # noqa: B024 each method does one of three things, none
     """Is it known before a step which share of a weight that removes?"""
     needs_real_weights = False
     """Does it compare signs or sizes, which complex weights do not have?"""
-    rounds_like_a_product = True
-    """Are half-precision weights multiplied by a factor that may round to 1?"""
+
+    change: Callable[..., None] = staticmethod(_call)
+    """Calls what changes tensors; a callback puts here what also measures how much of it rounding leaves."""
 
     def on_gradients(self, targets: Sequence[Target], scale: Tensor | None, step: int) -> None:  # noqa: B027
         """Gradients are complete, and multiplied by ``scale``; by default nothing is to be done."""
@@ -112,22 +116,6 @@ class DecayMethod(ABC):  # noqa: B024 each method does one of three things, none
     def rate(self, lr: float) -> float:
         """What weight decay is multiplied by, at a learning rate, to give the share that a step removes."""
         return lr
-
-    def lost_in_rounding(self, group: Mapping[str, Any], weight_decay: float, peak_lr: float) -> str:
-        """A warning, if at the peak rate of a group decay rounds to nothing in half precision; otherwise empty."""
-        if not self.rounds_like_a_product or (self.uses_optimizer and group.get("fused")):
-            return ""  # a fused kernel rounds once, with the gradient's noise in it
-        share = weight_decay * self.rate(peak_lr)
-        dtypes = {parameter.dtype for parameter in group["params"]} & set(HALF)
-        lost = next((dtype for dtype in dtypes if share < decay_rounding_threshold(dtype)), None)
-        if lost is None:
-            return ""
-        what = "lr * weight_decay" if self.uses_optimizer or self.needs_rate else "weight_decay"
-        return (
-            f"Weight decay does nothing here: {what} is {share:.2g} at its peak, and {lost} weights stay as they are "
-            f"below {decay_rounding_threshold(lost):.2g}. Use WeightDecay(..., method='decoupled', "
-            "rounding='stochastic'), a fused optimizer, or float32 weights with precision='bf16-mixed'."
-        )
 
 
 @final
@@ -162,18 +150,17 @@ class Coupled(DecayMethod):
     seed: int = 0
 
     adds_to_gradients = True
-    rounds_like_a_product = False
 
     def on_gradients(self, targets: Sequence[Target], scale: Tensor | None, step: int) -> None:
         """Add the gradient of the penalty, multiplied as the gradients are."""
-        for alike in _by_strength(targets):
+        for alike in by_strength(targets):
             # LBFGS may decay what has no gradient.
             found = [(target, g) for target in alike if (g := settle_gradient_(target.parameter)) is not None]
             weights = [local_tensor(target.parameter) for target, _ in found]
             gradients = [local_tensor(gradient) for _, gradient in found]
             value = alike[0].pull if scale is None else scale * alike[0].pull
             if not self.stochastic:
-                couple_(gradients, weights, value)
+                self.change(functools.partial(couple_, weight_decay=value), gradients, weights)
                 continue
             for (target, _), gradient, weight in zip(found, gradients, weights, strict=True):
                 add = functools.partial(couple_, weights=weight.to(at_least_float32(weight)), weight_decay=value)
@@ -198,7 +185,7 @@ class Decoupled(DecayMethod):
     def before(self, optimizer: Optimizer, targets: Sequence[Target], step: int) -> None:
         """Decay, as AdamW does before its update."""
         seed = (self.seed, step) if self.stochastic else None
-        _decay([(alike[0].share, alike) for alike in _by_strength(targets)], seed)
+        _decay(self, [(alike[0].share, alike) for alike in by_strength(targets)], seed)
 
 
 @final
@@ -221,7 +208,7 @@ class Independent(DecayMethod):
     def before(self, optimizer: Optimizer, targets: Sequence[Target], step: int) -> None:
         """Decay by the weight decay itself."""
         seed = (self.seed, step) if self.stochastic else None
-        _decay([(alike[0].weight_decay, alike) for alike in _by_strength(targets)], seed)
+        _decay(self, [(alike[0].weight_decay, alike) for alike in by_strength(targets)], seed)
 
 
 @final
@@ -242,7 +229,7 @@ class Cautious(DecayMethod):
     @torch.no_grad()
     def before(self, optimizer: Optimizer, targets: Sequence[Target], step: int) -> None:
         """Remember the weights, in memory that is kept from step to step."""
-        lists = _by_strength(targets)
+        lists = by_strength(targets)
         _check_shares(alike[0].share for alike in lists)
         weights = [weight for alike in lists for weight in _local_weights(alike)]
         self._copies[optimizer] = refreshed(self._copies.get(optimizer, []), weights)
@@ -251,8 +238,9 @@ class Cautious(DecayMethod):
     def after(self, optimizer: Optimizer, targets: Sequence[Target], step: int) -> None:
         """Decay what the update has moved towards zero."""
         copies = iter(self._copies.get(optimizer, ()))
-        for alike in _by_strength(targets):
-            decay_cautiously_(_local_weights(alike), [next(copies) for _ in alike], alike[0].share)
+        for alike in by_strength(targets):
+            decay = functools.partial(decay_cautiously_, share=alike[0].share)
+            self.change(decay, _local_weights(alike), [next(copies) for _ in alike])
 
 
 @final
@@ -276,7 +264,6 @@ class Stable(DecayMethod):
     needs_rate = True
     needs_real_weights = True
     knows_share = False
-    rounds_like_a_product = False
 
     def refuse(self, optimizer: Optimizer) -> str:
         """Known are SGD and the Adams."""
@@ -290,13 +277,13 @@ class Stable(DecayMethod):
 
     def before(self, optimizer: Optimizer, targets: Sequence[Target], step: int) -> None:
         """Decay by the share that fits the step to come."""
-        lists = _by_strength(targets)
+        lists = by_strength(targets)
         if isinstance(optimizer, SGD):
-            _decay([(alike[0].share * _steady_length(alike[0].group), alike) for alike in lists])
+            _decay(self, [(alike[0].share * _steady_length(alike[0].group), alike) for alike in lists])
         else:
             _check_shares(alike[0].share for alike in lists)
             length = self._mean_length(optimizer)
-            _decay([(alike[0].share * length, alike) for alike in lists])
+            _decay(self, [(alike[0].share * length, alike) for alike in lists])
 
     @torch.no_grad()
     def _mean_length(self, optimizer: Optimizer) -> Tensor:
@@ -360,7 +347,7 @@ def _counts(steps: Sequence[float | Tensor], numel: Tensor, like: Tensor) -> tup
     return torch.stack([step if isinstance(step, Tensor) else zero for step in steps]) * counts, counts
 
 
-def _by_strength(targets: Sequence[Target]) -> list[list[Target]]:
+def by_strength(targets: Sequence[Target]) -> list[list[Target]]:
     """The targets in lists that share a group and a weight decay."""
     found: dict[tuple[int, float], list[Target]] = {}
     for target in targets:
@@ -380,12 +367,16 @@ def _check_shares(shares: Iterable[float | Tensor]) -> None:
 
 
 @torch.no_grad()
-def _decay(shares: Sequence[tuple[float | Tensor, Sequence[Target]]], seed: tuple[int, int] | None = None) -> None:
+def _decay(
+    method: DecayMethod,
+    shares: Sequence[tuple[float | Tensor, Sequence[Target]]],
+    seed: tuple[int, int] | None = None,
+) -> None:
     """Decay each list by its share; with a seed and a step, round at random, each tensor with noise of its own."""
     _check_shares(share for share, _ in shares)
     for share, targets in shares:
         if seed is None:
-            decay_(_local_weights(targets), share)
+            method.change(functools.partial(decay_, share=share), _local_weights(targets))
             continue
         for target in targets:
             decay_stochastic_(local_piece(target.parameter), share, seed=noise_seed(*seed, target.name))

@@ -238,9 +238,9 @@ def _kind(tensor: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
     return tensor.shape, tensor.dtype, tensor.device
 
 
-def multiply_each_(tensors: Sequence[Tensor], factors: Tensor) -> None:
+def multiply_each_(tensors: Sequence[Tensor], factors: Tensor | Sequence[Tensor]) -> None:
     """Multiply each of the local tensors by a number of its own, which stays on the device."""
-    numbers = factors.unbind()
+    numbers = factors.unbind() if isinstance(factors, Tensor) else factors
     for indices, (those,) in buckets(tensors, alike=[tensor.shape for tensor in tensors]):
         units = stacked(those)
         dtype = torch.promote_types(units.dtype, torch.float32)

@@ -76,6 +76,9 @@ class Regularizer(Selective, Work):
     schedule: Any = None
     """What is followed, where something changes with the position in training."""
 
+    rounded: Any = None
+    """A ``Rounding``, where :meth:`check` makes one: it measures what half precision leaves of the strength."""
+
     @property
     def schedules(self) -> Sequence[ScheduleLike]:
         """The schedules that are followed."""
@@ -175,7 +178,13 @@ class Regularizer(Selective, Work):
     def after_batch(self, trainer: pl.Trainer) -> None:
         """A batch has ended, and with it the steps made in it."""
 
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.rounded is not None:
+            self.rounded.judge_early()
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.rounded is not None:
+            self.rounded.judge()
         if self.run is not None:
             self._warn_of_the_horizon(trainer)
 
@@ -292,6 +301,8 @@ class Regularizer(Selective, Work):
 
     def _detach(self) -> None:
         if self.run is not None and self.run.trainer is None:
+            if self.rounded is not None:
+                self.rounded.judge()
             self._kept = self.state_dict()
             self._end()
             self._let_go()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -9,15 +10,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_regularize._joint import add_joint_gradient_, joint_proximal_
-from lightning_regularize._sharding import (
-    gathered,
-    is_dtensor,
-    local_piece,
-    local_tensor,
-    piece_like,
-    settle_gradient_,
-    whole_tensor,
-)
+from lightning_regularize._sharding import gathered, is_dtensor, local_piece, piece_like, settle_gradient_, whole_tensor
 from lightning_regularize._steps.buckets import HALF, buckets, calls
 from lightning_regularize._steps.clock import rate_of
 from lightning_regularize._trainer.strategies import check_gradients_are_the_modules, check_weights_are_the_optimizers
@@ -36,9 +29,7 @@ if TYPE_CHECKING:
     from lightning_regularize._heads import Part
     from lightning_regularize._steps.hooks import Step
     from lightning_regularize._steps.run import Run
-    from lightning_regularize.callbacks._base import Regularizer
     from lightning_regularize.callbacks.penalty import PenaltyCallback
-    from lightning_regularize.decay_methods import Target as Decaying
     from lightning_regularize.selection import ParameterInfo
     from lightning_regularize.step_sizes import StepSize
 
@@ -77,6 +68,9 @@ class Method(ABC):
     def on_gradients(self, owner: PenaltyCallback, step: Step) -> None:  # noqa: B027
         """Gradients are complete."""
 
+    def before_step(self, owner: PenaltyCallback, step: Step) -> None:  # noqa: B027
+        """Weights are about to change."""
+
     def after_step(self, owner: PenaltyCallback, step: Step) -> None:  # noqa: B027
         """Weights have changed."""
 
@@ -99,7 +93,7 @@ class Gradient(Method):
     @torch.no_grad()
     def on_gradients(self, owner: PenaltyCallback, step: Step) -> None:
         penalty = owner.penalty()
-        is_measured = owner.rounding.counts_in(owner, step)
+        owner.rounded.begin_step(step)
         for group, targets in owner.targets(step.optimizer):
             strength: Any = owner.strength(group, step.number) if targets else 0.0
             scaled = strength if step.scale is None else step.scale * strength
@@ -111,13 +105,22 @@ class Gradient(Method):
                 if owner.rounds_at_random:
                     _add_at_random_(owner, gradients, found, scaled, dim, step.number)
                     continue
-                before = [g.clone() for g in gradients] if is_measured else []
-                _add_(gradients, found, penalty, scaled, dim)
-                if before:
-                    asked = [torch.zeros_like(g, dtype=torch.float32) for g in gradients]
-                    _add_(asked, found, penalty, scaled, dim)
-                    owner.rounding.compare(before, gradients, asked)
-        owner.rounding.sum_up()
+                add = functools.partial(_add_, penalty=penalty, strength=scaled, dim=dim)
+                owner.rounded.change(add, gradients, found, together=bool(parts_of(found)))
+
+    @torch.no_grad()
+    def before_step(self, owner: PenaltyCallback, step: Step) -> None:
+        """Measure what the step rounds away: gradients are as it finds them, those of the penalty included."""
+        for group, targets in owner.targets(step.optimizer) if owner.rounded.is_measured else ():
+            strength = owner.strength(group, step.number) if targets else 0.0
+            for dim, alike in by_dim([t for t in targets if t.parameter.grad is not None]).items():
+                numbers = owner.rounded.pick([t.parameter for t in alike], together=bool(parts_of(alike)))
+                picked = [alike[i] for i in numbers]
+                terms = [torch.zeros_like(t.as_units(t.parameter), dtype=torch.float32) for t in picked]
+                _add_(terms, picked, owner.penalty(), strength, dim)
+                halves = [i for i, t in enumerate(picked) if t.parameter.dtype in HALF]
+                measured = [picked[i].parameter for i in halves]
+                owner.rounded.step(step.optimizer, group, measured, [terms[i] for i in halves])
 
 
 class Proximal(Method):
@@ -152,20 +155,20 @@ class Proximal(Method):
 
     @torch.no_grad()
     def after_step(self, owner: PenaltyCallback, step: Step) -> None:
-        optimizer, rounding = step.optimizer, owner.rounding
-        counts = rounding.counts_in(owner, step)
+        optimizer = step.optimizer
+        owner.rounded.begin_step(step)
         for group, targets in owner.targets(optimizer):
             strength = owner.strength(group, step.number) if targets else 0.0
             acting = [t for t in targets if t.parameter.grad is not None] if strength else []
-            half = [local_piece(t.parameter) for t in acting if counts and t.parameter.dtype in HALF]
-            before = [weight.clone() for weight in half]
             for dim, alike in by_dim(acting).items():
                 sizes = step_sizes(optimizer, group, [target.parameter for target in alike])
                 stepped = [(t, size) for t, size in zip(alike, sizes, strict=True) if size is not None]
                 if stepped:
-                    _shrink_(owner.penalty(), stepped, strength, dim)
-            rounding.count(before, half)
-        rounding.sum_up()
+                    weights = [target.as_units(target.parameter) for target, _ in stepped]
+                    shrink = functools.partial(_shrink_, penalty=owner.penalty(), strength=strength, dim=dim)
+                    parts = [target.part for target, _ in stepped]
+                    sizes_of_them = [size for _, size in stepped]
+                    owner.rounded.change(shrink, weights, sizes_of_them, parts, together=any(parts))
 
 
 def parts_of(targets: Sequence[Target]) -> list[Part]:
@@ -246,11 +249,14 @@ def _shrink_whole_(penalty: Any, weight: Tensor, threshold: float | Tensor, dim:
 
 
 def _shrink_(
-    penalty: Any, stepped: Sequence[tuple[Target, StepSize]], strength: float, dim: tuple[int, ...] | None
+    weights: Sequence[Tensor],
+    sizes: Sequence[StepSize],
+    parts_or_none: Sequence[Part | None],
+    penalty: Any,
+    strength: float,
+    dim: tuple[int, ...] | None,
 ) -> None:
-    weights = [target.as_units(target.parameter) for target, _ in stepped]
-    sizes = [size for _, size in stepped]
-    parts = parts_of([target for target, _ in stepped])
+    parts = [part for part in parts_or_none if part is not None]
     if sizes[0].square is None:  # for all parameters of the group
         if parts:
             joint_proximal_(penalty, parts, weights, sizes[0].length * strength)
@@ -290,82 +296,3 @@ def _shrink_(
         found = thresholds([sizes[i] for i in indices], squares, means[0] if means else [], strength)
         for w, t in calls(penalty.takes_lists, bucket, found):
             penalty.proximal_(w, t, dim=dim)
-
-
-_TOLERANCE = 0.05  # what may be lost, or gained, of a strength in half precision before a warning says so
-
-
-class Rounding:
-    """How much of a penalty is left when half precision has rounded it?
-
-    Args:
-        has_half: Are there weights of half precision, and are they rounded to nearest?
-        method: "gradient", "proximal", or "coupled" for weight decay.
-    """
-
-    def __init__(self, has_half: bool, method: str) -> None:
-        self._has_half, self._method, self._is_done = has_half, method, False
-        self._fractions: list[float] = []  # of each step that was looked at: what was moved, or added, of all
-        self._counts: list[Tensor] = []
-
-    def counts_in(self, owner: Regularizer, step: Step) -> bool:
-        """Is this a step to look at? The first is, and what is logged; but not while the learning rate warms up."""
-        if self._is_done or not self._has_half or not (not self._fractions or owner.run.logs_now()):
-            return False
-        if self._method != "proximal":
-            return True
-        positions = [owner.run.clock.position(group, step.number) for group in step.optimizer.param_groups]
-        return any(at.lr >= 0.5 * at.peak_lr for at in positions)
-
-    def count(self, before: Sequence[Tensor], after: Sequence[Tensor]) -> None:
-        """Of the weights that were not zero, count those that have changed, and all."""
-        for old, new in zip(before, after, strict=True):
-            self._counts.append(torch.stack([(new != old).sum(), old.count_nonzero()]))
-
-    def compare(self, before: Sequence[Tensor], after: Sequence[Tensor], asked: Sequence[Tensor]) -> None:
-        """Of what was to be added to gradients of half precision, measure what was added, along it."""
-        for old, new, whole in zip(map(local_tensor, before), map(local_tensor, after), asked, strict=True):
-            if old.dtype in HALF:
-                term = local_tensor(whole)
-                added = (new.float() - old.float()) * term
-                self._counts.append(torch.stack([added.sum(dtype=torch.float64), term.double().square().sum()]))
-
-    def measure_coupled(self, targets: Sequence[Decaying], scale: Tensor | None, change: Callable[[], None]) -> None:
-        """Call ``change``, which adds coupled decay to the gradients, and compare."""
-        found = [(t, g) for t in targets if (g := settle_gradient_(t.parameter)) is not None and g.dtype in HALF]
-        gradients = [local_tensor(gradient) for _, gradient in found]
-        before = [gradient.clone() for gradient in gradients]
-        change()
-        factor: Any = 1.0 if scale is None else scale
-        self.compare(before, gradients, [local_tensor(t.parameter).float() * (factor * t.pull) for t, _ in found])
-        self.sum_up()
-
-    def sum_up(self) -> None:
-        """A step has ended."""
-        if self._counts:
-            counts, self._counts = self._counts, []
-            number, of = torch.stack([each.double().to(counts[0].device) for each in counts]).sum(dim=0).tolist()
-            self._fractions.append(number / of if of else float(of == number))
-
-    def warn_if_lost(self, owner: Regularizer) -> None:
-        """Warn once if a penalty hardly acts, or in gradients by another strength; all ranks should take part."""
-        if self._is_done or not self._has_half:
-            return
-        if self._method != "proximal":
-            off = owner.run.largest(max((abs(fraction - 1) for fraction in self._fractions), default=-1.0))
-            self._is_done = off >= 0
-            if off > _TOLERANCE:
-                owner.warn(
-                    f"{type(owner).__name__}(method={self._method!r}) is off by up to {off:.0%} of its strength here: "
-                    "what it adds to half-precision gradients is rounded with them. Use float32 weights with "
-                    "precision='bf16-mixed', or rounding='stochastic', which is right in the mean."
-                )
-            return
-        moved = owner.run.largest(max(self._fractions, default=-1.0))
-        self._is_done = moved >= 0  # else there was no step to tell from
-        if 0 <= moved < 0.5:
-            owner.warn(
-                f"{type(owner).__name__}(method='proximal') hardly acts here: of half-precision weights it moved "
-                f"{moved:.0%}, the others are as before when they are rounded. Use float32 weights with "
-                "precision='bf16-mixed', or a larger strength."
-            )

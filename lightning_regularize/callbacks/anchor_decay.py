@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from os import PathLike
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
@@ -15,11 +16,11 @@ from lightning_regularize._steps.clock import rate_of
 from lightning_regularize._steps.targets import Targets
 from lightning_regularize._trainer.strategies import check_not_flat, check_weights_are_the_optimizers
 from lightning_regularize.callbacks._base import Regularizer
+from lightning_regularize.callbacks._rounding import Rounding
 from lightning_regularize.callbacks._saved import TENSOR, Value
 from lightning_regularize.decay import check_share, progress, pull_, pull_back_, pull_by_importance_
 from lightning_regularize.decay_methods import will_move
-from lightning_regularize.schedules import Schedule, as_schedule, check_total_steps
-from lightning_regularize.theory import decay_rounding_threshold
+from lightning_regularize.schedules import Constant, Schedule, as_schedule, check_total_steps
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -153,6 +154,8 @@ class AnchorDecay(Regularizer):
         if self.importance is not None:
             self._largest_importance = _check_importance(self.importance, infos)
         self._sharding = run.sharding()
+        is_constant = isinstance(self.schedule, Constant)
+        self.rounded = Rounding(self, infos, who="AnchorDecay", is_constant=is_constant)
         self._moving: dict[Optimizer, _Moving] = {}  # in the step under way
         self._phase: Literal["before", "beginning", "training"] = "before"
         self._without_anchor: set[str] = set()
@@ -225,6 +228,7 @@ class AnchorDecay(Regularizer):
             if not isinstance(optimizer, LBFGS):
                 self._look(step)
             return
+        self.rounded.begin_step(step)
         of_groups = zip(optimizer.param_groups, self._targets.of(optimizer), strict=True)
         pulled = [(targets, self._share(step, group)) for group, targets in of_groups if targets]
         for _, share in pulled:  # before any weight changes
@@ -236,11 +240,11 @@ class AnchorDecay(Regularizer):
                 if target.anchor is not None and will_move(optimizer, target.info.parameter)
             ]
             weights, anchors = [weight for weight, _, _ in moving], [anchor for _, anchor, _ in moving]
-            self._warn_of_rounding(weights, share)
             if self.importance is None:
-                pull_(weights, anchors, share)
+                self.rounded.change(functools.partial(pull_, share=share), weights, anchors)
             else:
-                pull_by_importance_(weights, anchors, [i for _, _, i in moving if i is not None], share)
+                pull = functools.partial(pull_by_importance_, share=share)
+                self.rounded.change(pull, weights, anchors, [i for _, _, i in moving if i is not None])
 
     def _check_share(self, share: float | Tensor) -> None:
         """Refuse what would pull a weight past its anchor; a rate on the device is not looked at.
@@ -281,19 +285,6 @@ class AnchorDecay(Regularizer):
         """The part of the way to the anchor that a step goes; a rate on the device is not read back."""
         strength: float = self.run.clock.value(self.schedule, group, step.number)
         return rate_of(step.optimizer, group) * strength
-
-    def _warn_of_rounding(self, weights: Sequence[Tensor], share: float | Tensor) -> None:
-        """Once, if in half precision a weight stays where it is although it is pulled."""
-        if "rounding" in self._warned or (isinstance(share, torch.Tensor) and not share.is_cpu):
-            return
-        lost = {w.dtype for w in weights if w.dtype in HALF and 0 < share < decay_rounding_threshold(w.dtype)}
-        for dtype in lost:
-            self._warned.add("rounding")
-            self.warn(
-                f"AnchorDecay does next to nothing here: lr * strength is {float(share):.2g}, and below "
-                f"{decay_rounding_threshold(dtype):.2g} {dtype} weights that are nearer to their anchor than to zero "
-                "stay as they are. Use float32 weights with precision='bf16-mixed'."
-            )
 
     def save(self) -> dict[str, Any]:
         """Whole tensors by name, which every rank takes part in putting together."""

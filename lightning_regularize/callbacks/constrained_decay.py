@@ -13,6 +13,7 @@ from lightning_regularize._steps.buckets import multiply_each_
 from lightning_regularize._steps.targets import Targets
 from lightning_regularize._trainer.strategies import check_weights_are_the_optimizers
 from lightning_regularize.callbacks._base import Regularizer
+from lightning_regularize.callbacks._rounding import Rounding
 from lightning_regularize.callbacks._saved import NUMBER, Value
 from lightning_regularize.decay import next_multiplier
 from lightning_regularize.norms import norms
@@ -124,6 +125,7 @@ class ConstrainedDecay(Regularizer):
         infos = self.select(run, "nothing to constrain")
         self.check_real(infos)
         self.warn_if_no_effect(run, infos)
+        self.rounded = Rounding(self, infos, who="ConstrainedDecay", is_constant=False)
         self._sharding, self._has_looked_for_decay = run.sharding(), False
         self._targets: Targets[_Target] = Targets(run.infos, self._learn, move=self._move)
 
@@ -195,7 +197,9 @@ class ConstrainedDecay(Regularizer):
         state["multiplier"] = multiplier.clamp_max(_LARGEST_MULTIPLIER)
         for target, row in zip(held, torch.stack([*state.values(), numel], dim=1), strict=True):
             target.state = row
-        multiply_each_([local_tensor(target.info.parameter) for target in held], 1 - 2 * state["multiplier"])
+        self.rounded.begin_step(step)
+        weights, factors = [local_tensor(target.info.parameter) for target in held], 1 - 2 * state["multiplier"]
+        self.rounded.change(multiply_each_, weights, factors.unbind())
 
     def _look_for_bound_(self, state: dict[str, Tensor], square: Tensor, *, steps: int) -> None:
         if self.bound == "warm_start" and steps >= self.warm_start_steps:  # a GradScaler may skip the very step

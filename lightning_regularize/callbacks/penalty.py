@@ -13,20 +13,13 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_regularize._checks import check_number, check_positive_integer, check_rounding
 from lightning_regularize._joint import joint_value
 from lightning_regularize._sharding import gathered
-from lightning_regularize._steps.buckets import HALF, calls
+from lightning_regularize._steps.buckets import calls
 from lightning_regularize._steps.targets import Targets
 from lightning_regularize._steps.watch import stepping_optimizers
 from lightning_regularize._trainer.strategies import check_view
 from lightning_regularize.callbacks._base import Regularizer
-from lightning_regularize.callbacks._penalty_methods import (
-    Gradient,
-    Method,
-    Proximal,
-    Rounding,
-    Target,
-    by_dim,
-    parts_of,
-)
+from lightning_regularize.callbacks._penalty_methods import Gradient, Method, Proximal, Target, by_dim, parts_of
+from lightning_regularize.callbacks._rounding import Rounding
 from lightning_regularize.callbacks._weight_groups import Blocks, Heads, InputFeatures, OutputUnits, WeightGroups
 from lightning_regularize.penalties import L1, L2, ElasticNet, GroupLasso, Penalty
 from lightning_regularize.schedules import Constant, Schedule, as_schedule, check_total_steps
@@ -35,7 +28,6 @@ from lightning_regularize.selection import DEFAULT_EXCLUDE
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    import lightning.pytorch as pl
     from torch import Tensor
     from torch.optim import Optimizer
 
@@ -100,10 +92,18 @@ class PenaltyCallback(Regularizer):
         needs_shapes = self.penalty().per_unit
         infos = self.select(run, "nothing to pull at", initialized=needs_shapes)
         self._sharding = run.sharding()
-        has_half = any(info.parameter.dtype in HALF for info in infos)
         self._method.check(run, self, infos)
         self._targets: Targets[Target] = Targets(self._look, self._learn)
-        self.rounding = Rounding(has_half and not self.rounds_at_random, self.method)
+        is_proximal = self.method == "proximal"
+        remedy = "a larger strength" if is_proximal else "rounding='stochastic', which is right in the mean"
+        self.rounded = Rounding(
+            self,
+            infos,
+            who=f"{type(self).__name__}(method={self.method!r})",
+            adds_to_gradients=not is_proximal,
+            remedy=f", or {remedy}",
+            is_constant=isinstance(self.schedule, Constant),
+        )
         self._checked: WeakSet[Optimizer] = WeakSet()
         for optimizer in run.optimizers:
             for leaf in stepping_optimizers(optimizer):
@@ -168,6 +168,7 @@ class PenaltyCallback(Regularizer):
     def before_step(self, step: Step) -> None:
         if step.optimizer not in self._checked:  # made since the last step
             self._check_optimizer(step.optimizer)
+        self._method.before_step(self, step)
 
     def after_step(self, step: Step, *, is_real: bool) -> None:
         if is_real:
@@ -206,18 +207,6 @@ class PenaltyCallback(Regularizer):
         suffix = f" {label}" if (label := self.run.label(watch)) else ""
         total = torch.stack([value.to(values[0].device) for value in values]).sum()
         self.run.log({f"penalty/{self.name}{number}{suffix}": total})
-
-    # -- where weights are of low precision ----------------------------------------------------------------------------
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Once an epoch has passed it is known whether shrinking rounds to nothing."""
-        if isinstance(self.schedule, Constant):
-            self.rounding.warn_if_lost(self)
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.run is not None:
-            self.rounding.warn_if_lost(self)
-        super().on_train_end(trainer, pl_module)
 
 
 @final

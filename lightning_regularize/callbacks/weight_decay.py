@@ -7,11 +7,13 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from weakref import WeakKeyDictionary, WeakSet
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch.optim import AdamW
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_regularize._checks import check_rounding, is_named
-from lightning_regularize._steps.buckets import HALF
+from lightning_regularize._sharding import local_piece
 from lightning_regularize._steps.decaying import Decaying
 from lightning_regularize._steps.group_decay import Given, GroupDecay
 from lightning_regularize._steps.hooks import ATTRIBUTE, Step, hooks_of
@@ -23,13 +25,15 @@ from lightning_regularize._trainer.run import group_labels
 from lightning_regularize._trainer.strategies import check_gradients_are_the_modules, check_weights_are_the_optimizers
 from lightning_regularize.callbacks._arguments import named_errors
 from lightning_regularize.callbacks._base import Regularizer
-from lightning_regularize.callbacks._penalty_methods import Rounding
+from lightning_regularize.callbacks._rounding import Rounding
 from lightning_regularize.callbacks._saved import NUMBER, Value
-from lightning_regularize.decay_methods import METHODS, DecayMethod, Target, check_method
+from lightning_regularize.decay import decay_
+from lightning_regularize.decay_methods import METHODS, DecayMethod, Target, by_strength, check_method
 from lightning_regularize.decay_rules import NO_DECAY, DecayRules, Decision, Setting
 from lightning_regularize.groups import Grouping
 from lightning_regularize.schedules import Constant, Schedule, check_total_steps, timescales_in
 from lightning_regularize.selection import DEFAULT_EXCLUDE, FOREIGN, ParameterInfo, Rule, foreign_info
+from lightning_regularize.step_sizes import knows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
@@ -192,9 +196,17 @@ class WeightDecay(Regularizer):
         self._in_step: dict[Any, list[Target]] = {}  # between the beginning and the end of a step
         # Under automatic optimization a batch ends with the step, and LR schedulers set the next rate before that.
         self._shows_at_end = run.trainer is not None and run.module.automatic_optimization
-        self._has_half = any(info.parameter.dtype in HALF for info in infos)
-        self._is_rounding_warned = False
-        self._lost = Rounding(self._has_half and self.rounding == "nearest", "coupled")
+        is_coupled = self.decay_method.adds_to_gradients
+        at_random = "rounding='stochastic', which is right in the mean"
+        self.rounded = Rounding(
+            self,
+            infos,
+            who=f"WeightDecay(method={self.method!r})",
+            is_constant=all(isinstance(schedule, Constant) for schedule in self.schedules),
+            adds_to_gradients=is_coupled,
+            remedy=f", or {at_random}" if is_coupled else f", or WeightDecay(..., method='decoupled', {at_random})",
+        )
+        self.decay_method.change = self.rounded.change
         self._checked: WeakSet[Any] = WeakSet()
         for optimizer in run.optimizers:
             for leaf in stepping_optimizers(optimizer):
@@ -269,13 +281,7 @@ class WeightDecay(Regularizer):
         found = self.rules.schedules[schedule]
         if found is None:
             return None
-        value: float = ratio * self.run.clock.value(found, group, step) if ratio else 0.0
-        if self._has_half and value and self.rounding == "nearest" and not self._is_rounding_warned:
-            lost = self.decay_method.lost_in_rounding(group, value, self.run.clock.position(group, step).peak_lr)
-            if lost:
-                self._is_rounding_warned = True
-                self.warn(lost)
-        return value
+        return ratio * self.run.clock.value(found, group, step) if ratio else 0.0
 
     def _settings_of(self, optimizer: Any) -> list[list[Setting]]:
         return [[decision.setting for decision in decisions] for decisions in self._targets.of(optimizer)]
@@ -301,12 +307,8 @@ class WeightDecay(Regularizer):
 
     def on_gradients(self, step: Step) -> None:
         if self.decay_method.adds_to_gradients:
-            targets = self._find_decaying(step)
-            changes = functools.partial(self.decay_method.on_gradients, targets, step.scale, step.number)
-            if self._lost.counts_in(self, step):
-                self._lost.measure_coupled(targets, step.scale, changes)
-            else:
-                changes()
+            self.rounded.begin_step(step)
+            self.decay_method.on_gradients(self._find_decaying(step), step.scale, step.number)
         if self._twin is not None and self._twin.optimizer is step.optimizer:  # no hook comes later
             self._twin.update(self._values(step.watch, step.optimizer, step.number))
         if self.run.logs_now():
@@ -322,9 +324,30 @@ class WeightDecay(Regularizer):
         if parts is not None:
             parts.values = values
             hooks_of(leaf).parts = parts  # an optimizer that comes back has new hooks
+        if not self.decay_method.adds_to_gradients:
+            self.rounded.begin_step(step)
+        if self.rounded.is_measured and (self.decay_method.uses_optimizer or self.decay_method.adds_to_gradients):
+            self._measure_step(step)
         if not self.decay_method.uses_optimizer:
             self._in_step[leaf] = self._find_decaying(step)
             self.decay_method.before(leaf, self._in_step[leaf], step.number)
+
+    @torch.no_grad()
+    def _measure_step(self, step: Step) -> None:
+        """What is the optimizer going to round away, of its own decay or of what was added to gradients?"""
+        optimizer, has_decay = step.optimizer, self.decay_method.uses_optimizer
+        for alike in by_strength(self._find_decaying(step)):
+            picked = [alike[i] for i in self.rounded.pick([target.parameter for target in alike])]
+            weights, value, group = [target.parameter for target in picked], alike[0].weight_decay, alike[0].group
+            if has_decay and not knows(optimizer):  # mostly it decays by itself, before its update
+                if not group.get("fused"):  # which rounds once, with the noise of the gradient in it
+                    copies = [local_piece(weight).clone() for weight in weights]
+                    self.rounded.change(functools.partial(decay_, share=alike[0].share), copies)
+                continue
+            is_decoupled = has_decay and (isinstance(optimizer, AdamW) or group.get("decoupled_weight_decay", False))
+            own = {**group, "weight_decay": value} if has_decay else group
+            terms = [value * local_piece(weight).float() for weight in weights]
+            self.rounded.step(optimizer, own, weights, terms, is_decoupled=is_decoupled)
 
     def after_step(self, step: Step, *, is_real: bool) -> None:
         if not self.decay_method.uses_optimizer:
@@ -386,15 +409,6 @@ class WeightDecay(Regularizer):
                     yield d.info, watch, i, float(d.weight_decay(value)), share, d.rule
 
     # -- after training ------------------------------------------------------------------------------------------------
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.run is not None and all(isinstance(schedule, Constant) for schedule in self.schedules):
-            self._lost.warn_if_lost(self)
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.run is not None:
-            self._lost.warn_if_lost(self)
-        super().on_train_end(trainer, pl_module)
 
     def end(self, run: Run) -> None:
         self._twin = None

@@ -65,7 +65,7 @@ MUTANTS = [
         ("if t.parameter.grad is not None] if strength", "] if strength"),
     ),
     *mutants_of(
-        "callbacks/_penalty_methods.py",
+        "callbacks/_rounding.py",
         "tests/training/test_penalties.py::test_a_penalty_in_gradients_of_half_precision_has_its_strength_or_is_warned_of",
         ("_TOLERANCE = 0.05", "_TOLERANCE = 0.5"),
     ),
@@ -205,10 +205,10 @@ MUTANTS = [
         ("self._histogram_bytes += len(drawn) * _BYTES", "pass"),
     ),
     *mutants_of(
-        "callbacks/weight_decay.py",
+        "callbacks/_rounding.py",
         "tests/training/test_decay_methods.py::test_decay_that_is_small_only_while_the_rate_warms_up_is_not",
         # The peak tells whether decay is lost, not the first rate of a warm-up.
-        ("self.run.clock.position(group, step).peak_lr)", "self.run.clock.position(group, step).lr)"),
+        ("at.lr < 0.5 * at.peak_lr", "at.lr < 0.0 * at.peak_lr"),
     ),
     *mutants_of(
         "_trainer/loggers.py",

@@ -295,7 +295,7 @@ def test_a_gradient_that_overflows_is_counted_and_changes_nothing():
 
 def test_decay_that_rounds_to_nothing_is_told():
     make = functools.partial(torch.optim.AdamW, lr=1e-3)
-    with pytest.warns(UserWarning, match=r"lr \* weight_decay is 0.0001 .*rounding='stochastic'"):
+    with pytest.warns(UserWarning, match=r"WeightDecay.* is off by up to .*rounding='stochastic'"):
         fit(Model(make), "bf16-true", WeightDecay(0.1))
 
 

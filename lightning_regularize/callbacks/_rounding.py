@@ -1,0 +1,243 @@
+"""How much of what a callback does is left when half precision has rounded it?"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightning_regularize._sharding import local_tensor
+from lightning_regularize._steps.buckets import HALF
+from lightning_regularize.step_sizes import knows, step_sizes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    from torch.optim import Optimizer
+
+    from lightning_regularize._steps.hooks import Step
+    from lightning_regularize.callbacks._base import Regularizer
+    from lightning_regularize.selection import ParameterInfo
+
+_TOLERANCE = 0.05  # what may be lost, or gained, of a strength before a warning says so
+_STEPS = (0, 1, 4, 7, 12)  # measured first; not all of the first ones, since weights stay where nothing moves them
+_EVERY = 50  # then one step of so many is measured
+_MOST = 2**22  # elements measured in one call, at least one tensor: each costs up to ten numbers of memory
+_LOOP = 500  # steps after which a loop of unknown length is judged, since nobody says that it has ended
+
+
+class Rounding:
+    """Measures, in a few steps, what happens to half-precision tensors beside the same in float32.
+
+    Nothing waits for the device before :meth:`judge`.
+
+    Args:
+        owner: Whose strength may be lost.
+        infos: What it acts on.
+        who: The owner, and what of it, for the warning.
+        is_constant: Is the strength the same in all steps? If not, it is judged when training ends.
+        adds_to_gradients: Does it act through gradients? Then the optimizer rounds it once more, in its own step.
+        remedy: What helps beside float32 weights: ", or ...". For what goes through gradients, it helps in their sum.
+    """
+
+    def __init__(
+        self,
+        owner: Regularizer,
+        infos: Iterable[ParameterInfo],
+        *,
+        who: str,
+        is_constant: bool,
+        adds_to_gradients: bool = False,
+        remedy: str = "",
+    ) -> None:
+        self._owner, self._who, self._remedy, self._is_constant = owner, who, remedy, is_constant
+        self._adds_to_gradients = adds_to_gradients
+        self._is_done = not any(info.parameter.dtype in HALF for info in infos)
+        self._is_judged = False
+        self._first: int | None = None
+        self._has_peaked = False  # has a learning rate been near its peak?
+        self._calls = 0
+        # Of each list of tensors that change together: how far they should have gone, and what of that is off.
+        self._totals: dict[tuple[str, int, int, torch.device], Tensor] = {}
+        self._optimizer = 0
+        self.is_measured = False
+        """Is the step under way one to measure?"""
+
+    def begin_step(self, step: Step) -> None:
+        """Decide whether to measure this step; in a loop without a Trainer, judge when it is time."""
+        self.is_measured, self._calls, self._optimizer = False, 0, id(step.optimizer)
+        if self._is_done:
+            return
+        self._first = step.number if self._first is None else self._first
+        seen, run = step.number - self._first, self._owner.run
+        if run.trainer is None:
+            if seen > _STEPS[-1]:
+                self.judge_early()
+            if step.number + 1 == run.clock.total_steps or (math.isinf(run.clock.total_steps) and seen == _LOOP):
+                self.judge()
+                return
+        self.is_measured = seen in _STEPS or seen % _EVERY == 0
+        if self.is_measured and not self._has_peaked:
+            positions = [run.clock.position(group, step.number) for group in step.optimizer.param_groups]
+            self._has_peaked = not all(at.lr < 0.5 * at.peak_lr for at in positions)  # NaN where none is known
+
+    # -- measuring -----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def change(
+        self, change: Callable[..., None], tensors: Sequence[Tensor], *columns: Sequence[Any], together: bool = False
+    ) -> None:
+        """Call ``change(tensors, *columns)``, where a column has an entry for each tensor, and measure what it does.
+
+        Args:
+            change: What changes the tensors.
+            tensors: What is changed.
+            columns: The other arguments.
+            together: Does the change of one tensor depend on the others? Then all are measured.
+        """
+        picked = self.pick(tensors, together=together)
+        if not picked:
+            change(tensors, *columns)
+            return
+        before = [local_tensor(tensors[i]).float() for i in picked]
+        wide = [tensors[i].detach().float() for i in picked]
+        change(wide, *[[_widened(column[i]) for i in picked] for column in columns])
+        change(tensors, *columns)
+        asked = [local_tensor(w) - b for w, b in zip(wide, before, strict=True)]
+        errors = [local_tensor(tensors[i]).float() - local_tensor(w) for i, w in zip(picked, wide, strict=True)]
+        self._add("change", asked, errors)
+
+    @torch.no_grad()
+    def step(
+        self,
+        optimizer: Optimizer,
+        group: dict[str, Any],
+        weights: Sequence[Tensor],
+        terms: Sequence[Tensor],
+        *,
+        is_decoupled: bool = False,
+    ) -> None:
+        """Measure what the step that begins is going to round away, by the same step of copies in both precisions.
+
+        Args:
+            optimizer: One that :mod:`~lightning_regularize.step_sizes` knows; of others nothing is measured.
+            group: The group of all ``weights``, with the settings for them.
+            weights: Parameters of half precision with gradients.
+            terms: What of each gradient is the owner's, in float32, or of each weight where that decays by itself.
+            is_decoupled: Does the optimizer subtract ``terms``, times its rate, without having them in its averages?
+        """
+        if not weights or not knows(optimizer):
+            return
+        in_half, rounded = _step_of_copies(optimizer, group, weights, torch.Tensor.clone)
+        in_float32, wide = _step_of_copies(optimizer, group, weights, _in_float32)
+        if is_decoupled:
+            lengths = [group["lr"] for _ in wide]
+        else:
+            lengths = [size.lengths() for size in step_sizes(in_float32, group, wide) if size is not None]
+        asked = [-(n * local_tensor(t).view_as(w)) for n, t, w in zip(lengths, terms, wide, strict=True)]
+        self._add("step", asked, [r.float() - w for r, w in zip(rounded, wide, strict=True)])
+        # Averages of gradients are rounded as well: in bfloat16 that of Adam's squares stands still with beta 0.999.
+        for name in () if is_decoupled else _averages(optimizer.state[weights[0]]):
+            start = [local_tensor(optimizer.state[weight][name]).float() for weight in weights]
+            ends = [in_float32.state[w][name] for w in wide]
+            asked = [end - average for end, average in zip(ends, start, strict=True)]
+            found = [in_half.state[r][name].float() for r in rounded]
+            self._add("step", asked, [f - end for f, end in zip(found, ends, strict=True)])
+
+    def pick(self, tensors: Sequence[Tensor], *, together: bool = False) -> list[int]:
+        """The numbers of the tensors to measure: small ones of half precision, the same on all ranks; none mostly."""
+        halves = [i for i, tensor in enumerate(tensors) if tensor.dtype in HALF] if self.is_measured else []
+        if together and halves:
+            return list(range(len(tensors)))
+        picked: list[int] = []
+        left = _MOST
+        for i in sorted(halves, key=lambda i: tensors[i].numel()):
+            left -= tensors[i].numel()
+            if picked and left < 0:
+                break
+            picked.append(i)
+        return picked
+
+    def _add(self, what: str, asked: Sequence[Tensor], errors: Sequence[Tensor]) -> None:
+        """Sum up, of each tensor, the length of what was asked, and the error along that."""
+        self._calls += 1
+        for ask, error in zip(asked, errors, strict=True):
+            length = torch.linalg.vector_norm(ask)
+            row = torch.stack([length, (error * (ask / length)).sum()])
+            row = row.where(row.isfinite().all(), 0.0)  # nothing was asked, or a GradScaler skips the step
+            total = self._totals.setdefault((what, self._optimizer, self._calls, row.device), torch.zeros_like(row))
+            total += row
+
+    # -- judging -------------------------------------------------------------------------------------------------------
+
+    def judge_early(self) -> None:
+        """After the first epoch that reaches a learning rate: where the strength is the same in all epochs."""
+        if not self._is_done and not self._is_judged and self._is_constant and self._has_peaked:
+            self._is_judged = True
+            self._warn_if_lost()
+
+    def judge(self) -> None:
+        """When training ends."""
+        if not self._is_done:
+            self._warn_if_lost()
+            self._is_done = True
+
+    def _warn_if_lost(self) -> None:
+        """Warn if the strength is another one by more than 5 %; with a Trainer all ranks should take part."""
+        run = self._owner.run
+        worst: dict[str, float] = {"change": 0.0, "step": 0.0}
+        for (what, *_), total in self._totals.items():
+            length, error = total.tolist()
+            if length and abs(error / length) > abs(worst[what]):
+                worst[what] = error / length
+        both = abs((1 + worst["change"]) * (1 + worst["step"]) - 1)
+        off = [min(number, 1.0) for number in (both, abs(worst["change"]), abs(worst["step"]))]
+        if run.trainer is not None:
+            off = [run.largest(number) for number in off]
+        largest = max(off)
+        if largest <= _TOLERANCE:
+            return
+        self._is_done = True
+        changed = "when it is added to half-precision gradients" if self._adds_to_gradients else "with the weights"
+        found = zip((changed, "in the optimizer's step of the weights"), off[1:], strict=True)
+        places = [place for place, number in found if number > _TOLERANCE / 2.1]  # which one of them is
+        remedy = self._remedy if not self._adds_to_gradients or places == [changed] else ""
+        if self._adds_to_gradients and len(places) == 2:
+            remedy = "; rounding='stochastic' helps with the gradients alone"
+        self._owner.warn(
+            f"{self._who} is off by up to {largest:.0%} of its strength here: it is rounded {' and '.join(places)}. "
+            f"Use float32 weights with precision='bf16-mixed'{remedy}."
+        )
+
+
+def _widened(entry: Any) -> Any:
+    return entry.detach().float() if isinstance(entry, Tensor) and entry.dtype in HALF else entry
+
+
+def _averages(state: Mapping[str, Any]) -> list[str]:
+    return [name for name, value in state.items() if isinstance(value, Tensor) and value.dtype in HALF]
+
+
+def _in_float32(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in HALF else tensor.clone()
+
+
+def _step_of_copies(
+    optimizer: Optimizer, group: dict[str, Any], weights: Sequence[Tensor], copy: Callable[[Tensor], Tensor]
+) -> tuple[Optimizer, list[Tensor]]:
+    """What torch's own step makes of copies of some weights, of their gradients and their state."""
+    kind: Any = next(base for base in type(optimizer).__mro__ if base.__module__.startswith("torch.optim."))
+    copies = [copy(local_tensor(weight)) for weight in weights]
+    twin: Optimizer = kind([{**group, "params": copies}], lr=group["lr"])
+    for weight, own in zip(weights, copies, strict=True):
+        own.grad = None if weight.grad is None else copy(local_tensor(weight.grad))
+        state = optimizer.state.get(weight, {})
+        twin.state[own] = {k: copy(local_tensor(v)) if isinstance(v, Tensor) else v for k, v in state.items()}
+    for name in ("grad_scale", "found_inf"):  # where a GradScaler leaves it to a fused step to unscale
+        if hasattr(optimizer, name):
+            setattr(twin, name, getattr(optimizer, name))
+    inspect.unwrap(kind.step)(twin)  # without the hooks that torch lets anyone add to all optimizers
+    return twin, copies
