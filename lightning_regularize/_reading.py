@@ -18,6 +18,7 @@ from lightning_regularize.norms import (
     change_sums,
     copies,
     counts_at_most,
+    distance_sums,
     element_sums,
     nonfinite_counts,
     power_sums,
@@ -105,6 +106,11 @@ class Reading:
             self._columns["max" if math.isinf(self._norm_type) else "sum"]["gradient_power"] = powers
         sizes = torch.tensor([gradient.numel() for gradient in filled], dtype=powers.dtype)
         self._columns["sum"]["gradient_size"] = sizes.to(powers.device, non_blocking=True)
+
+    def read_distances(self, start: Sequence[Tensor]) -> None:
+        """Sums over the differences of the weights from what this rank holds of others."""
+        distances = distance_sums(self._weights, start, self._norm_type)
+        self._columns["max" if math.isinf(self._norm_type) else "sum"]["distance_power"] = distances
 
     def read_spectra(self, is_matrix: Sequence[bool]) -> None:
         """The squared largest singular values of what is a matrix; each is gathered first."""

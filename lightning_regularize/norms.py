@@ -13,11 +13,11 @@ from torch import Tensor
 
 from lightning_regularize._checks import is_number
 from lightning_regularize._rows import Rows, dense_pieces, per_tensor, rows_of, wide
-from lightning_regularize._sharding import Sharding
+from lightning_regularize._sharding import Sharding, local_piece
 from lightning_regularize._steps.buckets import HALF, buckets, scratch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Hashable, Iterable, Sequence
 
 _STEPS = 32  # of the bidiagonalization: its error for a Gaussian matrix of any size is then about 1e-3 or less
 
@@ -289,6 +289,42 @@ def copies(tensors: Sequence[Tensor]) -> list[Rows]:
         )  # rows of half precision are float32
         kept.append(rows._replace(values=memory.copy_(rows.values)))
     return kept
+
+
+@torch.no_grad()
+def distance_sums(tensors: Sequence[Tensor], others: Sequence[Tensor], norm_type: float) -> Tensor:
+    r"""The sum :math:`\sum_i |x_i - y_i|^p` over the local elements of each pair, with differences in float64.
+
+    Args:
+        tensors: Of any layout and dtype; DTensors welcome.
+        others: For each of them a dense tensor of the shape of its local piece, perhaps of another dtype.
+        norm_type: ``p``; for infinity the largest magnitude.
+
+    Returns:
+        As :func:`power_sums`.
+    """
+    pairs = []
+    for tensor, other in zip(map(local_piece, tensors), others, strict=True):
+        dense = tensor if tensor.layout is torch.strided else tensor.to_dense()
+        other = other.to(dense.device)
+        # Elements are compared in the order in which they lie in memory.
+        alike = dense.stride() == other.stride()
+        pairs.append((dense, other) if alike else (dense.contiguous(), other.contiguous()))
+    pieces = dense_pieces([dense for dense, _ in pairs], keeps_complex=True)
+    then = dense_pieces([other for _, other in pairs], keeps_complex=True)
+    alike_in: dict[Hashable, list[int]] = {}  # dtypes and device, so that both sides are arranged in the same rows
+    for i, (piece, other) in enumerate(zip(pieces, then, strict=True)):
+        alike_in.setdefault((piece.dtype, other.dtype, piece.device), []).append(i)
+    found = []
+    for indices in alike_in.values():
+        rows_then = rows_of([then[i] for i in indices])
+        for rows in rows_of([pieces[i] for i in indices]):
+            dtype = torch.complex128 if rows.values.is_complex() else wide(rows.values.device)
+            change = scratch(rows.values, dtype=dtype, slot="change").copy_(rows.values)
+            change.sub_(next(rows_then).values)
+            found.append((rows._replace(indices=[indices[i] for i in rows.indices]), _row_norms(change, norm_type)))
+    op: Literal["sum", "amax"] = "amax" if math.isinf(norm_type) else "sum"
+    return per_tensor(found, pieces, op, exponent=2 if norm_type == 2 else 1)
 
 
 @torch.no_grad()

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     Sums = Mapping[str, Tensor]
     """By name, over the elements :math:`w` of each part, their gradients :math:`g` and changes :math:`\\delta`:
 
-    ``weight_power``, ``gradient_power``, ``update_power``
-        :math:`\\sum |x|^p`, or the largest magnitude.
+    ``weight_power``, ``gradient_power``, ``update_power``, ``distance_power``
+        :math:`\\sum |x|^p`, or the largest magnitude; the last of :math:`w - w_0`, from the start of training.
     ``weight_square``, ``update_square``
         :math:`\\sum x^2`.
     ``gradient_sum``, ``gradient_square``
@@ -284,6 +284,7 @@ QUANTITIES: dict[str, Quantity] = {
         lambda s: s["weight_square"] != 0,
         lambda s, _: (s["expected_turn"] / s["expected_square"]).sqrt(),
     ),
+    "distance": Quantity("distance", frozenset({"distance_power"}), _norm("distance")),
     "sparsity": Quantity("sparsity", frozenset({"zeros"}), lambda s, _: s["zeros"] / s["size"], _has_elements),
     "stable_rank": Quantity(
         "stable_rank",

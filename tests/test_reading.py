@@ -76,6 +76,8 @@ def read(shapes, quantities, *, norm_type=2.0, dtype=torch.float32):
         reading.read_weights()
         if "gradient" in quantities:
             reading.read_gradients(gradients, None)
+        if "distance" in quantities:
+            reading.read_distances(gradients)
         reading.keep_weights()
         reading.read_changes()
         assert not seen.transfers

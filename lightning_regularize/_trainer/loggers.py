@@ -138,7 +138,10 @@ def define_step_axis(loggers: Iterable[Any], quantities: Iterable[str]) -> None:
 
 def _as_files(scalars: Mapping[str, float]) -> dict[str, float]:
     """With keys of which none lies below another: MLflow's file store makes a file of each, and folders on the way."""
-    return {key.replace("/expected", " expected"): value for key, value in scalars.items()}
+    return {
+        key.replace("/expected", " expected").replace("/spike_score", " spike_score"): value
+        for key, value in scalars.items()
+    }
 
 
 def _add_histogram(writer: Any, key: str, histogram: Histogram, step: int) -> None:

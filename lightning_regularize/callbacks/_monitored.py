@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from lightning_regularize import group_settings
 from lightning_regularize._sharding import is_elsewhere, local_tensor
@@ -100,22 +101,21 @@ class Monitored:
 
     def _list(self) -> None:
         self._weights = list(self._targets)
+        self._lazy = [weight for weight in self._weights if is_lazy(weight.info.parameter)]
         self._sources = [source for weight in self._weights for source in weight.recipe.sources.values()]
-
-    def trainable(self) -> list[UsedWeight]:
-        """The weights that rules select and that are trained, of all optimizers."""
-        return [weight for weight in self._weights if weight.is_trainable]
 
     def of(self, watch: Watch) -> Table:
         """What is read of the weights of an optimizer."""
         versions = [held_by(leaf).look(leaf.param_groups) for leaf in watch.leaves]
         state = self._state(watch, versions)
         known = self._tables.get(watch.index)
-        if known is not None and known[0] == state and all(weight.is_up_to_date for weight in self._weights):
+        ready = [weight for weight in self._lazy if not is_lazy(weight.info.parameter)]
+        is_known = known is not None and known[0] == state and not ready
+        if known is not None and is_known and all(weight.is_up_to_date for weight in self._weights):
             return known[1]
         for leaf in watch.leaves:  # layers may have been replaced
             self._targets.of(leaf)
-        if outdated := [weight for weight in self._targets if not weight.is_up_to_date]:
+        if outdated := ready + [weight for weight in self._targets if not weight.is_up_to_date]:
             for weight in outdated:
                 self._targets.forget(weight.stored.parameter)
             self._targets.refresh()
@@ -131,7 +131,7 @@ class Monitored:
         return watch.leaves, versions, len(self._run.watches), are_trained, are_elsewhere
 
     def _rows(self, watch: Watch) -> list[Row]:
-        trainable = self.trainable()
+        trainable = [weight for weight in self._weights if weight.is_trainable and weight not in self._lazy]
         readable = [weight for weight in trainable if not is_elsewhere(weight.info.parameter)]
         if len(readable) < len(trainable):
             self._monitor.warn(

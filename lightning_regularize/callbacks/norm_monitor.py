@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-import re
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 
-from lightning_regularize import group_settings, quantities
-from lightning_regularize._checks import check_number, check_positive_integer
+from lightning_regularize import group_settings
+from lightning_regularize._checks import check_number, check_positive_integer, is_number
 from lightning_regularize._reading import Reading
 from lightning_regularize._sharding import gradient_of
 from lightning_regularize._trainer import loggers
 from lightning_regularize._trainer.run import logs_now
-from lightning_regularize._trainer.strategies import hides_gradients
+from lightning_regularize._trainer.strategies import check_not_flat, hides_gradients
 from lightning_regularize._used import used_weights
 from lightning_regularize.callbacks._base import Regularizer
+from lightning_regularize.callbacks._logged import NONFINITE, LoggedValues
 from lightning_regularize.callbacks._monitored import Monitored, settings_of
-from lightning_regularize.histograms import BINS
+from lightning_regularize.callbacks._saved import Value
+from lightning_regularize.callbacks._start import Start
 from lightning_regularize.norms import check_norm_type
 from lightning_regularize.quantities import QUANTITIES, check_quantities, needed_sums
 from lightning_regularize.selection import require_matches
+from lightning_regularize.spikes import SpikeScores
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,15 +36,13 @@ if TYPE_CHECKING:
     from lightning_regularize._steps.watch import Watch
     from lightning_regularize._used import Piece
     from lightning_regularize.callbacks._monitored import Row, Table
+    from lightning_regularize.callbacks._saved import Layout
     from lightning_regularize.histograms import Histogram
     from lightning_regularize.selection import Rule
 
 _DETAILS = ("total", "group", "module", "parameter")
-_TOTAL = re.compile(r"(optimizer\d+ )?total")  # parts of the model may be called so as well
-_NONFINITE = ("gradient_nonfinite", "weight_nonfinite")
 # Keys that come with quantities.
-_BESIDE = (*_NONFINITE, "below_threshold", "timescale_epochs", "weight_histogram", "gradient_histogram")
-_BYTES = 16 * BINS  # of a histogram on disk: a count and an edge a bin
+_BESIDE = (*NONFINITE, "below_threshold", "timescale_epochs", "weight_histogram", "gradient_histogram")
 
 
 class _Read(NamedTuple):
@@ -84,6 +83,7 @@ class WeightNormMonitor(Regularizer):
     ``update``           update_norm         norm of what the step changes; 0 if a GradScaler skips it
     ``ratio``            ratio               update norm over weight norm; about 1e-3 is healthy
     ``angle``            angle               angle between the weights before and after the step, in radians
+    ``distance``         distance            norm of what the weights have moved since the start of training
     ``sparsity``         sparsity            share of exact zeros
     ``stable_rank``      stable_rank         :math:`\lVert W\rVert_F^2 / \sigma_1^2`, of matrices (kernels flattened)
     ``spectral_norm``    spectral_norm       :math:`\sigma_1`, the largest singular value, of matrices
@@ -99,7 +99,9 @@ class WeightNormMonitor(Regularizer):
 
     Most cost one read of weights or gradients; ``update``, ``ratio`` and ``angle`` keep a copy of the weights
     during a logged step, and ``stable_rank`` and ``spectral_norm`` read each matrix 64 times and gather it
-    where it is sharded.
+    where it is sharded. ``distance`` keeps a copy of the weights all the time, and whole in checkpoints, so that a
+    resumed run has the same one; a weight that is new to an optimizer, is unfrozen or replaces another one is measured
+    from where it was when it came. Where FSDP1 or ZeRO-3 cuts weights into flat pieces, ``distance`` is refused.
 
     Args:
         every_n_steps: Period in batches that step; None logs on the very steps on which Lightning logs.
@@ -118,6 +120,12 @@ class WeightNormMonitor(Regularizer):
             decay of the step, for weights before a norm. Of AdamW and Lion it is known for ``weight``, ``rms``,
             ``update``, ``ratio`` and ``angle``; of SGD as well if ``gradient`` is among the quantities. What does not
             decay counts as measured.
+        spike_score: Whether to log ``<quantity>/<total>/spike_score`` too (in MLflow with a space before the last
+            word): by how many standard deviations a total lies above the mean of its last 128 logged values that are
+            finite, without itself. It begins when there are 16 of these, and is left out where they are all the same
+            or the total is not finite. The values are in checkpoints.
+        start_in_bfloat16: Whether ``distance`` keeps the start in bfloat16, which is half the memory of float32 and
+            adds up to 0.2 % of the norm of the start to what is measured.
         max_keys: Details logged a step at most; what is left out is told.
         max_histogram_megabytes: Histograms end, with a warning, when a run has drawn about so much.
 
@@ -134,6 +142,11 @@ class WeightNormMonitor(Regularizer):
         Kosson et al., Rotational Equilibrium, ICML 2024, https://arxiv.org/abs/2305.17212, for what is expected.
     """
 
+    state_layouts: ClassVar[dict[str, Layout]] = {
+        "spikes": {"*": [Value("a finite number", lambda value: is_number(value) and math.isfinite(value))]},
+        "start": {"*": Value("a dense tensor", lambda v: isinstance(v, torch.Tensor) and v.layout is torch.strided)},
+    }
+
     def __init__(
         self,
         *,
@@ -146,6 +159,8 @@ class WeightNormMonitor(Regularizer):
         exclude: Sequence[Rule] = (),
         threshold: float | None = None,
         expected: bool = False,
+        spike_score: bool = False,
+        start_in_bfloat16: bool = False,
         max_keys: int = 2000,
         max_histogram_megabytes: float = 100.0,
     ) -> None:
@@ -158,7 +173,8 @@ class WeightNormMonitor(Regularizer):
         threshold = None if threshold is None else check_number(threshold, "`threshold`")
         if not check_number(max_histogram_megabytes, "`max_histogram_megabytes`"):
             raise ValueError("`max_histogram_megabytes` should be positive, got 0.")
-        for name, flag in (("histograms", histograms), ("expected", expected)):
+        flags = {"histograms": histograms, "expected": expected, "spike_score": spike_score}
+        for name, flag in {**flags, "start_in_bfloat16": start_in_bfloat16}.items():
             if not isinstance(flag, bool):
                 raise TypeError(f"`{name}` should be True or False, got {flag!r}.")
         self.detail = detail
@@ -166,6 +182,10 @@ class WeightNormMonitor(Regularizer):
         self.histograms = histograms
         self.threshold = threshold
         self.expected = expected
+        if start_in_bfloat16 and "distance" not in self.quantities:
+            raise ValueError("`start_in_bfloat16` is for 'distance', which is not among `quantities`: add it.")
+        self.spike_score = spike_score
+        self.start_in_bfloat16 = start_in_bfloat16
         self.max_keys = check_positive_integer(max_keys, "`max_keys`")
         self.max_histogram_megabytes = max_histogram_megabytes
         self._needs = needed_sums(self.quantities, expected=expected, below=threshold is not None)
@@ -177,7 +197,6 @@ class WeightNormMonitor(Regularizer):
         self._seen: set[int] = set()  # indices of optimizers that stepped
         self._batches = 0
         self._readings: dict[int, _Read] = {}
-        self._histogram_bytes = 0
         trainer = run.trainer
         if trainer is None:
             raise TypeError("WeightNormMonitor logs to the loggers of a Trainer, and cannot be attached without one.")
@@ -200,6 +219,19 @@ class WeightNormMonitor(Regularizer):
         except ValueError as error:
             raise ValueError(f"WeightNormMonitor: {error}") from error
         self._monitored = Monitored(self, run)
+        self._values = LoggedValues(self, run, SpikeScores(self._saved.get("spikes", {})))
+        self._origin: Start | None = None
+        if "distance" in self.quantities:
+            check_not_flat(self._monitored.sharding, list(run.root.parameters()), "WeightNormMonitor's `distance`")
+            saved = self._saved.get("start", {})
+            self._origin = Start(saved, in_bfloat16=self.start_in_bfloat16)
+            self._of_start: dict[int, Table] = {}  # what was looked at, by the index of an optimizer
+            missing = [name for watch in run.watches for name in self._keep_start(watch)]
+            if missing and any(watch.steps for watch in run.watches):
+                self.warn(
+                    f"WeightNormMonitor finds no start of {len(missing)} weights such as {missing[0]!r} in the "
+                    "checkpoint: their `distance` is from where they are now."
+                )
         if run.trainer.is_global_zero:
             keys = [QUANTITIES[quantity].key for quantity in self.quantities]
             loggers.define_step_axis(run.trainer.loggers, [*keys, *_BESIDE])
@@ -207,6 +239,8 @@ class WeightNormMonitor(Regularizer):
     def on_gradients(self, step: Step) -> None:
         """Gradients are complete here, and not yet clipped."""
         watch, trainer = step.watch, self.run.trainer
+        if self._origin is not None:
+            self._keep_start(watch)
         self._seen.add(watch.index)
         # LBFGS evaluates its closure again: the first time counts.
         if logs_now(trainer, self.every_n_steps) and watch.index not in self._readings:
@@ -214,6 +248,14 @@ class WeightNormMonitor(Regularizer):
             table = self._monitored.of(watch)
             settings = settings_of(table.rows, trainer, watch) if self._needs_settings else None
             self._readings[watch.index] = _Read(watch, table, self._read(table, step), settings)
+
+    def _keep_start(self, watch: Watch) -> list[str]:
+        """Keep the start of weights that are new, before they move; see :meth:`Start.keep`."""
+        table = self._monitored.of(watch)
+        if self._origin is None or self._of_start.get(watch.index) is table:
+            return []
+        self._of_start[watch.index] = table
+        return self._origin.keep([row.weight for row in table.rows if row.stands_for_weight])
 
     def after_step(self, step: Step, *, is_real: bool) -> None:
         """Of several inner optimizers the last one completes the change."""
@@ -240,10 +282,11 @@ class WeightNormMonitor(Regularizer):
             sums, pictures = reading.sums(own)
             sums |= group_settings.known_sums(sums, reading.sizes, settings, self.norm_type, expected=self.expected)
             self._warn_of_unknown_rules(table.rows, settings, sums)
-            totals |= self._totals(watch, sums)
-            details |= self._details(watch, table, sums, taken)
+            totals |= self._values.totals(watch, sums)
+            details |= self._values.details(watch, table, sums, taken)
             drawn |= pictures
-        loggers.gather(trainer, totals, details=self._at_most(details), histograms=self._affordable(drawn))
+        details, drawn = self._values.at_most(details), self._values.affordable(drawn)
+        loggers.gather(trainer, totals, details=details, histograms=drawn)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Tell of optimizers that never stepped on a batch that is logged, or at all."""
@@ -267,6 +310,10 @@ class WeightNormMonitor(Regularizer):
     def end(self, run: Run) -> None:
         self._readings = {}
 
+    def save(self) -> dict[str, Any]:
+        state: dict[str, Any] = {"spikes": self._values.spikes.values()} if self.spike_score else {}
+        return state if self._origin is None else {**state, "start": self._origin.save()}
+
     # -- on what -----------------------------------------------------------------------------------------------------
 
     def _read(self, table: Table, step: Step) -> Reading:
@@ -287,6 +334,8 @@ class WeightNormMonitor(Regularizer):
             reading.read_gradients(gradients, step.scale)
             if self.histograms:
                 reading.draw("gradient", gradients, step.scale)
+        if self._origin is not None:
+            reading.read_distances(self._origin.of(rows, pieces))
         if "spectral_square" in self._needs:
             reading.read_spectra([self._is_matrix(row, piece) for row, piece in zip(rows, pieces, strict=True)])
         reading.keep_weights()
@@ -316,70 +365,3 @@ class WeightNormMonitor(Regularizer):
                 f"WeightNormMonitor: no expected values are known for weights that {rules} decays. Only measured "
                 "values of them are logged."
             )
-
-    # -- under which names -------------------------------------------------------------------------------------------
-
-    def _totals(self, watch: Watch, sums: dict[str, Tensor]) -> dict[str, float]:
-        """The values of all parameters of an optimizer together, by key."""
-        count = len(sums["size"])
-        if not count:
-            self.warn(
-                f"WeightNormMonitor logs nothing of optimizer {watch.index}: it holds no parameter that is watched."
-            )
-            return {}
-        total = quantities.combined(sums, [0] * count, 1, self.norm_type)
-        part = f"{label} total" if (label := self.run.label(watch)) else "total"
-        values = self._values([part], total)
-        counted = {name: total[name].tolist()[0] for name in ("gradient_size", *_NONFINITE) if name in total}
-        if counted.get("gradient_size") == 0:
-            self.warn("WeightNormMonitor logs no gradient norm: no parameter that it watches has a gradient.")
-            del counted["gradient_nonfinite"]
-        if counted.get("weight_nonfinite") == 0:
-            del counted["weight_nonfinite"]
-        return values | {f"{name}/{part}": counted[name] for name in _NONFINITE if name in counted}
-
-    def _details(self, watch: Watch, table: Table, sums: dict[str, Tensor], taken: set[str]) -> dict[str, float]:
-        """The values of the parts that ``detail`` asks for, by key; ``taken`` are parts of other optimizers."""
-        if self.detail == "total":
-            return {}
-        part_of = table.parts(self.detail, watch.optimizer, self.run.label(watch))
-        parts = list(dict.fromkeys(part for part in part_of if part is not None))
-        if not parts:
-            return {}
-        places: dict[str | None, int] = {part: i for i, part in enumerate(parts)}
-        index = [places.get(part, len(parts)) for part in part_of]  # the last is of no part
-        of_parts = quantities.combined(sums, index, max(index) + 1, self.norm_type)
-        parts = [f"{part} ({self.detail})" if _TOTAL.fullmatch(part) else part for part in parts]
-        labels = [f"{self.run.label(watch)} {part}" if part in taken else part for part in parts]
-        taken |= set(parts)
-        return self._values(labels, {name: values[: len(parts)] for name, values in of_parts.items()})
-
-    def _values(self, parts: list[str], sums: dict[str, Tensor]) -> dict[str, float]:
-        """The quantities of parts by key, without those that a part does not have."""
-        batches, accumulated = self.run.trainer.num_training_batches, self.run.trainer.accumulate_grad_batches
-        steps = batches if math.isinf(batches) else math.ceil(batches / accumulated)
-        found = quantities.values_of(
-            sums, self.quantities, norm_type=self.norm_type, expected=self.expected, steps_per_epoch=steps
-        )
-        return quantities.by_key(found, parts)
-
-    # -- within limits -----------------------------------------------------------------------------------------------
-
-    def _at_most(self, details: dict[str, float]) -> dict[str, float]:
-        if len(details) > self.max_keys:
-            self.warn(
-                f"WeightNormMonitor logs {self.max_keys} of {len(details)} keys a step: "
-                "ask for less `detail`, `include` less, or raise `max_keys`."
-            )
-            return dict(itertools.islice(details.items(), self.max_keys))
-        return details
-
-    def _affordable(self, drawn: dict[str, Histogram]) -> dict[str, Histogram]:
-        if drawn and self._histogram_bytes + len(drawn) * _BYTES > self.max_histogram_megabytes * 1e6:
-            self.warn(
-                f"WeightNormMonitor draws no more histograms: there are {self._histogram_bytes / 1e6:.0f} MB of them. "
-                "Draw them more rarely, `include` less, or raise `max_histogram_megabytes`."
-            )
-            return {}
-        self._histogram_bytes += len(drawn) * _BYTES
-        return dict(itertools.islice(drawn.items(), self.max_keys))

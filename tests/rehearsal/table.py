@@ -48,7 +48,7 @@ class Row:
         return {"is_attention": True} if self.is_attention else {}
 
 
-_ALL_BUT_SPECTRA = ("weight", "rms", "gradient", "update", "ratio", "angle", "sparsity", "effective_decay")
+_ALL_BUT_SPECTRA = ("weight", "rms", "gradient", "update", "ratio", "angle", "distance", "sparsity", "effective_decay")
 
 ROWS = (
     # torch's foreach AdamW launches seven kernels for a group without weight decay, so that groups made by hand cost

@@ -403,7 +403,7 @@ def monitor(**options):
     return lambda: [WeightDecay(Linear(0.1, 0.9)), WeightNormMonitor(detail="parameter", **options)]
 
 
-SHARDED = tuple(quantity for quantity in QUANTITIES if quantity not in ("stable_rank", "spectral_norm"))
+SHARDED = tuple(quantity for quantity in QUANTITIES if quantity not in ("stable_rank", "spectral_norm", "distance"))
 
 ROWS = {
     "WeightDecay": Row("`WeightDecay` with a schedule, exclusion and factors", decay("optimizer")),
