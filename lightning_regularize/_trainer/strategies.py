@@ -129,15 +129,15 @@ def check_activations_are_whole(trainer: pl.Trainer, owner: str) -> None:
 
 
 def check_not_flat(sharding: Sharding, parameters: list[nn.Parameter], owner: str) -> None:
-    """Refuse FSDP1, which shows 1-D pieces that are cut anywhere.
+    """Refuse FSDP1 and ZeRO-3, which show 1-D pieces that are cut anywhere.
 
     Raises:
         MisconfigurationException: Some parameter is such a piece.
     """
     if any(sharding.is_flat(parameter) for parameter in parameters):
         raise MisconfigurationException(
-            f"{owner} needs whole weights, and FSDP1 cuts them anywhere: use ModelParallelStrategy with fully_shard "
-            "(FSDP2)."
+            f"{owner} needs whole weights, and FSDP1 and ZeRO-3 cut them anywhere: use ModelParallelStrategy with "
+            "fully_shard (FSDP2)."
         )
 
 

@@ -480,13 +480,15 @@ ROWS = {
     "Hyperball": Row("`Hyperball`", lambda: [WeightDecay(0.0), Hyperball()]),
     "DropoutSchedule": Row("`DropoutSchedule`", lambda: [DropoutSchedule(Linear(0.5, 0.0))]),
     "WeightNormMonitor": Row(
-        "`WeightNormMonitor`, all but `stable_rank`, `spectral_norm`", monitor(quantities=SHARDED, threshold=0.1)
+        "`WeightNormMonitor`, all but `stable_rank`, `spectral_norm`, `distance`",
+        monitor(quantities=SHARDED, threshold=0.1),
     ),
     "WeightNormMonitor inf": Row(
         "`WeightNormMonitor(norm_type=math.inf)`",
         monitor(quantities=("weight", "gradient", "update"), norm_type=torch.inf),
     ),
     "stable_rank": Row('`WeightNormMonitor(quantities=["stable_rank"])`', monitor(quantities=("stable_rank",))),
+    "distance": Row('`WeightNormMonitor(quantities=["distance"])`', monitor(quantities=("distance",))),
     "RegularizationSummary": Row(
         "`RegularizationSummary`", lambda: [WeightDecay(Cosine(0.1, 0.9)), RegularizationSummary()]
     ),
@@ -525,6 +527,7 @@ ZERO_GRADIENTS = refused("keeps to itself: use DDP, FSDP2 (ModelParallelStrategy
 SCALED = refused("DeepSpeed multiplies it by itself: use another strategy")
 WHOLE = refused("tensor parallelism cuts some of them: use FSDP2 alone")
 
+WHOLE_NEEDED = "FSDP1 and ZeRO-3 cut them anywhere: use ModelParallelStrategy with fully_shard (FSDP2)"
 OWN_GRADIENTS = ("WeightPenalty of a function", "WeightPenalty orthogonal", "WeightPenalty spectral", "NuclearNorm")
 WHOLE_WEIGHTS = ("TopShare", "TopShare of all", "Rank", "WeightConstraint of a function")
 
@@ -534,8 +537,8 @@ FSDP1 = {
     **dict.fromkeys((*OWN_GRADIENTS, "NuclearNorm proximal", "WeightPenalty of one's own"), CUT),
     **dict.fromkeys(("MaxNorm", "FrobeniusBall", "SpectralBall", "NM", *WHOLE_WEIGHTS), CUT),
     **dict.fromkeys(
-        ("AnchorDecay", "AnchorDecay selective", "Hyperball"),
-        refused("FSDP1 cuts them anywhere: use ModelParallelStrategy with fully_shard (FSDP2)"),
+        ("AnchorDecay", "AnchorDecay selective", "Hyperball", "distance"),
+        refused(WHOLE_NEEDED),
     ),
     "stable_rank": left_out("no stable rank of what FSDP1 or ZeRO-3 has cut"),
     "Muon": refused("Muon only supports 2D parameters"),
@@ -560,7 +563,8 @@ EXCEPTIONS = {
     "deepspeed 0": {"ActivationPenalty": SCALED},
     "deepspeed 1": ZERO,
     "deepspeed 2": ZERO,
-    "deepspeed 3": ZERO | {"stable_rank": left_out("no stable rank of what FSDP1 or ZeRO-3 has cut")},
+    "deepspeed 3": ZERO
+    | {"stable_rank": left_out("no stable rank of what FSDP1 or ZeRO-3 has cut"), "distance": refused(WHOLE_NEEDED)},
 }
 TABLE = {row: {column: EXCEPTIONS.get(column, {}).get(row, EQUAL) for column in COLUMNS} for row in ROWS}
 
