@@ -11,9 +11,10 @@ from lightning_regularize.callbacks.constrained_decay import ConstrainedDecay
 from lightning_regularize.callbacks.constraint import WeightConstraint
 from lightning_regularize.callbacks.dropout import DropoutSchedule
 from lightning_regularize.callbacks.generalization_gap import GeneralizationGapMonitor
+from lightning_regularize.callbacks.group_lasso import GroupLassoPenalty
 from lightning_regularize.callbacks.hyperball import Hyperball
 from lightning_regularize.callbacks.norm_monitor import WeightNormMonitor
-from lightning_regularize.callbacks.penalty import ElasticNetPenalty, GroupLassoPenalty, L1Penalty, L2Penalty
+from lightning_regularize.callbacks.penalty import ElasticNetPenalty, L1Penalty, L2Penalty
 from lightning_regularize.callbacks.summary import RegularizationSummary, summary
 from lightning_regularize.callbacks.weight_decay import WeightDecay
 from lightning_regularize.callbacks.weight_penalty import WeightPenalty
