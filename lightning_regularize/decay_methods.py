@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, SGD, Adam, NAdam
 
-from lightning_regularize._sharding import Sharding, gradient_of, local_piece, local_tensor, settle_gradient_
+from lightning_regularize._sharding import Sharding, local_piece, settle_gradient_
 from lightning_regularize._steps.buckets import refreshed
 from lightning_regularize.decay import (
     change_stochastically_,
@@ -26,7 +26,7 @@ from lightning_regularize.decay import (
     decay_stochastic_,
     noise_seed,
 )
-from lightning_regularize.norms import norms
+from lightning_regularize.step_sizes import mean_length
 from lightning_regularize.units import at_least_float32
 
 if TYPE_CHECKING:
@@ -151,13 +151,14 @@ class Coupled(DecayMethod):
 
     adds_to_gradients = True
 
+    @torch.no_grad()
     def on_gradients(self, targets: Sequence[Target], scale: Tensor | None, step: int) -> None:
         """Add the gradient of the penalty, multiplied as the gradients are."""
         for alike in by_strength(targets):
             # LBFGS may decay what has no gradient.
             found = [(target, g) for target in alike if (g := settle_gradient_(target.parameter)) is not None]
-            weights = [local_tensor(target.parameter) for target, _ in found]
-            gradients = [local_tensor(gradient) for _, gradient in found]
+            weights = [local_piece(target.parameter) for target, _ in found]
+            gradients = [local_piece(gradient) for _, gradient in found]
             value = alike[0].pull if scale is None else scale * alike[0].pull
             if not self.stochastic:
                 self.change(functools.partial(couple_, weight_decay=value), gradients, weights)
@@ -282,29 +283,8 @@ class Stable(DecayMethod):
             _decay(self, [(alike[0].share * _steady_length(alike[0].group), alike) for alike in lists])
         else:
             _check_shares(alike[0].share for alike in lists)
-            length = self._mean_length(optimizer)
+            length = mean_length(optimizer, self.sharding)
             _decay(self, [(alike[0].share * length, alike) for alike in lists])
-
-    @torch.no_grad()
-    def _mean_length(self, optimizer: Optimizer) -> Tensor:
-        r"""The :math:`1 / \sqrt{\bar v}` that the step is going to have, over all weights with a gradient."""
-        groups = optimizer.param_groups
-        # Of every parameter, for a rank may hold no element of one, and then neither gradient nor state.
-        parameters = [parameter for group in groups for parameter in group["params"]]
-        found = [_of_adam(optimizer, parameter) for parameter in parameters]
-        squares = norms([gradient for gradient, _, _ in found]).square()
-        seen = norms([average for _, average, _ in found], 1.0)
-        numel = torch.tensor([gradient.numel() for gradient, _, _ in found], dtype=squares.dtype)
-        rows = torch.stack([squares, seen, *_counts([steps for _, _, steps in found], numel, squares)], dim=1)
-        rows = self.sharding.reduce(rows, parameters)
-        # A GradScaler leaves it to a fused optimizer to divide the gradients, and says by what.
-        scale = getattr(optimizer, "grad_scale", None)
-        if scale is not None:
-            rows[:, 0] /= scale.to(rows) ** 2
-        of_groups = zip(torch.split(rows, [len(group["params"]) for group in groups]), groups, strict=True)
-        total = functools.reduce(torch.add, [_sum_of_v_hat(part, group["betas"][1]) for part, group in of_groups])
-        # Where all gradients are zero Adam does not move either, so nothing decays.
-        return (rows[:, 3].sum() / total).sqrt().nan_to_num(nan=0.0, posinf=0.0)
 
 
 def will_move(optimizer: Optimizer, parameter: Tensor) -> bool:
@@ -316,35 +296,6 @@ def _steady_length(group: Mapping[str, Any]) -> float:
     """How far SGD goes for a steady unit gradient, in learning rates."""
     momentum = group["momentum"]
     return float((1 - group["dampening"]) / (1 - momentum)) if momentum else 1.0
-
-
-def _sum_of_v_hat(rows: Tensor, beta: float | Tensor) -> Tensor:
-    """Over a group, from sums of squared gradients, of their averages, of steps and of elements of each parameter."""
-    square, seen, steps, numel = rows.unbind(dim=1)
-    correction = 1 - beta ** (steps / numel.clamp_min(1) + 1)
-    return (((1 - beta) * square + beta * seen) / correction).sum()
-
-
-def _of_adam(optimizer: Optimizer, parameter: Tensor) -> tuple[Tensor, Tensor, float | Tensor]:
-    """Of a parameter here: its gradient, Adam's average of squared gradients, and the steps made; empty without one."""
-    gradient = gradient_of(parameter)
-    if gradient is None:
-        nothing = local_piece(parameter).new_empty(0)
-        return nothing, nothing, 0.0
-    gradient, state = local_piece(gradient), optimizer.state.get(parameter, {})
-    average = state.get("exp_avg_sq")
-    return gradient, gradient.new_empty(0) if average is None else local_piece(average), state.get("step", 0.0)
-
-
-def _counts(steps: Sequence[float | Tensor], numel: Tensor, like: Tensor) -> tuple[Tensor, ...]:
-    """Steps times elements, and elements, of each parameter. Adam counts on the host, or on the device if fused."""
-    is_on_device = any(isinstance(step, Tensor) and not step.is_cpu for step in steps)
-    on_host = numel if is_on_device else torch.stack([torch.tensor(list(map(float, steps))).to(numel) * numel, numel])
-    counts = on_host.to(like.device, non_blocking=True)
-    if not is_on_device:
-        return counts.unbind()
-    zero = torch.zeros((), device=like.device)
-    return torch.stack([step if isinstance(step, Tensor) else zero for step in steps]) * counts, counts
 
 
 def by_strength(targets: Sequence[Target]) -> list[list[Target]]:

@@ -7,6 +7,7 @@ the learning rate; with Adam it differs from weight to weight.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,13 +15,25 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, NAdam, Optimizer, RMSprop
 
-from lightning_regularize._sharding import local_piece
+from lightning_regularize._sharding import gradient_of, local_piece
 from lightning_regularize._steps.buckets import HALF, copies, new
+from lightning_regularize.norms import norms
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-__all__ = ["KNOWN_OPTIMIZERS", "StepSize", "differ_by_weight", "knows", "step_size", "step_sizes", "thresholds"]
+    from lightning_regularize._sharding import Sharding
+
+__all__ = [
+    "KNOWN_OPTIMIZERS",
+    "StepSize",
+    "differ_by_weight",
+    "knows",
+    "mean_length",
+    "step_size",
+    "step_sizes",
+    "thresholds",
+]
 
 
 class StepSize(NamedTuple):
@@ -215,3 +228,63 @@ _METRICS: dict[type[Optimizer], Callable[[Mapping[str, Any], Mapping[str, Any]],
 
 KNOWN_OPTIMIZERS = tuple(kind.__name__ for kind in _METRICS)
 """The optimizers, and their subclasses, whose step sizes are known."""
+
+
+@torch.no_grad()
+def mean_length(optimizer: Optimizer, sharding: Sharding) -> Tensor:
+    r"""The :math:`1 / \sqrt{\bar v}` of the step that begins, of Adam, over all its weights with a gradient.
+
+    Args:
+        optimizer: Adam, AdamW or NAdam.
+        sharding: Which ranks hold pieces of the weights.
+
+    Returns:
+        On the device of the weights; 0 where all gradients are zero, since Adam does not move either.
+    """
+    groups = optimizer.param_groups
+    # Of every parameter, for a rank may hold no element of one, and then neither gradient nor state.
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    found = [_of_adam(optimizer, parameter) for parameter in parameters]
+    squares = norms([gradient for gradient, _, _ in found]).square()
+    seen = norms([average for _, average, _ in found], 1.0)
+    numel = torch.tensor([gradient.numel() for gradient, _, _ in found], dtype=squares.dtype)
+    rows = torch.stack([squares, seen, *_counts([steps for _, _, steps in found], numel, squares)], dim=1)
+    rows = sharding.reduce(rows, parameters)
+    # A GradScaler leaves it to a fused optimizer to divide the gradients, and says by what.
+    scale = getattr(optimizer, "grad_scale", None)
+    if scale is not None:
+        rows[:, 0] /= scale.to(rows) ** 2
+    of_groups = zip(torch.split(rows, [len(group["params"]) for group in groups]), groups, strict=True)
+    total = functools.reduce(torch.add, [_sum_of_v_hat(part, group["betas"][1]) for part, group in of_groups])
+    return (rows[:, 3].sum() / total).sqrt().nan_to_num(nan=0.0, posinf=0.0)
+
+
+def _sum_of_v_hat(rows: Tensor, beta: float | Tensor) -> Tensor:
+    """Over a group, from sums of squared gradients, of their averages, of steps and of elements of each parameter."""
+    square, seen, steps, numel = rows.unbind(dim=1)
+    correction = 1 - beta ** (steps / numel.clamp_min(1) + 1)
+    return (((1 - beta) * square + beta * seen) / correction).sum()
+
+
+def _of_adam(optimizer: Optimizer, parameter: Tensor) -> tuple[Tensor, Tensor, float | Tensor]:
+    """Of a parameter here: its gradient, Adam's average of squared gradients, and the steps made; empty without one."""
+    gradient = gradient_of(parameter)
+    if gradient is None:
+        nothing = local_piece(parameter).new_empty(0)
+        return nothing, nothing, 0.0
+    gradient, state = local_piece(gradient), optimizer.state.get(parameter, {})
+    average = state.get("exp_avg_sq")
+    return gradient, gradient.new_empty(0) if average is None else local_piece(average), state.get("step", 0.0)
+
+
+def _counts(steps: Sequence[float | Tensor], numel: Tensor, like: Tensor) -> tuple[Tensor, ...]:
+    """Steps times elements, and elements, of each parameter. Adam counts on the host, or on the device if fused."""
+    is_on_device = any(isinstance(step, Tensor) and not step.is_cpu for step in steps)
+    zero = torch.zeros((), device=like.device if is_on_device else "cpu")
+    # All at once: to read them one after the other takes longer than the sums.
+    tensors = [s.to(zero.device) if isinstance(s, Tensor) else zero + s if s else zero for s in steps]
+    counted = torch.stack(tensors).to(numel.dtype)
+    if is_on_device:
+        numel = numel.to(like.device, non_blocking=True)
+        return counted * numel, numel
+    return torch.stack([counted * numel, numel]).to(like.device, non_blocking=True).unbind()

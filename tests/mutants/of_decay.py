@@ -94,6 +94,10 @@ MUTANTS = [
         "decay_methods.py",
         "tests/training/test_decay_methods.py::test_a_grad_scaler_changes_nothing",
         ("alike[0].pull if scale is None else scale * alike[0].pull", "alike[0].pull"),
+    ),
+    *mutants_of(
+        "step_sizes.py",
+        "tests/training/test_decay_methods.py::test_a_grad_scaler_changes_nothing",
         ("rows[:, 0] /= scale.to(rows) ** 2", "rows[:, 0] /= scale.to(rows)"),
     ),
     *mutants_of(
@@ -108,13 +112,13 @@ MUTANTS = [
         ("_check_shares(share for share, _ in shares)", "pass"),
     ),
     *mutants_of(
-        "decay_methods.py",
+        "step_sizes.py",
         "tests/test_decay_methods.py::test_stable_adam_equals_the_formula",
         ("1 - beta ** (steps / numel.clamp_min(1) + 1)", "1 - beta ** (steps / numel.clamp_min(1))"),
         ("((1 - beta) * square + beta * seen)", "(beta * square + (1 - beta) * seen)"),
     ),
     *mutants_of(
-        "decay_methods.py",
+        "step_sizes.py",
         "tests/test_decay_methods.py::test_where_no_gradient_says_anything_nothing_decays",
         (".nan_to_num(nan=0.0, posinf=0.0)", ""),
     ),
