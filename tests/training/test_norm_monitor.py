@@ -633,7 +633,7 @@ def test_an_empty_parameter_has_no_shares_and_no_mean():
     monitor = WeightNormMonitor(quantities=EVERYTHING, detail="parameter", threshold=0.1)
     logged = fit(monitor, module=module).logged()
     parts = {key.partition("/")[0] for key in logged if key.endswith("/empty")}
-    assert parts == {"weight_norm", "update_norm", "effective_decay"}
+    assert parts == {"weight_norm", "update_norm", "distance", "effective_decay"}
     assert 0 <= logged["below_threshold/total"][0] <= 1
 
 
