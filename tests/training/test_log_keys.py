@@ -83,8 +83,8 @@ class Broken(Validated):
         self.broken = nn.Parameter(torch.full((2,), torch.nan))
 
 
-ALL = ("weight", "rms", "gradient", "gradient_mean", "gradient_std", "update", "ratio", "angle", "sparsity",
-       "stable_rank", "spectral_norm", "effective_decay", "timescale")  # fmt: skip
+ALL = ("weight", "rms", "gradient", "gradient_mean", "gradient_std", "update", "ratio", "angle", "distance",
+       "sparsity", "stable_rank", "spectral_norm", "effective_decay", "timescale")  # fmt: skip
 
 # What logs each of the keys of a callback, as pairs of a module and callbacks.
 RUNS = {
