@@ -404,9 +404,14 @@ def monitor(**options):
 
 
 SHARDED = tuple(quantity for quantity in QUANTITIES if quantity not in ("stable_rank", "spectral_norm", "distance"))
+IMPORTANCE = {"embed.weight": torch.linspace(0, 1, 15).view(5, 3), "hidden.weight": torch.linspace(1, 0, 20).view(4, 5)}
 
 ROWS = {
     "WeightDecay": Row("`WeightDecay` with a schedule, exclusion and factors", decay("optimizer")),
+    "WeightDecay by rules": Row(
+        "`WeightDecay` with a schedule for each rule",
+        lambda: [WeightDecay({"output.*": 0.5, "*": Cosine(0.1, 0.9)}, exclude=("bias",))],
+    ),
     "WeightDecay on all": Row("`WeightDecay(exclude=())`", lambda: [WeightDecay(Cosine(0.1, 0.9), exclude=())]),
     **{
         method: Row(f'`WeightDecay(method="{method}")`', decay(method))
@@ -471,6 +476,7 @@ ROWS = {
     ),
     "Box": Row("`WeightConstraint(Box)`", lambda: [WeightConstraint(Box(-0.3, 0.3))]),
     "AnchorDecay": Row("`AnchorDecay`", lambda: [AnchorDecay(Linear(1.0, 0.1), exclude=("output.*",))]),
+    "AnchorDecay importance": Row("`AnchorDecay(importance=...)`", lambda: [AnchorDecay(1.0, importance=IMPORTANCE)]),
     "AnchorDecay selective": Row(
         '`AnchorDecay(method="selective")`', lambda: [AnchorDecay(0.5, method="selective", exclude=("output.*",))]
     ),
@@ -537,7 +543,7 @@ FSDP1 = {
     **dict.fromkeys((*OWN_GRADIENTS, "NuclearNorm proximal", "WeightPenalty of one's own"), CUT),
     **dict.fromkeys(("MaxNorm", "FrobeniusBall", "SpectralBall", "NM", *WHOLE_WEIGHTS), CUT),
     **dict.fromkeys(
-        ("AnchorDecay", "AnchorDecay selective", "Hyperball", "distance"),
+        ("AnchorDecay", "AnchorDecay importance", "AnchorDecay selective", "Hyperball", "distance"),
         refused(WHOLE_NEEDED),
     ),
     "stable_rank": left_out("no stable rank of what FSDP1 or ZeRO-3 has cut"),
@@ -550,7 +556,8 @@ ZERO = {
     **dict.fromkeys(("L1Penalty proximal", "ElasticNetPenalty", "GroupLassoPenalty proximal"), ZERO_WEIGHTS),
     **dict.fromkeys(("blocks", "heads proximal", "NuclearNorm proximal", "WeightPenalty of one's own"), ZERO_WEIGHTS),
     **dict.fromkeys(("MaxNorm", "FrobeniusBall", "SpectralBall", "NM", *WHOLE_WEIGHTS, "Box"), ZERO_WEIGHTS),
-    **dict.fromkeys(("AnchorDecay", "AnchorDecay selective", "ConstrainedDecay", "Hyperball"), ZERO_WEIGHTS),
+    **dict.fromkeys(("AnchorDecay", "AnchorDecay importance", "AnchorDecay selective"), ZERO_WEIGHTS),
+    **dict.fromkeys(("ConstrainedDecay", "Hyperball"), ZERO_WEIGHTS),
     **dict.fromkeys(("ChainedOptimizer", "Muon"), refused("and not several optimizers in one: use DDP or FSDP2")),
     "ActivationPenalty": SCALED,
 }
