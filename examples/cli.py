@@ -32,7 +32,7 @@ from label_noise import digits
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningCLI
-from pictures import look, panels, save
+from pictures import look, panels, plot_accuracies, save
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -204,11 +204,7 @@ def plot(fitted: Fit, plain: Fit) -> Figure:
     decay.legend(frameon=False, fontsize="small")
     plot_norms(fitted.cli.trainer.log_dir, keys=["net.0", "net.2", "net.4"], ax=norms)
     norms.set_ylim(0)
-    for i, (of, label) in enumerate([(fitted, "cli.yaml"), (plain, "without callbacks")]):
-        values = of.log["val_accuracy"]
-        accuracy.plot(range(1, len(values) + 1), values.values(), label=label, markevery=0.2, markersize=4, **look(i))
-    accuracy.set(xlabel="epoch", ylabel="accuracy on clean images")
-    accuracy.legend(frameon=False, fontsize="small")
+    plot_accuracies(accuracy, {"cli.yaml": fitted.log["val_accuracy"], "without callbacks": plain.log["val_accuracy"]})
     return figure
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from matplotlib.figure import Figure
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from matplotlib.axes import Axes
@@ -43,6 +44,14 @@ def tidy(ax: Axes) -> None:
     ax.grid(color="0.92", linewidth=0.6)
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)
+
+
+def plot_accuracies(ax: Axes, curves: Mapping[str, Mapping[int, float]]) -> None:
+    """The accuracy on clean images after each epoch, by step, of the run that each label stands for."""
+    for i, (label, values) in enumerate(curves.items()):
+        ax.plot(range(1, len(values) + 1), values.values(), label=label, markevery=0.2, markersize=4, **look(i))
+    ax.set(xlabel="epoch", ylabel="accuracy on clean images")
+    ax.legend(frameon=False, fontsize="small")
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -24,7 +24,7 @@ from claims import Claim, be_quiet, conclude, parser_of
 from cli import CLI, read_csv
 from label_noise import Batches, Classifier, digits
 from lightning.pytorch import LightningDataModule
-from pictures import look, panels, save
+from pictures import look, panels, plot_accuracies, save
 
 from lightning_regularize import WeightConstraint
 from lightning_regularize.schedules import simulate
@@ -125,11 +125,7 @@ def plot(sparse: Fit, dense: Fit) -> Figure:
     logged = sparse.log["sparsity/total"]
     zeros.plot(logged.keys(), logged.values(), markevery=0.2, markersize=4, **look(0))
     zeros.set(xlabel="optimizer step", ylabel="share of weights that are zero", ylim=(-0.02, 1))
-    for i, (of, label) in enumerate([(sparse, "target_share.yaml"), (dense, "dense")]):
-        values = of.log["test_accuracy"]
-        accuracy.plot(range(1, len(values) + 1), values.values(), label=label, markevery=0.2, markersize=4, **look(i))
-    accuracy.set(xlabel="epoch", ylabel="accuracy on clean images")
-    accuracy.legend(frameon=False, fontsize="small")
+    plot_accuracies(accuracy, {"target_share.yaml": sparse.log["test_accuracy"], "dense": dense.log["test_accuracy"]})
     return figure
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_regularize._checks import check_is_number
+from lightning_regularize._sharding import is_dtensor
 from lightning_regularize._steps.buckets import Tensors, listed
 
 
@@ -96,6 +97,16 @@ def dense_gradients(gradient: Tensors) -> list[Tensor]:
                 "rows that were looked up. Use `sparse=False` in the embedding, or a proximal step."
             )
     return gradients
+
+
+def check_whole(weights: Sequence[Tensor]) -> None:
+    """Refuse what a rank holds of a weight.
+
+    Raises:
+        ValueError: One is a DTensor.
+    """
+    if any(map(is_dtensor, weights)):
+        raise ValueError("The whole weight is needed, got what a rank holds of it: pass `weight.full_tensor()`.")
 
 
 def check_strength(name: str, value: object) -> None:

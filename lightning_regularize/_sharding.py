@@ -113,6 +113,12 @@ def piece_like(whole: Tensor, like: Tensor) -> Tensor:
     return spread.redistribute(placements=like.placements).to_local()
 
 
+def copy_pieces_(tensors: Sequence[Tensor], wholes: Sequence[Tensor]) -> None:
+    """Give tensors, of which ranks may hold pieces, the values of whole ones that every rank has."""
+    pieces = [piece_like(whole, tensor) for whole, tensor in zip(wholes, tensors, strict=True)]
+    torch._foreach_copy_([local_piece(tensor) for tensor in tensors], pieces)
+
+
 def _flat_handles(module: nn.Module) -> Iterator[Any]:
     """The ``FlatParamHandle`` of every FSDP1 unit in ``module``."""
     if not dist.is_available():

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_regularize._checks import check_is_number, check_positive_integer, name_of
-from lightning_regularize._penalty import Penalty, check_strength, dense_gradients
-from lightning_regularize._sharding import is_dtensor
+from lightning_regularize._penalty import Penalty, check_strength, check_whole, dense_gradients
 from lightning_regularize._steps.buckets import Tensors, listed
 from lightning_regularize.units import at_least_float32, in_float64, unit_dims
 
@@ -246,10 +245,9 @@ def _alike(weights: list[Tensor]) -> list[list[int]]:
     Raises:
         ValueError: One is a DTensor.
     """
+    check_whole(weights)
     found: dict[Any, list[int]] = {}
     for i, weight in enumerate(weights):
-        if is_dtensor(weight):
-            raise ValueError("The whole weight is needed, got what a rank holds of it: pass `weight.full_tensor()`.")
         found.setdefault((weight.shape, weight.dtype, weight.device), []).append(i)
     return list(found.values())
 

@@ -114,7 +114,7 @@ def decay_stochastic_(weight: Tensor, share: float | Tensor, *, seed: int) -> No
 
 
 @torch.no_grad()
-def change_stochastically_(tensor: Tensor, change: Callable[[Tensor], None], *, seed: int) -> None:
+def change_stochastically_(tensor: Tensor, change: Callable[[Tensor], object], *, seed: int) -> None:
     r"""Change one tensor in float32, and round to its low precision at random, so that the mean is right.
 
     Rounding to nearest, what is added to a number is lost while it is below half the distance to the next number, such

@@ -8,8 +8,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from lightning_regularize._penalty import Penalty, check_strength, dense_gradients
-from lightning_regularize._sharding import is_dtensor
+from lightning_regularize._penalty import Penalty, check_strength, check_whole, dense_gradients
 from lightning_regularize._steps.buckets import Tensors, listed
 from lightning_regularize.spectral_projections import matrix_buckets, put_matrices_back_, with_singular_values
 from lightning_regularize.units import check_dim, in_float64
@@ -85,7 +84,7 @@ class NuclearNorm(Penalty):
         """
         check_strength("strength", strength)
         weights, gradients = listed(weight), dense_gradients(gradient)
-        _check_whole(weights)
+        check_whole(weights)
         for indices, those, inner, matrices in matrix_buckets(weights, self.dim if dim is None else dim):
             # What rounding may have made of zero counts as zero, as in `torch.linalg.matrix_rank`.
             relative = max(matrices.shape[1:]) * torch.finfo(those[0].dtype).eps
@@ -119,8 +118,3 @@ class NuclearNorm(Penalty):
             sigma, found = with_singular_values(matrices, factors)
             is_finite = (sigma < math.inf).all(1)  # what is broken stays as it is, where it is seen
             put_matrices_back_(those, torch.where(is_finite[:, None, None], found, in_float64(matrices)), inner)
-
-
-def _check_whole(weights: Sequence[Tensor]) -> None:
-    if any(map(is_dtensor, weights)):
-        raise ValueError("The whole weight is needed, got what a rank holds of it: pass `weight.full_tensor()`.")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_regularize._checks import check_positive_integer, is_number
 from lightning_regularize._projection import Projection, any_of, check_number_or_schedule, number_now
-from lightning_regularize._sharding import gathered, is_dtensor, local_piece, piece_like
+from lightning_regularize._sharding import copy_pieces_, gathered, is_dtensor
 from lightning_regularize._steps.buckets import Tensors, buckets, listed, put_back_, scratch, stacked
 from lightning_regularize.schedules import Schedule
 from lightning_regularize.units import at_least_float32, spread_of, unit_buckets, unit_dims
@@ -86,15 +86,14 @@ class NM(Projection):
             self.check_shape(each.shape, dims)
         for indices, (those,) in unit_buckets(along, weights):
             is_cut = spread_of(those[0]) is not None
-            rows = torch.stack([each.full_tensor() for each in those]) if is_cut else stacked(those)  # type: ignore[attr-defined]
+            rows = torch.stack(list(map(gathered, those))) if is_cut else stacked(those)
             input_dim = along[indices[0]][0] + 1
             groups = rows.unflatten(input_dim, (-1, self.m)).movedim(input_dim + 1, -1)  # type: ignore[no-untyped-call]
             smallest = groups.abs().argsort(dim=-1, stable=True)[..., : self.n]
             changed.append((groups.gather(-1, smallest) != 0).any())
             groups.scatter_(-1, smallest, 0)
             if is_cut:
-                pieces = [piece_like(whole, each) for whole, each in zip(rows.unbind(), those, strict=True)]
-                torch._foreach_copy_([local_piece(each) for each in those], pieces)
+                copy_pieces_(those, rows.unbind())
             else:
                 put_back_(those, rows)
         return any_of(changed, weights)
@@ -181,8 +180,7 @@ def _drop_from_each_(weights: list[Tensor], number: int) -> Tensor:
         put_back_(whole, rows)
         changed = (limit > 0).any()
     if is_dtensor(weights[0]):
-        pieces = [piece_like(every, each) for every, each in zip(whole, weights, strict=True)]
-        torch._foreach_copy_([local_piece(each) for each in weights], pieces)
+        copy_pieces_(weights, whole)
     return changed
 
 
@@ -225,8 +223,7 @@ def _drop_from_all_(weights: list[Tensor], number: int) -> Tensor:
         ordinal = _ordinal(equal)
         flat.masked_fill_((bits < here) | (equal & (ordinal <= rest)), 0)
         values = torch.split(flat, [each.numel() for each in those])
-        pieces = [piece_like(value.view(each.shape), each) for value, each in zip(values, those, strict=True)]
-        torch._foreach_copy_([local_piece(each) for each in those], pieces)
+        copy_pieces_(those, [value.view(each.shape) for value, each in zip(values, those, strict=True)])
     changed: Tensor = limit > 0
     return changed
 

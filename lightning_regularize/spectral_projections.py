@@ -6,19 +6,15 @@ from dataclasses import dataclass
 from typing import ClassVar, final
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_regularize._checks import check_positive_integer
 from lightning_regularize._projection import Projection, any_of, check_positive, into_ball, margin, number_now, scale_
-from lightning_regularize._sharding import local_piece
+from lightning_regularize._sharding import copy_pieces_, gathered
 from lightning_regularize._steps.buckets import Tensors, buckets, listed, stacked
 from lightning_regularize.schedules import Schedule
 from lightning_regularize.units import at_least_float32, in_float64, spread_of, unit_dims
-
-if dist.is_available():
-    from torch.distributed.tensor import DTensor, Replicate
 
 __all__ = ["Rank", "SpectralBall", "matrix_buckets", "put_matrices_back_", "with_singular_values"]
 
@@ -215,12 +211,7 @@ def put_matrices_back_(weights: Sequence[Tensor], matrices: Tensor, dims: tuple[
     weight = weights[0]
     order = [*[d for d in range(weight.dim()) if d not in dims], *dims]
     arranged = matrices.to(weight.dtype).view(len(weights), *[weight.shape[d] for d in order])
-    pieces = arranged.permute(0, *[1 + order.index(d) for d in range(weight.dim())]).unbind()
-    if dist.is_available() and isinstance(weight, DTensor):
-        mesh, everywhere = weight.device_mesh, [Replicate()] * len(weight.placements)
-        whole = [DTensor.from_local(piece, mesh, everywhere, run_check=False) for piece in pieces]
-        pieces = tuple(each.redistribute(placements=weight.placements).to_local() for each in whole)
-    torch._foreach_copy_([local_piece(each) for each in weights], pieces)
+    copy_pieces_(weights, arranged.permute(0, *[1 + order.index(d) for d in range(weight.dim())]).unbind())
 
 
 def with_singular_values(matrices: Tensor, factors: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
@@ -271,9 +262,7 @@ def _cut_off_randomly(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 def _matrix(weight: Tensor, dims: tuple[int, ...]) -> Tensor:
     """The whole weight as ``(units, incoming)``, at least float32; a view of it where that is possible."""
-    whole = weight.detach()
-    if dist.is_available() and isinstance(whole, DTensor):
-        whole = whole.full_tensor()
+    whole = gathered(weight)
     units = [d for d in range(whole.dim()) if d not in dims]
     sizes = [math.prod(whole.shape[d] for d in side) for side in (units, dims)]
     matrix = whole.permute(*units, *dims).reshape(sizes)

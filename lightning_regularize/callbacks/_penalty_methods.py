@@ -21,7 +21,7 @@ from lightning_regularize.step_sizes import differ_by_weight, knows, step_sizes,
 from lightning_regularize.units import at_least_float32, unit_buckets, unit_dims
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from torch import Tensor, nn
     from torch.optim import Optimizer
@@ -227,14 +227,8 @@ def _add_at_random_(
         for target, gradient, term in zip(found, those, terms, strict=True):
             if term is not gradient:
                 seed = noise_seed(owner.seed, step, f"{type(owner).__name__}/{target.info.name}")
-                change_stochastically_(local_piece(gradient), _addition(local_piece(term)), seed=seed)
-
-
-def _addition(term: Tensor) -> Callable[[Tensor], None]:
-    def add(wide: Tensor) -> None:
-        wide.add_(term)
-
-    return add
+                add = functools.partial(torch.Tensor.add_, other=local_piece(term))
+                change_stochastically_(local_piece(gradient), add, seed=seed)
 
 
 def _shrink_whole_(penalty: Any, weight: Tensor, threshold: float | Tensor, dim: tuple[int, ...] | None) -> None:

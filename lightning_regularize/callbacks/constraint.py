@@ -15,6 +15,7 @@ from lightning_regularize._sharding import local_piece
 from lightning_regularize._steps.buckets import buckets, calls, put_back_, stacked
 from lightning_regularize._steps.targets import Targets
 from lightning_regularize._trainer.strategies import check_view, check_weights_are_the_optimizers
+from lightning_regularize.callbacks._arguments import named_errors
 from lightning_regularize.callbacks._base import Regularizer
 from lightning_regularize.callbacks._saved import POSITIVE, TENSOR
 from lightning_regularize.projections import Box, Function, MaxNorm, NonNegative, Projection, SpectralBall, TopShare
@@ -130,11 +131,8 @@ class WeightConstraint(Regularizer):
         self.projection = projection if isinstance(projection, Projection) else Function(projection)
         self._scheduled = schedules_of(self.projection)
         self.every_n_steps = check_positive_integer(every_n_steps, "`every_n_steps`")
-        try:
+        with named_errors(f"`freeze_zeros` should be a step or a fraction of the run, got {freeze_zeros!r}"):
             self._freeze = Constant(0.0) if freeze_zeros is None else Steps([0.0, 1.0], boundaries=[freeze_zeros])
-        except (TypeError, ValueError) as error:
-            message = f"`freeze_zeros` should be a step or a fraction of the run, got {freeze_zeros!r}: {error}"
-            raise type(error)(message) from error
         self.total_steps = check_total_steps(total_steps)
 
     state_layouts: ClassVar[dict[str, Layout]] = {"radii": {"*": POSITIVE}, "vectors": {"*": TENSOR}}
@@ -185,11 +183,9 @@ class WeightConstraint(Regularizer):
         view, dim = tuple(info.shape), None
         if self.projection.per_unit:
             asked, argument = getattr(self.projection, "dim", None), f"{type(self.projection).__name__}(..., dim=...)"
-            try:
+            with named_errors(f"WeightConstraint: {info.name!r}"):
                 view, dim = self.units(info, asked, argument)
                 self.projection.check_shape(view, dim)
-            except ValueError as error:
-                raise ValueError(f"WeightConstraint: {info.name!r}: {error}") from error
         elif is_elementwise:
             view = tuple(info.parameter.shape)  # a piece will do
         check_view(info.name, info.parameter, view)
@@ -221,7 +217,7 @@ class WeightConstraint(Regularizer):
             for group in watch.optimizer.param_groups if self._scheduled else ():
                 # A range is left at the beginning or at the end, if at all.
                 for number in {watch.steps, watch.steps if math.isinf(horizon) else int(horizon) - 1}:
-                    self._projection_in(group, number)
+                    self._projection_at(self._values_in(group, number), number)
 
     def _begin_target(self, target: _Target) -> None:
         """What is relative to the weights at the start is known from a checkpoint, or can be measured.
@@ -242,33 +238,23 @@ class WeightConstraint(Regularizer):
             saved = self._saved.get("vectors", {}).get(name)
             start = target.projection.warm_start(weight.view(target.view), dim=target.dim)
             target.vector = start if saved is None else saved.to(start)
-        if isinstance(target.projection, Function):
-            self._try(target.projection, name, weight)
+        if isinstance(target.projection, Function):  # called before any weight changes
+            with named_errors(f"WeightConstraint: {name!r}"):
+                target.projection.project(weight)
 
-    def _try(self, function: Function, name: str, weight: Tensor) -> None:
-        """Call a function before any weight changes.
+    def _values_in(self, group: dict[str, Any], number: int) -> dict[str, float]:
+        """The values that the schedules of the projection have for a group in a step, by argument."""
+        return {name: self.run.clock.value(schedule, group, number) for name, schedule in self._scheduled.items()}
 
-        Raises:
-            TypeError: It returns no tensor.
-            ValueError: It returns a tensor of another shape.
-        """
-        try:
-            function.project(weight)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"WeightConstraint: {name!r}: {error}") from error
-
-    def _projection_in(self, group: dict[str, Any], number: int) -> Projection:
-        """The projection with the values that its schedules have for a group in a step.
+    def _projection_at(self, values: dict[str, float], number: int) -> Projection:
+        """The projection with these values.
 
         Raises:
             ValueError: A value is out of range.
         """
-        values = {name: self.run.clock.value(schedule, group, number) for name, schedule in self._scheduled.items()}
         projection: Any = self.projection
-        try:
+        with named_errors(f"WeightConstraint: {projection!r} in step {number}"):
             return replace(projection, **values)  # type: ignore[no-any-return]
-        except ValueError as error:
-            raise ValueError(f"WeightConstraint: {projection!r} in step {number}: {error}") from error
 
     # -- training ------------------------------------------------------------------------------------------------------
 
@@ -304,8 +290,9 @@ class WeightConstraint(Regularizer):
         for group, targets in groups:
             scheduled: Projection | None = None
             if self._scheduled and targets:
-                values = tuple([self.run.clock.value(schedule, group, number) for schedule in self._scheduled.values()])
-                scheduled = now.setdefault(values, self._projection_in(group, number))
+                values = self._values_in(group, number)
+                key = tuple(values.values())
+                scheduled = now[key] = now.get(key) or self._projection_at(values, number)
             for target in targets:
                 projection = scheduled or target.projection
                 alike.setdefault((id(projection), target.dim), (projection, []))[1].append(target)

@@ -15,6 +15,7 @@ from lightning_regularize._trainer import loggers
 from lightning_regularize._trainer.run import logs_now
 from lightning_regularize._trainer.strategies import check_not_flat, hides_gradients
 from lightning_regularize._used import used_weights
+from lightning_regularize.callbacks._arguments import named_errors
 from lightning_regularize.callbacks._base import Regularizer
 from lightning_regularize.callbacks._logged import NONFINITE, LoggedValues
 from lightning_regularize.callbacks._monitored import Monitored, settings_of
@@ -213,11 +214,9 @@ class WeightNormMonitor(Regularizer):
 
     def begin(self, run: Run) -> None:
         infos = [weight.info for weight in used_weights(run.infos())]
-        try:
+        with named_errors("WeightNormMonitor"):
             require_matches(self.include, infos, argument="include")
             require_matches(self.exclude, infos, argument="exclude")
-        except ValueError as error:
-            raise ValueError(f"WeightNormMonitor: {error}") from error
         self._monitored = Monitored(self, run)
         self._values = LoggedValues(self, run, SpikeScores(self._saved.get("spikes", {})))
         self._origin: Start | None = None
