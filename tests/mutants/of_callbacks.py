@@ -66,7 +66,7 @@ MUTANTS = [
     ),
     *mutants_of(
         "callbacks/_rounding.py",
-        "tests/training/test_penalties.py::test_a_penalty_in_gradients_of_half_precision_has_its_strength_or_is_warned_of",
+        "tests/training/test_lost_strength.py::test_in_between_it_is_as_in_float32_or_warned_of",
         ("_TOLERANCE = 0.05", "_TOLERANCE = 0.5"),
     ),
     *mutants_of(

@@ -17,8 +17,12 @@ MUTANTS = [
     ),
     *mutants_of(
         "_steps/hooks.py",
-        "tests/steps/test_hooks.py::test_a_closure_in_another_place",
+        "tests/steps/test_hooks.py::test_a_step_that_was_kept_before",
         ("if self._depth > 1:", "if self._depth > 2:"),
+    ),
+    *mutants_of(
+        "_steps/hooks.py",
+        "tests/steps/test_hooks.py::test_a_closure_in_another_place",
         ("callable(value) and not isinstance(value, nn.Module))", "callable(value))"),
     ),
     *mutants_of(
