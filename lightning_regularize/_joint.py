@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from lightning_regularize._sharding import is_dtensor, local_piece, piece_like, whole_tensor
+from lightning_regularize._sharding import is_dtensor, local_pieces, piece_like, whole_tensor
 from lightning_regularize._steps.buckets import buckets, bytes_of_bucket, put_back_, scratch, stacked
 from lightning_regularize.units import at_least_float32
 
@@ -99,7 +99,7 @@ class _Layers(NamedTuple):
 
     def matrix_of(self, weights: Sequence[Tensor]) -> Tensor:
         """The weights of a head in each row, in float32 at least: temporary, good until the next call."""
-        return self.matrix(lambda numbers: [local_piece(weights[i]) for i in numbers], slot="joint")
+        return self.matrix(lambda numbers: local_pieces([weights[i] for i in numbers]), slot="joint")
 
     def matrix(self, tensors_of: Callable[[Sequence[int]], Sequence[Tensor]], *, slot: str) -> Tensor:
         """What ``tensors_of`` returns for the numbers of weights, as a matrix with one row a head."""
@@ -120,7 +120,7 @@ class _Layers(NamedTuple):
         """Give tensors, which are spread as the weights are, the values of a matrix, or add these to them."""
         rows, at = matrix.view(len(self.columns[0]), self.last - self.first, -1), 0
         for part, numbers, like in zip(self.parts, self.columns, self.like, strict=True):
-            is_cut, those = is_dtensor(like), [local_piece(tensors[i]) for i in numbers]
+            is_cut, those = is_dtensor(like), local_pieces([tensors[i] for i in numbers])
             stack = (
                 torch.zeros((1, *like.shape), dtype=matrix.dtype, device=matrix.device) if is_cut else stacked(those)
             )

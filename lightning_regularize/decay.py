@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lightning_regularize._rows import dense_pieces, sums
-from lightning_regularize._sharding import Sharding, local_piece
+from lightning_regularize._sharding import Sharding, local_pieces
 from lightning_regularize._steps.buckets import (
     HALF,
     buckets,
@@ -281,7 +281,7 @@ def progress(
         >>> progress([3 * one, 3 * one], [one, one], [one, -one])
         (tensor([2.8284, 2.8284], dtype=torch.float64), tensor([ True, False]))
     """
-    gaps = torch._foreach_sub([local_piece(weight) for weight in weights], list(anchors))
+    gaps = torch._foreach_sub(local_pieces(weights), list(anchors))
     products = torch._foreach_mul(gaps, list(gradients))
     # One column for each, and so one collective for both.
     found = torch.stack([power_sums(dense_pieces(gaps), 2.0), sums(dense_pieces(products))], dim=1)
@@ -323,7 +323,7 @@ def pull_back_(
         Tian et al., "Rethinking Weight Decay for Robust Fine-Tuning of Foundation Models", NeurIPS 2024,
         https://arxiv.org/abs/2411.01713.
     """
-    pieces = [local_piece(weight) for weight in weights]
+    pieces = local_pieces(weights)
     gaps = torch._foreach_sub(pieces, list(anchors))
     squares = (sharding or Sharding()).reduce(power_sums(dense_pieces(gaps), 2.0), weights)
     ratios = (1 - distances / squares.sqrt()).nan_to_num(nan=0.0, neginf=0.0).clamp_min(0)  # 0 where nothing has moved
@@ -419,9 +419,10 @@ def _by_dtype(*columns: Sequence[Tensor]) -> Iterable[tuple[list[Tensor], ...]]:
     Unlike :func:`~lightning_regularize._steps.buckets.buckets` it cuts nothing, which is fast, and enough where there
     are no temporaries.
     """
-    kinds = [(tensor.device, tensor.dtype) for tensor in columns[-1]]
-    if len(set(kinds)) == 1:
+    dtypes, devices = [tensor.dtype for tensor in columns[-1]], [tensor.device for tensor in columns[-1]]
+    if len(set(dtypes)) == 1 and len(set(devices)) == 1:
         return [tuple(map(list, columns))]
+    kinds = zip(devices, dtypes, strict=True)
     rows: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, ...]]] = {}
     for kind, row in zip(kinds, zip(*columns, strict=True), strict=True):
         rows.setdefault(kind, []).append(row)

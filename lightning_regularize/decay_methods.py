@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, SGD, Adam, NAdam
 
-from lightning_regularize._sharding import Sharding, local_piece, settle_gradient_
+from lightning_regularize._sharding import Sharding, local_piece, local_pieces, settle_gradients_
 from lightning_regularize._steps.buckets import refreshed
 from lightning_regularize.decay import (
     change_stochastically_,
@@ -156,9 +156,10 @@ class Coupled(DecayMethod):
         """Add the gradient of the penalty, multiplied as the gradients are."""
         for alike in by_strength(targets):
             # LBFGS may decay what has no gradient.
-            found = [(target, g) for target in alike if (g := settle_gradient_(target.parameter)) is not None]
-            weights = [local_piece(target.parameter) for target, _ in found]
-            gradients = [local_piece(gradient) for _, gradient in found]
+            settled = settle_gradients_([target.parameter for target in alike])
+            found = [(target, g) for target, g in zip(alike, settled, strict=True) if g is not None]
+            weights = local_pieces([target.parameter for target, _ in found])
+            gradients = local_pieces([g for _, g in found])
             value = alike[0].pull if scale is None else scale * alike[0].pull
             if not self.stochastic:
                 self.change(functools.partial(couple_, weight_decay=value), gradients, weights)
@@ -287,9 +288,11 @@ class Stable(DecayMethod):
             _decay(self, [(alike[0].share * length, alike) for alike in lists])
 
 
-def will_move(optimizer: Optimizer, parameter: Tensor) -> bool:
-    """Is a parameter going to change in the step that begins? LBFGS begins before there are gradients."""
-    return parameter.grad is not None or (isinstance(optimizer, LBFGS) and parameter.requires_grad)
+def will_move(optimizer: Optimizer, parameters: Sequence[Tensor]) -> list[bool]:
+    """Which parameters are going to change in the step that begins? LBFGS begins before there are gradients."""
+    if isinstance(optimizer, LBFGS):
+        return [parameter.grad is not None or parameter.requires_grad for parameter in parameters]
+    return [parameter.grad is not None for parameter in parameters]
 
 
 def _steady_length(group: Mapping[str, Any]) -> float:
@@ -308,7 +311,7 @@ def by_strength(targets: Sequence[Target]) -> list[list[Target]]:
 
 def _local_weights(targets: Sequence[Target]) -> list[Tensor]:
     """To be called without gradients."""
-    return [local_piece(target.parameter) for target in targets]
+    return local_pieces([target.parameter for target in targets])
 
 
 def _check_shares(shares: Iterable[float | Tensor]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_regularize._checks import is_number
 from lightning_regularize._rows import Rows, dense_pieces, per_tensor, rows_of, wide
-from lightning_regularize._sharding import Sharding, local_piece
+from lightning_regularize._sharding import Sharding, local_pieces
 from lightning_regularize._steps.buckets import HALF, buckets, scratch
 
 if TYPE_CHECKING:
@@ -304,7 +304,7 @@ def distance_sums(tensors: Sequence[Tensor], others: Sequence[Tensor], norm_type
         As :func:`power_sums`.
     """
     pairs = []
-    for tensor, other in zip(map(local_piece, tensors), others, strict=True):
+    for tensor, other in zip(local_pieces(tensors), others, strict=True):
         dense = tensor if tensor.layout is torch.strided else tensor.to_dense()
         other = other.to(dense.device)
         # Elements are compared in the order in which they lie in memory.

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from lightning_regularize._checks import check_is_number
 from lightning_regularize._penalty import Penalty, check_strength, dense_gradients
-from lightning_regularize._sharding import local_piece
+from lightning_regularize._sharding import local_piece, local_pieces
 from lightning_regularize._steps.buckets import (
     Tensors,
     buckets,
@@ -349,7 +349,7 @@ def _with_gradients(
     """Lists of gradients and of weights on this rank."""
     gradients = dense_gradients(gradient)
     check_strength("strength", strength)
-    for bucket in buckets(list(map(local_piece, listed(weight))), list(map(local_piece, gradients))):
+    for bucket in buckets(local_pieces(listed(weight)), local_pieces(gradients)):
         yield bucket.columns[1], bucket.columns[0]
 
 
@@ -378,7 +378,7 @@ def _with_thresholds(
                 "`threshold` should be a number, a 0-d tensor, or a tensor of the weight's shape "
                 f"{tuple(row[0].shape)}, got shape {tuple(row[-1].shape)}."
             )
-    for bucket in buckets(*[list(map(local_piece, column)) for column in columns]):
+    for bucket in buckets(*map(local_pieces, columns)):
         narrow, *found = bucket.columns
         wide = widened(narrow)
         if isinstance(thresholds, float):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lightning_regularize._sharding import Sharding, local_piece
+from lightning_regularize._sharding import Sharding, local_pieces
 from lightning_regularize._steps.buckets import multiply_each_
 from lightning_regularize.norms import norms
 
@@ -51,7 +51,7 @@ def turn_(
         Wen et al., "Fantastic Pretraining Optimizers and Where to Find Them II: Hyperball Optimization", 2026,
         https://arxiv.org/abs/2606.16899.
     """
-    pieces = [local_piece(weight) for weight in weights]
+    pieces = local_pieces(weights)
     torch._foreach_sub_(pieces, list(before))
     step = norms(weights, sharding=sharding)
     has_moved = step != 0  # a step that is NaN stays one

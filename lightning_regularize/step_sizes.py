@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, NAdam, Optimizer, RMSprop
 
-from lightning_regularize._sharding import gradient_of, local_piece
+from lightning_regularize._sharding import gradients_of, local_piece, local_pieces
 from lightning_regularize._steps.buckets import HALF, copies, new
 from lightning_regularize.norms import norms
 
@@ -244,11 +244,15 @@ def mean_length(optimizer: Optimizer, sharding: Sharding) -> Tensor:
     groups = optimizer.param_groups
     # Of every parameter, for a rank may hold no element of one, and then neither gradient nor state.
     parameters = [parameter for group in groups for parameter in group["params"]]
-    found = [_of_adam(optimizer, parameter) for parameter in parameters]
-    squares = norms([gradient for gradient, _, _ in found]).square()
-    seen = norms([average for _, average, _ in found], 1.0)
-    numel = torch.tensor([gradient.numel() for gradient, _, _ in found], dtype=squares.dtype)
-    rows = torch.stack([squares, seen, *_counts([steps for _, _, steps in found], numel, squares)], dim=1)
+    nothing = local_piece(parameters[0]).new_empty(0)
+    found = gradients_of(parameters)
+    gradients = local_pieces([nothing if gradient is None else gradient for gradient in found])
+    pairs = zip(parameters, found, strict=True)
+    states = [{} if gradient is None else optimizer.state.get(p, {}) for p, gradient in pairs]
+    averages = local_pieces([state.get("exp_avg_sq", nothing) for state in states])
+    squares, seen = norms(gradients).square(), norms(averages, 1.0)
+    numel = torch.tensor([gradient.numel() for gradient in gradients], dtype=squares.dtype)
+    rows = torch.stack([squares, seen, *_counts([state.get("step", 0.0) for state in states], numel, squares)], dim=1)
     rows = sharding.reduce(rows, parameters)
     # A GradScaler leaves it to a fused optimizer to divide the gradients, and says by what.
     scale = getattr(optimizer, "grad_scale", None)
@@ -266,25 +270,12 @@ def _sum_of_v_hat(rows: Tensor, beta: float | Tensor) -> Tensor:
     return (((1 - beta) * square + beta * seen) / correction).sum()
 
 
-def _of_adam(optimizer: Optimizer, parameter: Tensor) -> tuple[Tensor, Tensor, float | Tensor]:
-    """Of a parameter here: its gradient, Adam's average of squared gradients, and the steps made; empty without one."""
-    gradient = gradient_of(parameter)
-    if gradient is None:
-        nothing = local_piece(parameter).new_empty(0)
-        return nothing, nothing, 0.0
-    gradient, state = local_piece(gradient), optimizer.state.get(parameter, {})
-    average = state.get("exp_avg_sq")
-    return gradient, gradient.new_empty(0) if average is None else local_piece(average), state.get("step", 0.0)
-
-
 def _counts(steps: Sequence[float | Tensor], numel: Tensor, like: Tensor) -> tuple[Tensor, ...]:
     """Steps times elements, and elements, of each parameter. Adam counts on the host, or on the device if fused."""
-    is_on_device = any(isinstance(step, Tensor) and not step.is_cpu for step in steps)
-    zero = torch.zeros((), device=like.device if is_on_device else "cpu")
-    # All at once: to read them one after the other takes longer than the sums.
-    tensors = [s.to(zero.device) if isinstance(s, Tensor) else zero + s if s else zero for s in steps]
-    counted = torch.stack(tensors).to(numel.dtype)
-    if is_on_device:
+    if any(isinstance(step, Tensor) and not step.is_cpu for step in steps):
+        zero = torch.zeros((), device=like.device)
+        counted = torch.stack([s.to(zero.device) if isinstance(s, Tensor) else zero + s if s else zero for s in steps])
         numel = numel.to(like.device, non_blocking=True)
-        return counted * numel, numel
+        return counted.to(numel.dtype) * numel, numel
+    counted = torch.tensor([s.item() if isinstance(s, Tensor) else s for s in steps], dtype=numel.dtype)
     return torch.stack([counted * numel, numel]).to(like.device, non_blocking=True).unbind()

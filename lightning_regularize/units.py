@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_regularize._checks import is_named
-from lightning_regularize._sharding import local_piece, local_tensor
+from lightning_regularize._sharding import local_piece, local_pieces, local_tensor
 from lightning_regularize._steps.buckets import Bucket, buckets
 
 if dist.is_available():
@@ -318,7 +318,7 @@ def unit_buckets(
         alike.append((rows[-1].shape, of_units, spread_of(weight) if is_cut else None, *[o.shape for o in others]))
         units = [d for d in range(weight.dim()) if d not in of_units]
         between.append(max(units, key=weight.size) if units and not is_cut else None)
-    return buckets(rows, *[list(map(local_piece, column)) for column in columns], alike=alike, dims=between)
+    return buckets(rows, *map(local_pieces, columns), alike=alike, dims=between)
 
 
 def sum_over_ranks(values: Tensor, weight: Tensor, dims: Sequence[int]) -> Tensor:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_regularize._sharding import local_piece
+from lightning_regularize._sharding import local_pieces
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Iterator
@@ -214,7 +214,7 @@ def stacked(tensors: Sequence[Tensor], *, slot: str = "stacked") -> Tensor:
 
     A single tensor is viewed so, and changes with the result; of several it is a temporary, see :func:`put_back_`.
     """
-    local = [local_piece(tensor) for tensor in tensors]
+    local = local_pieces(tensors)
     if len(local) == 1:
         return local[0][None]
     return torch.stack(local, out=scratch(local[0], (len(local), *local[0].shape), slot=slot))
@@ -223,7 +223,7 @@ def stacked(tensors: Sequence[Tensor], *, slot: str = "stacked") -> Tensor:
 def put_back_(tensors: Sequence[Tensor], values: Tensor) -> None:
     """Give ``tensors`` the values that :func:`stacked` made of them, after these have changed."""
     if len(tensors) > 1:
-        torch._foreach_copy_([local_piece(tensor) for tensor in tensors], values.unbind())
+        torch._foreach_copy_(local_pieces(tensors), values.unbind())
 
 
 def refreshed(kept: list[Tensor], tensors: list[Tensor]) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -11,6 +12,7 @@ from lightning_regularize.decay_methods import Target, will_move
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from torch import nn
     from torch.optim import Optimizer
 
     from lightning_regularize._steps.targets import Targets
@@ -25,6 +27,7 @@ class _Known:
     groups: Sequence[dict[str, Any]]
     values: Sequence[Mapping[int, float]]
     targets: list[Target]
+    parameters: list[nn.Parameter]
 
 
 class Decaying:
@@ -59,7 +62,8 @@ class Decaying:
                 for decision in of_group
                 if (decay := decision.weight_decay(own))
             ]
-            known = self._known[optimizer] = _Known(decisions, list(groups), values, targets)
-        if all(target.parameter.grad is not None for target in known.targets):  # as in almost all steps
-            return known.targets
-        return [target for target in known.targets if will_move(optimizer, target.parameter)]
+            known = self._known[optimizer] = _Known(
+                decisions, list(groups), values, targets, [target.parameter for target in targets]
+            )
+        flags = will_move(optimizer, known.parameters)
+        return known.targets if all(flags) else list(itertools.compress(known.targets, flags))  # mostly all

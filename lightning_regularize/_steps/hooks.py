@@ -200,8 +200,9 @@ class StepHooks:
             self._has_begun = True
             self._is_loading = _is_loading_step(optimizer)
             self._is_skipped = is_skipped(optimizer)
-            self._held.look(optimizer.param_groups)
             self._held.freeze()
+            if self.parts is not None:  # which are soon shown in place of the groups
+                self._held.look(optimizer.param_groups)
         if self._is_loading or self._is_skipped:
             return
         watches = list(self._watches)

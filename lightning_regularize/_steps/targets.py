@@ -27,13 +27,15 @@ class Held:
     def __init__(self) -> None:
         self.version = 0
         self._lists: list[list[Tensor]] = []
-        self._is_frozen = False
+        self._is_frozen = self._has_looked = False
 
     def look(self, groups: Sequence[dict[str, Any]]) -> int:
         """The number of times that the groups were seen to hold something else."""
-        if not (self._is_frozen and self.version) and not self._is_same(groups):
-            self._lists = [list(group["params"]) for group in groups]
-            self.version += 1
+        if not (self._is_frozen and self._has_looked):
+            self._has_looked = True
+            if not self._is_same(groups):
+                self._lists = [list(group["params"]) for group in groups]
+                self.version += 1
         return self.version
 
     def _is_same(self, groups: Sequence[dict[str, Any]]) -> bool:
@@ -43,8 +45,8 @@ class Held:
         )
 
     def freeze(self) -> None:
-        """Do not look until :meth:`thaw`: within a step nothing changes."""
-        self._is_frozen = True
+        """Look once more at most, until :meth:`thaw`: within a step nothing changes."""
+        self._is_frozen, self._has_looked = True, False
 
     def thaw(self) -> None:
         """Look again."""
@@ -69,6 +71,7 @@ class Targets(Generic[T]):
         learn: What there is to know about a parameter, or None if the callback leaves it alone; asked once for each.
         move: Likewise for a known one that is in another place of the module now; by default it is learned anew.
         learn_foreign: Likewise for a parameter of an optimizer that the module does not hold.
+        arrange: What is made of the targets of a group, until that holds something else; by default they are listed.
     """
 
     def __init__(
@@ -78,13 +81,15 @@ class Targets(Generic[T]):
         learn_foreign: Callable[[nn.Parameter], T | None] | None = None,
         *,
         move: Callable[[ParameterInfo, T], T | None] | None = None,
+        arrange: Callable[[list[T]], Any] = list,
     ) -> None:
         self._look, self._learn, self._learn_foreign, self._move = look, learn, learn_foreign, move
+        self._arrange = arrange
         self._known: dict[int, tuple[ParameterInfo, T | None]] = {}
-        self._of: WeakKeyDictionary[Any, tuple[int, list[list[T]]]] = WeakKeyDictionary()
+        self._of: WeakKeyDictionary[Any, tuple[int, list[Any]]] = WeakKeyDictionary()
         self.refresh()
 
-    def of(self, optimizer: Any) -> list[list[T]]:
+    def of(self, optimizer: Any) -> list[Any]:
         """For each group of ``optimizer``, whose groups should be the user's, the targets among what it holds."""
         version = held_by(optimizer).look(optimizer.param_groups)
         known = self._of.get(optimizer)
@@ -92,7 +97,8 @@ class Targets(Generic[T]):
             held = [group["params"] for group in optimizer.param_groups]
             if any(id(p) not in self._known for params in held for p in params):
                 self.refresh()
-            known = version, [[t for t in map(self.find, params) if t is not None] for params in held]
+            found = [[t for t in map(self.find, params) if t is not None] for params in held]
+            known = version, list(map(self._arrange, found))
             self._of[optimizer] = known
         return known[1]
 

@@ -167,8 +167,8 @@ def settings_of(rows: Sequence[Row], trainer: Any, watch: Watch) -> list[dict[st
             for leaf in watch.leaves
             for group in leaf.param_groups
             for found in [group_settings.settings(leaf, group)]
-            for p in group["params"]
-            if will_move(leaf, p) or not p.numel()
+            for p, moves in zip(group["params"], will_move(leaf, group["params"]), strict=True)
+            if moves or not p.numel()
         }
     for callback in trainer.callbacks:
         if not isinstance(callback, WeightDecay):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -10,7 +11,15 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_regularize._joint import add_joint_gradient_, joint_proximal_
-from lightning_regularize._sharding import gathered, is_dtensor, local_piece, piece_like, settle_gradient_, whole_tensor
+from lightning_regularize._sharding import (
+    gathered,
+    is_dtensor,
+    local_piece,
+    local_pieces,
+    piece_like,
+    settle_gradients_,
+    whole_tensor,
+)
 from lightning_regularize._steps.buckets import HALF, buckets, calls
 from lightning_regularize._steps.clock import rate_of
 from lightning_regularize._trainer.strategies import check_gradients_are_the_modules, check_weights_are_the_optimizers
@@ -54,6 +63,42 @@ class Target(NamedTuple):
         return tensor if self.view is None or tuple(tensor.shape) == self.view else tensor.view(self.view)
 
 
+class Alike(NamedTuple):
+    """Targets of a group whose units lie in the same dims, which are penalized by one call."""
+
+    dim: tuple[int, ...] | None
+    targets: list[Target]
+    parameters: list[nn.Parameter]
+
+    @property
+    def parts(self) -> list[Part]:
+        """What the targets are of attention layers; empty where groups are not heads."""
+        return [target.part for target in self.targets if target.part is not None]
+
+    def where(self, flags: Sequence[bool]) -> Alike:
+        """Those whose flag is set, mostly all."""
+        if all(flags):
+            return self
+        targets = list(itertools.compress(self.targets, flags))
+        return Alike(self.dim, targets, [target.parameter for target in targets])
+
+    def with_gradients(self) -> Alike:
+        """Those that a step moves."""
+        return self.where([parameter.grad is not None for parameter in self.parameters])
+
+    def as_units(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The parameters, or tensors of their shapes, see :meth:`Target.as_units`."""
+        return [target.as_units(tensor) for target, tensor in zip(self.targets, tensors, strict=True)]
+
+
+def arranged(targets: Sequence[Target]) -> list[Alike]:
+    """The targets of a group in lists for one call each."""
+    by_dim: dict[tuple[int, ...] | None, list[Target]] = {}
+    for target in targets:
+        by_dim.setdefault(target.dim, []).append(target)
+    return [Alike(dim, alike, [target.parameter for target in alike]) for dim, alike in by_dim.items()]
+
+
 class Method(ABC):
     """A way in which a penalty acts on a step."""
 
@@ -94,30 +139,30 @@ class Gradient(Method):
     def on_gradients(self, owner: PenaltyCallback, step: Step) -> None:
         penalty = owner.penalty()
         owner.rounded.begin_step(step)
-        for group, targets in owner.targets(step.optimizer):
-            strength: Any = owner.strength(group, step.number) if targets else 0.0
+        for group, lists in owner.targets(step.optimizer):
+            strength: Any = owner.strength(group, step.number) if lists else 0.0
             scaled = strength if step.scale is None else step.scale * strength
-            for dim, alike in by_dim(targets).items():
+            for alike in lists:
                 # Without a gradient a parameter is unused in this step, and none is made for it.
-                pairs = [(t, g) for t in alike if (g := settle_gradient_(t.parameter)) is not None]
-                found = [target for target, _ in pairs]
-                gradients = [target.as_units(gradient) for target, gradient in pairs]
+                settled = settle_gradients_(alike.parameters)
+                found = alike.where([gradient is not None for gradient in settled])
+                gradients = found.as_units([gradient for gradient in settled if gradient is not None])
                 if owner.rounds_at_random:
-                    _add_at_random_(owner, gradients, found, scaled, dim, step.number)
+                    _add_at_random_(owner, gradients, found.targets, scaled, found.dim, step.number)
                     continue
-                add = functools.partial(_add_, penalty=penalty, strength=scaled, dim=dim)
-                owner.rounded.change(add, gradients, found, together=bool(parts_of(found)))
+                add = functools.partial(_add_, penalty=penalty, strength=scaled, dim=found.dim)
+                owner.rounded.change(add, gradients, found.targets, together=bool(found.parts))
 
     @torch.no_grad()
     def before_step(self, owner: PenaltyCallback, step: Step) -> None:
         """Measure what the step rounds away: gradients are as it finds them, those of the penalty included."""
-        for group, targets in owner.targets(step.optimizer) if owner.rounded.is_measured else ():
-            strength = owner.strength(group, step.number) if targets else 0.0
-            for dim, alike in by_dim([t for t in targets if t.parameter.grad is not None]).items():
-                numbers = owner.rounded.pick([t.parameter for t in alike], together=bool(parts_of(alike)))
-                picked = [alike[i] for i in numbers]
+        for group, lists in owner.targets(step.optimizer) if owner.rounded.is_measured else ():
+            strength = owner.strength(group, step.number) if lists else 0.0
+            for alike in (each.with_gradients() for each in lists):
+                numbers = owner.rounded.pick(alike.parameters, together=bool(alike.parts))
+                picked = [alike.targets[i] for i in numbers]
                 terms = [torch.zeros_like(t.as_units(t.parameter), dtype=torch.float32) for t in picked]
-                _add_(terms, picked, owner.penalty(), strength, dim)
+                _add_(terms, picked, owner.penalty(), strength, alike.dim)
                 halves = [i for i, t in enumerate(picked) if t.parameter.dtype in HALF]
                 measured = [picked[i].parameter for i in halves]
                 owner.rounded.step(step.optimizer, group, measured, [terms[i] for i in halves])
@@ -157,31 +202,17 @@ class Proximal(Method):
     def after_step(self, owner: PenaltyCallback, step: Step) -> None:
         optimizer = step.optimizer
         owner.rounded.begin_step(step)
-        for group, targets in owner.targets(optimizer):
-            strength = owner.strength(group, step.number) if targets else 0.0
-            acting = [t for t in targets if t.parameter.grad is not None] if strength else []
-            for dim, alike in by_dim(acting).items():
-                sizes = step_sizes(optimizer, group, [target.parameter for target in alike])
-                stepped = [(t, size) for t, size in zip(alike, sizes, strict=True) if size is not None]
-                if stepped:
-                    weights = [target.as_units(target.parameter) for target, _ in stepped]
-                    shrink = functools.partial(_shrink_, penalty=owner.penalty(), strength=strength, dim=dim)
-                    parts = [target.part for target, _ in stepped]
-                    sizes_of_them = [size for _, size in stepped]
-                    owner.rounded.change(shrink, weights, sizes_of_them, parts, together=any(parts))
-
-
-def parts_of(targets: Sequence[Target]) -> list[Part]:
-    """What targets of one call are of attention layers; empty where groups are not heads."""
-    return [target.part for target in targets if target.part is not None]
-
-
-def by_dim(targets: Sequence[Target]) -> dict[tuple[int, ...] | None, list[Target]]:
-    """Targets whose units lie in the same dims, which are penalized by one call."""
-    found: dict[tuple[int, ...] | None, list[Target]] = {}
-    for target in targets:
-        found.setdefault(target.dim, []).append(target)
-    return found
+        for group, lists in owner.targets(optimizer):
+            strength = owner.strength(group, step.number) if lists else 0.0
+            for alike in (each.with_gradients() for each in lists if strength):
+                sizes = step_sizes(optimizer, group, alike.parameters)
+                stepped = alike.where([size is not None for size in sizes])
+                if stepped.targets:
+                    weights = stepped.as_units(stepped.parameters)
+                    shrink = functools.partial(_shrink_, penalty=owner.penalty(), strength=strength, dim=alike.dim)
+                    parts = [target.part for target in stepped.targets]
+                    known = [size for size in sizes if size is not None]
+                    owner.rounded.change(shrink, weights, known, parts, together=any(parts))
 
 
 def _add_(
@@ -193,7 +224,7 @@ def _add_(
 ) -> None:
     """Add the gradient of a penalty, also of one that has to be given whole weights."""
     weights = [target.as_units(target.parameter) for target in targets]
-    if parts := parts_of(targets):
+    if parts := [target.part for target in targets if target.part is not None]:
         add_joint_gradient_(penalty, parts, gradients, weights, strength)
         return
     if penalty.takes_pieces or not any(map(is_dtensor, weights)):
@@ -285,7 +316,7 @@ def _shrink_(
     if penalty.per_unit:
         arranged = unit_buckets([unit_dims(weight, dim) for weight in weights], weights, *states)
     else:
-        arranged = buckets(list(map(local_piece, weights)), *states)
+        arranged = buckets(local_pieces(weights), *states)
     for indices, (bucket, squares, *means) in arranged:
         found = thresholds([sizes[i] for i in indices], squares, means[0] if means else [], strength)
         for w, t in calls(penalty.takes_lists, bucket, found):

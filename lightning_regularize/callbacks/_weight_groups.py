@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 from lightning_regularize._heads import head_parts
-from lightning_regularize.callbacks._penalty_methods import Target, parts_of
+from lightning_regularize.callbacks._penalty_methods import Alike, Target
 from lightning_regularize.selection import tensor_name
 from lightning_regularize.units import block_dims, input_dims
 
@@ -28,7 +28,7 @@ class WeightGroups(ABC):
             ValueError: Groups cannot be told.
         """
 
-    def check(self, targets: Sequence[Sequence[Target]]) -> None:  # noqa: B027
+    def check(self, groups: Sequence[Sequence[Alike]]) -> None:  # noqa: B027
         """Refuse parameter groups, each with its targets, by which groups of weights are torn apart.
 
         Raises:
@@ -101,10 +101,10 @@ class Heads(WeightGroups):
                 "in_proj_weight or qkv for all three, and out_proj."
             )
 
-    def check(self, targets: Sequence[Sequence[Target]]) -> None:
+    def check(self, groups: Sequence[Sequence[Alike]]) -> None:
         place: dict[str, int] = {}
-        for i, of_group in enumerate(targets):
-            for part in parts_of(of_group):
+        for i, lists in enumerate(groups):
+            for part in (part for alike in lists for part in alike.parts):
                 if place.setdefault(part.layer, i) != i:
                     raise ValueError(
                         f"the weights of the attention layer {part.layer!r} are in several parameter groups, and a "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from os import PathLike
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
@@ -10,7 +11,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.optim import LBFGS
 
-from lightning_regularize._sharding import gradient_of, local_piece, local_tensor, piece_like, whole_tensor
+from lightning_regularize._sharding import gradients_of, local_pieces, local_tensor, piece_like, whole_tensor
 from lightning_regularize._steps.buckets import HALF
 from lightning_regularize._steps.clock import rate_of
 from lightning_regularize._steps.targets import Targets
@@ -25,7 +26,7 @@ from lightning_regularize.schedules import Constant, Schedule, as_schedule, chec
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from torch import Tensor
+    from torch import Tensor, nn
     from torch.optim import Optimizer
 
     from lightning_regularize._steps.hooks import Step
@@ -44,6 +45,22 @@ class _Target(NamedTuple):
     info: ParameterInfo
     anchor: Tensor | None  # None before training begins
     importance: Tensor | None = None
+
+
+class _Alike(NamedTuple):
+    """The targets of a group, in columns."""
+
+    parameters: list[nn.Parameter]
+    anchors: list[Any]
+    importance: list[Any]
+
+    def where(self, flags: Sequence[bool]) -> _Alike:
+        """Those whose flag is set, mostly all."""
+        return self if all(flags) else _Alike(*[list(itertools.compress(column, flags)) for column in self])
+
+
+def _arranged(targets: Sequence[_Target]) -> _Alike:
+    return _Alike([t.info.parameter for t in targets], [t.anchor for t in targets], [t.importance for t in targets])
 
 
 class _Moving(NamedTuple):
@@ -159,10 +176,10 @@ class AnchorDecay(Regularizer):
         self._moving: dict[Optimizer, _Moving] = {}  # in the step under way
         self._phase: Literal["before", "beginning", "training"] = "before"
         self._without_anchor: set[str] = set()
-        self._targets: Targets[_Target] = Targets(run.infos, self._learn, move=self._move)
+        self._targets: Targets[_Target] = Targets(run.infos, self._learn, move=self._move, arrange=_arranged)
         for optimizer in run.optimizers:
-            for group, targets in zip(optimizer.param_groups, self._targets.of(optimizer), strict=True):
-                if targets and self.method == "decoupled":
+            for group, alike in zip(optimizer.param_groups, self._targets.of(optimizer), strict=True):
+                if alike.parameters and self.method == "decoupled":
                     rate_of(optimizer, group)
         self.warn_if_no_effect(run, infos)
 
@@ -209,7 +226,7 @@ class AnchorDecay(Regularizer):
         if self.anchor == "init" and any(watch.steps for watch in run.watches) and not self._saved.get("anchors"):
             self.warn("The checkpoint has no anchor: AnchorDecay takes the weights as they are now.")
         self._phase = "beginning"
-        self._targets = Targets(run.infos, self._learn, move=self._move)
+        self._targets = Targets(run.infos, self._learn, move=self._move, arrange=_arranged)
         self._phase = "training"
 
     # -- training ------------------------------------------------------------------------------------------------------
@@ -230,21 +247,17 @@ class AnchorDecay(Regularizer):
             return
         self.rounded.begin_step(step)
         of_groups = zip(optimizer.param_groups, self._targets.of(optimizer), strict=True)
-        pulled = [(targets, self._share(step, group)) for group, targets in of_groups if targets]
+        pulled = [(alike, self._share(step, group)) for group, alike in of_groups if alike.parameters]
         for _, share in pulled:  # before any weight changes
             self._check_share(share)
-        for targets, share in pulled:
-            moving = [
-                (local_piece(target.info.parameter), target.anchor, target.importance)
-                for target in targets
-                if target.anchor is not None and will_move(optimizer, target.info.parameter)
-            ]
-            weights, anchors = [weight for weight, _, _ in moving], [anchor for _, anchor, _ in moving]
+        for alike, share in pulled:
+            moving = alike.where(will_move(optimizer, alike.parameters))
+            weights = local_pieces(moving.parameters)
             if self.importance is None:
-                self.rounded.change(functools.partial(pull_, share=share), weights, anchors)
+                self.rounded.change(functools.partial(pull_, share=share), weights, moving.anchors)
             else:
                 pull = functools.partial(pull_by_importance_, share=share)
-                self.rounded.change(pull, weights, anchors, [i for _, _, i in moving if i is not None])
+                self.rounded.change(pull, weights, moving.anchors, moving.importance)
 
     def _check_share(self, share: float | Tensor) -> None:
         """Refuse what would pull a weight past its anchor; a rate on the device is not looked at.
@@ -262,16 +275,16 @@ class AnchorDecay(Regularizer):
 
     def _look(self, step: Step) -> None:
         """Before the step: how far is each weight from its anchor, and does its gradient call it back?"""
-        moving, strengths = [], []
-        for group, targets in zip(step.optimizer.param_groups, self._targets.of(step.optimizer), strict=True):
-            found = [(t.info.parameter, t.anchor, gradient_of(t.info.parameter)) for t in targets]
-            found = [(p, anchor, gradient) for p, anchor, gradient in found if gradient is not None]
-            moving += found
-            strengths.append((self.run.clock.value(self.schedule, group, step.number) if found else 0.0, len(found)))
-        if moving:
-            weights, anchors, gradients = map(list, zip(*moving, strict=True))
-            pieces = list(map(local_piece, gradients))
-            distances, calls_back = progress(weights, anchors, pieces, sharding=self._sharding)
+        found: list[tuple[Any, ...]] = []
+        strengths = []
+        for group, alike in zip(step.optimizer.param_groups, self._targets.of(step.optimizer), strict=True):
+            gradients = gradients_of(alike.parameters)
+            moving = [row for row in zip(alike.parameters, alike.anchors, gradients, strict=True) if row[2] is not None]
+            found += moving
+            strengths.append((self.run.clock.value(self.schedule, group, step.number) if moving else 0.0, len(moving)))
+        if found:
+            weights, anchors, pieces = map(list, zip(*found, strict=True))
+            distances, calls_back = progress(weights, anchors, local_pieces(pieces), sharding=self._sharding)
             own = torch.cat([distances.new_full((count,), strength) for strength, count in strengths])
             self._moving[step.optimizer] = _Moving(weights, anchors, distances, own * calls_back)
 

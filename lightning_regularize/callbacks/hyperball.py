@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -9,7 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_regularize._sharding import local_piece
+from lightning_regularize._sharding import local_pieces
 from lightning_regularize._steps.buckets import HALF, refreshed
 from lightning_regularize._steps.clock import rate_of
 from lightning_regularize._steps.hooks import hooks_of
@@ -181,15 +182,17 @@ class Hyperball(Regularizer):
         optimizer = step.optimizer
         for target in [t for targets in self._targets.of(optimizer) for t in targets if not is_in_place(t.info)]:
             self._targets.forget(target.info.parameter)
-        of_groups = zip(optimizer.param_groups, self._targets.of(optimizer), strict=True)
-        moving = [(g, [t for t in targets if will_move(optimizer, t.info.parameter)]) for g, targets in of_groups]
-        moving = [(group, targets) for group, targets in moving if targets]
+        moving = []
+        for group, targets in zip(optimizer.param_groups, self._targets.of(optimizer), strict=True):
+            flags = will_move(optimizer, [target.info.parameter for target in targets])
+            if any(flags):
+                moving.append((group, list(itertools.compress(targets, flags))))
         for group, targets in moving:
             _refuse_decay(optimizer, group, targets)
         held = [target for _, targets in moving for target in targets]
         self._begin_targets(held)
         self._moving[optimizer] = moving
-        weights = [local_piece(target.info.parameter) for target in held]
+        weights = local_pieces([target.info.parameter for target in held])
         self._before[optimizer] = refreshed(self._before.get(optimizer, []), weights)
 
     @torch.no_grad()

@@ -10,7 +10,7 @@ import torch
 from lightning_regularize import group_settings
 from lightning_regularize._checks import check_number, check_positive_integer, is_number
 from lightning_regularize._reading import Reading
-from lightning_regularize._sharding import gradient_of
+from lightning_regularize._sharding import gradients_of
 from lightning_regularize._trainer import loggers
 from lightning_regularize._trainer.run import logs_now
 from lightning_regularize._trainer.strategies import check_not_flat, hides_gradients
@@ -329,7 +329,9 @@ class WeightNormMonitor(Regularizer):
             reading.draw("weight", weights)
         if "gradient_size" in self._needs:
             is_hidden = hides_gradients(self.run.trainer)
-            gradients = [None if is_hidden else gradient_of(row.parameter) for row in rows]
+            gradients: list[Tensor | None] = (
+                [None] * len(rows) if is_hidden else gradients_of([row.parameter for row in rows])
+            )
             reading.read_gradients(gradients, step.scale)
             if self.histograms:
                 reading.draw("gradient", gradients, step.scale)

@@ -18,7 +18,7 @@ from lightning_regularize._steps.targets import Targets
 from lightning_regularize._steps.watch import stepping_optimizers
 from lightning_regularize._trainer.strategies import check_view
 from lightning_regularize.callbacks._base import Regularizer
-from lightning_regularize.callbacks._penalty_methods import Gradient, Method, Proximal, Target, by_dim, parts_of
+from lightning_regularize.callbacks._penalty_methods import Alike, Gradient, Method, Proximal, Target, arranged
 from lightning_regularize.callbacks._rounding import Rounding
 from lightning_regularize.callbacks._weight_groups import OutputUnits, WeightGroups
 from lightning_regularize.penalties import L1, L2, ElasticNet, Penalty
@@ -93,7 +93,7 @@ class PenaltyCallback(Regularizer):
         infos = self.select(run, "nothing to pull at", initialized=needs_shapes)
         self._sharding = run.sharding()
         self._method.check(run, self, infos)
-        self._targets: Targets[Target] = Targets(self._look, self._learn)
+        self._targets: Targets[Target] = Targets(self._look, self._learn, arrange=arranged)
         is_proximal = self.method == "proximal"
         remedy = "a larger strength" if is_proximal else "rounding='stochastic', which is right in the mean"
         self.rounded = Rounding(
@@ -109,7 +109,7 @@ class PenaltyCallback(Regularizer):
             for leaf in stepping_optimizers(optimizer):
                 self._check_optimizer(leaf)
         if needs_shapes:
-            groups = [targets for leaf in self._checked for _, targets in self.targets(leaf)]
+            groups = [lists for leaf in self._checked for _, lists in self.targets(leaf)]
             with self._misconfigurations():
                 self.groups.check(groups)
         self.warn_if_no_effect(run, infos)
@@ -155,10 +155,11 @@ class PenaltyCallback(Regularizer):
             check_view(info.name, info.parameter, target.view)
         return target
 
-    def targets(self, optimizer: Optimizer) -> Iterator[tuple[dict[str, Any], list[Target]]]:
+    def targets(self, optimizer: Optimizer) -> Iterator[tuple[dict[str, Any], list[Alike]]]:
         """The groups of an optimizer, each with what is penalized in it now."""
-        for group, targets in zip(optimizer.param_groups, self._targets.of(optimizer), strict=True):
-            yield group, [target for target in targets if target.parameter.requires_grad]
+        for group, lists in zip(optimizer.param_groups, self._targets.of(optimizer), strict=True):
+            trained = [alike.where([p.requires_grad for p in alike.parameters]) for alike in lists]
+            yield group, [alike for alike in trained if alike.targets]
 
     def on_gradients(self, step: Step) -> None:
         if self.logs(step):
@@ -186,14 +187,15 @@ class PenaltyCallback(Regularizer):
         flat: list[torch.nn.Parameter] = []  # FSDP1's pieces, whose values are still to be added up over ranks
         of_flat: list[Tensor] = []
         for leaf in watch.leaves:
-            for group, targets in self.targets(leaf):
-                strength = self.strength(group, watch.number(leaf)) if targets else 0.0
-                for dim, alike in by_dim(targets).items():
-                    if parts := parts_of(alike):
-                        values += joint_value(penalty, parts, [target.parameter for target in alike], strength)
+            for group, lists in self.targets(leaf):
+                strength = self.strength(group, watch.number(leaf)) if lists else 0.0
+                for alike in lists:
+                    dim = alike.dim
+                    if parts := alike.parts:
+                        values += joint_value(penalty, parts, alike.parameters, strength)
                         continue
-                    pieces = [target.parameter for target in alike if self._sharding.is_flat(target.parameter)]
-                    whole = [t.as_units(t.parameter) for t in alike if not self._sharding.is_flat(t.parameter)]
+                    pieces = [parameter for parameter in alike.parameters if self._sharding.is_flat(parameter)]
+                    whole = [t.as_units(t.parameter) for t in alike.targets if not self._sharding.is_flat(t.parameter)]
                     if not penalty.takes_pieces:
                         whole = list(map(gathered, whole))
                     values += [penalty.value(w, strength, dim=dim) for (w,) in calls(penalty.takes_lists, whole)]

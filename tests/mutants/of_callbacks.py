@@ -62,7 +62,7 @@ MUTANTS = [
     *mutants_of(
         "callbacks/_penalty_methods.py",
         "tests/training/test_penalties.py::test_a_parameter_without_a_gradient_gets_none_and_stays",
-        ("if t.parameter.grad is not None] if strength", "] if strength"),
+        ("self.where([parameter.grad is not None for parameter in self.parameters])", "self"),
     ),
     *mutants_of(
         "callbacks/_rounding.py",
@@ -166,7 +166,7 @@ MUTANTS = [
     *mutants_of(
         "callbacks/anchor_decay.py",
         "tests/training/test_changes_in_mid_run.py::test_leaves_frozen_parameters_alone_and_acts_again_when_they_are_trained",
-        ("and will_move(optimizer, target.info.parameter)", ""),
+        ("alike.where(will_move(optimizer, alike.parameters))", "alike"),
     ),
     *mutants_of(
         "callbacks/anchor_decay.py",

@@ -125,7 +125,7 @@ MUTANTS = [
     *mutants_of(
         "decay_methods.py",
         "tests/training/test_decay_methods.py::test_frozen_weights_and_those_without_a_gradient_rest",
-        ("return parameter.grad is not None or (", "return True or ("),
+        ("return [parameter.grad is not None for parameter in parameters]", "return [True for _ in parameters]"),
     ),
     *mutants_of(
         "callbacks/_rounding.py",

@@ -208,7 +208,7 @@ MUTANTS = [
     *mutants_of(
         "_steps/buckets.py",
         "tests/test_penalties.py::test_groups_of_a_list_may_have_a_threshold_each",
-        ("torch._foreach_copy_([local_piece(tensor) for tensor in tensors], values.unbind())", "pass"),
+        ("torch._foreach_copy_(local_pieces(tensors), values.unbind())", "pass"),
         ("slot=slot))\n\n\ndef put_back_", 'slot="wide"))\n\n\ndef put_back_'),
     ),
     *mutants_of(
