@@ -26,6 +26,7 @@ from lightning_regularize._steps.buckets import (
     listed,
     multiply_each_,
     new,
+    operand,
     widened,
     write_back_,
 )
@@ -70,13 +71,7 @@ def decay_(weights: Tensors, share: float | Tensor) -> None:
             write_back_(some, wide)
         return
     for (alike,) in _by_dtype(listed(weights)):
-        if alike[0].is_cpu:
-            # There (torch 2.13) a list takes four times as long to multiply by a number as by a tensor of one element,
-            # and rounds the number to half precision before it multiplies.
-            dtype = torch.promote_types(alike[0].dtype, torch.float32)
-            torch._foreach_mul_(alike, torch.tensor(factor, dtype=dtype))
-        else:
-            torch._foreach_mul_(alike, factor)
+        torch._foreach_mul_(alike, operand(factor, alike))
 
 
 @torch.no_grad()

@@ -37,6 +37,7 @@ from lightning_regularize._steps.buckets import (
     copies,
     listed,
     new,
+    operand,
     put_back_,
     scratch,
     stacked,
@@ -213,7 +214,7 @@ class ElasticNet(Penalty):
             if isinstance(thresholds, float):
                 _soft_threshold_(weights, thresholds * self.l1_ratio)
             else:
-                _soft_threshold_(weights, new("mul", thresholds, self.l1_ratio, slot="share"))
+                _soft_threshold_(weights, new("mul", thresholds, operand(self.l1_ratio, thresholds), slot="share"))
             _divide_(weights, thresholds, 1 - self.l1_ratio)
 
 
@@ -415,11 +416,11 @@ def _soft_threshold_(weights: list[Tensor], thresholds: float | list[Tensor]) ->
 def _divide_(weights: list[Tensor], thresholds: float | list[Tensor], share: float) -> None:
     """Divide by ``1 + share * threshold``."""
     if isinstance(thresholds, list):
-        divisors = new("mul", thresholds, share, slot="divisors")
-        torch._foreach_add_(divisors, 1.0)
+        divisors = new("mul", thresholds, operand(share, thresholds), slot="divisors")
+        torch._foreach_add_(divisors, operand(1.0, divisors))
         torch._foreach_div_(weights, divisors)
     else:
-        torch._foreach_div_(weights, 1.0 + share * thresholds)
+        torch._foreach_div_(weights, operand(1.0 + share * thresholds, weights))
 
 
 def _root_size(weight: Tensor, dims: Sequence[int]) -> float:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, NAdam, Optimizer, RMSprop
 
 from lightning_regularize._sharding import gradients_of, local_piece, local_pieces
-from lightning_regularize._steps.buckets import HALF, copies, new
+from lightning_regularize._steps.buckets import HALF, copies, new, operand
 from lightning_regularize.norms import norms
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def _update_(function: str, tensors: list[Tensor], numbers: list[Any]) -> None:
     if any(isinstance(number, Tensor) for number in numbers):
         update(tensors, [torch.as_tensor(number, device=t.device) for number, t in zip(numbers, tensors, strict=True)])
     else:
-        update(tensors, numbers if len(set(numbers)) > 1 else numbers[0])
+        update(tensors, numbers if len(set(numbers)) > 1 else operand(numbers[0], tensors))
 
 
 def step_size(optimizer: Optimizer, group: Mapping[str, Any], parameter: Tensor) -> StepSize | None:

@@ -187,6 +187,18 @@ def new(function: str, tensors: list[Tensor], *others: Any, slot: str = "") -> l
     return [getattr(torch, function)(tensors[0], *first, out=scratch(tensors[0], slot=slot))]
 
 
+def operand(number: float, tensors: Sequence[Tensor]) -> float | list[Tensor]:
+    """A number for ``torch._foreach_*`` with tensors of one device and dtype.
+
+    On a CPU (torch 2.13) a list takes four times as long with a number as with tensors of one element, and rounds the
+    number to half precision before it is used.
+    """
+    if not tensors[0].is_cpu:
+        return number
+    element = torch.tensor(number, dtype=torch.promote_types(tensors[0].dtype, torch.float32))
+    return [element] * len(tensors)
+
+
 def copies(tensors: list[Tensor], *, slot: str = "") -> list[Tensor]:
     """Copies of a bucket as temporaries, those of half precision in float32."""
     dtype = torch.promote_types(tensors[0].dtype, torch.float32)

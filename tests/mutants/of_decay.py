@@ -6,7 +6,7 @@ MUTANTS = [
     *mutants_of(
         "decay.py",
         "tests/test_decay.py::test_lists_decay_as_torch_multiplies_one_tensor",
-        ("torch._foreach_mul_(alike, torch.tensor(factor, dtype=dtype))", "torch._foreach_mul_(alike, factor)"),
+        ("torch._foreach_mul_(alike, operand(factor, alike))", "torch._foreach_mul_(alike, factor)"),
     ),
     *mutants_of(
         "decay.py",
