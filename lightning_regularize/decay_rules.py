@@ -13,6 +13,9 @@ from lightning_regularize.selection import matches, require_matches
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from torch.optim import Optimizer
+
+    from lightning_regularize.decay_methods import DecayMethod
     from lightning_regularize.schedules import ScheduleLike
     from lightning_regularize.selection import ParameterInfo, Rule
 
@@ -150,6 +153,16 @@ class DecayRules:
             raise ValueError(
                 f"`weight_decay`: no rule with a positive weight decay matches a parameter, got {self.names}."
             )
+
+    def refuse_optimizer(self, method: DecayMethod, optimizer: Optimizer, decisions: Sequence[Decision]) -> str:
+        """Why ``method`` cannot let the parameters of an optimizer decay as asked; empty if it can."""
+        decaying = [d for d in decisions if d.setting.factor and self.sets_decay(d.setting.schedule)]
+        has_decay = any("weight_decay" in group for group in optimizer.param_groups)
+        # What is excluded as a whole needs no weight decay, and where none is asked for there may be none.
+        needs_none = method.uses_optimizer and not has_decay and not decaying
+        if needs_none or not any(decision.setting.factor for decision in decisions):
+            return ""
+        return method.refuse(optimizer) or method.refuse_sparse([decision.info for decision in decaying])
 
     def refuse_ratios(self, held: Sequence[tuple[float, Decision]], decisions: Sequence[Decision]) -> str:
         """Why the groups of the user leave nothing to decay, or nothing of what a rule is for; empty if they do not.

@@ -17,7 +17,7 @@ from lightning_regularize._steps.run import Attachment, LoopRun, Run
 from lightning_regularize._trainer import loggers
 from lightning_regularize._trainer.run import TrainerRun, is_extended, logged_step, steps_per_epoch, total_steps
 from lightning_regularize.callbacks._saved import COUNT, NUMBER, check_state
-from lightning_regularize.callbacks._selective import Selective, held_by_optimizers
+from lightning_regularize.callbacks._selective import Selective, check_holds
 from lightning_regularize.schedules import Constant, check_total_steps, timescales_in
 
 if TYPE_CHECKING:
@@ -289,7 +289,7 @@ class Regularizer(Selective, Work):
         self._let_go()
         self.run = run = LoopRun(optimizer, module, Clock(horizon), self, position)
         try:
-            _check_holds(module, run)
+            check_holds(module, run)
             run.clock.note_rates(run.optimizers)
             self._prepare(self.check)
             self._start()
@@ -385,19 +385,6 @@ class Regularizer(Selective, Work):
                 f"{type(self).__name__}: training has ended after {most:,} steps of {horizon:,.0f}, before "
                 f"{ending[0]!r} has reached its end. Give `total_steps`, if this is not on purpose."
             )
-
-
-def _check_holds(module: nn.Module, run: Run) -> None:
-    """Refuse a module that does not belong to the optimizer: rules could not find what they name.
-
-    Raises:
-        ValueError: It holds none of the parameters.
-    """
-    if held_by_optimizers(run).isdisjoint(id(info.parameter) for info in run.infos()):
-        raise ValueError(
-            f"`module` holds none of the parameters that {type(run.optimizers[0]).__name__} steps, got "
-            f"{type(module).__name__}: give the module whose parameters the optimizer was made with."
-        )
 
 
 def _last_of(callbacks: Sequence[Any]) -> Regularizer:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.optim import AdamW
 
-from lightning_regularize._sharding import local_tensor
+from lightning_regularize._sharding import local_piece, local_tensor
 from lightning_regularize._steps.buckets import HALF
+from lightning_regularize.decay import decay_
+from lightning_regularize.decay_methods import by_strength
 from lightning_regularize.step_sizes import knows, step_sizes
 
 if TYPE_CHECKING:
@@ -20,6 +24,7 @@ if TYPE_CHECKING:
 
     from lightning_regularize._steps.hooks import Step
     from lightning_regularize.callbacks._base import Regularizer
+    from lightning_regularize.decay_methods import Target
     from lightning_regularize.selection import ParameterInfo
 
 _TOLERANCE = 0.05  # what may be lost, or gained, of a strength before a warning says so
@@ -211,6 +216,31 @@ class Rounding:
             f"{self._who} is off by up to {largest:.0%} of its strength here: it is rounded {' and '.join(places)}. "
             f"Use float32 weights with precision='bf16-mixed'{remedy}."
         )
+
+
+@torch.no_grad()
+def measure_decay(rounded: Rounding, step: Step, targets: Sequence[Target], *, by_optimizer: bool) -> None:
+    """Measure what an optimizer is going to round away of weight decay.
+
+    Args:
+        rounded: Where to add it up.
+        step: The step that begins.
+        targets: What decays in it.
+        by_optimizer: Does the optimizer decay by itself? If not, its gradients hold the decay.
+    """
+    optimizer = step.optimizer
+    for alike in by_strength(targets):
+        picked = [alike[i] for i in rounded.pick([target.parameter for target in alike])]
+        weights, value, group = [target.parameter for target in picked], alike[0].weight_decay, alike[0].group
+        if by_optimizer and not knows(optimizer):  # mostly it decays by itself, before its update
+            if not group.get("fused"):  # which rounds once, with the noise of the gradient in it
+                copies = [local_piece(weight).clone() for weight in weights]
+                rounded.change(functools.partial(decay_, share=alike[0].share), copies)
+            continue
+        is_decoupled = by_optimizer and (isinstance(optimizer, AdamW) or group.get("decoupled_weight_decay", False))
+        own = {**group, "weight_decay": value} if by_optimizer else group
+        terms = [value * local_piece(weight).float() for weight in weights]
+        rounded.step(optimizer, own, weights, terms, is_decoupled=is_decoupled)
 
 
 def _widened(entry: Any) -> Any:

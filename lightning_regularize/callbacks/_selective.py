@@ -18,6 +18,8 @@ from lightning_regularize.units import norm_dims, units_are_known
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from torch import nn
+
     from lightning_regularize._steps.run import Run
     from lightning_regularize.selection import ParameterInfo
 
@@ -157,3 +159,16 @@ def held_by_optimizers(run: Run) -> set[int]:
     """Identities of the module's parameters that optimizers hold, or others that step for them."""
     optimizers = [each for optimizer in run.optimizers for each in (optimizer, *stepping_optimizers(optimizer))]
     return {id(p) for optimizer in optimizers for group in held_parameters(optimizer) for p in group}
+
+
+def check_holds(module: nn.Module, run: Run) -> None:
+    """Refuse a module that does not belong to the optimizer: rules could not find what they name.
+
+    Raises:
+        ValueError: It holds none of the parameters.
+    """
+    if held_by_optimizers(run).isdisjoint(id(info.parameter) for info in run.infos()):
+        raise ValueError(
+            f"`module` holds none of the parameters that {type(run.optimizers[0]).__name__} steps, got "
+            f"{type(module).__name__}: give the module whose parameters the optimizer was made with."
+        )

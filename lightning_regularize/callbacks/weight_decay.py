@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from weakref import WeakKeyDictionary, WeakSet
 
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch.optim import AdamW
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_regularize._checks import check_rounding, is_named
-from lightning_regularize._sharding import local_piece
 from lightning_regularize._steps.decaying import Decaying
 from lightning_regularize._steps.group_decay import Given, GroupDecay
 from lightning_regularize._steps.hooks import ATTRIBUTE, Step, hooks_of
@@ -25,15 +21,13 @@ from lightning_regularize._trainer.run import group_labels
 from lightning_regularize._trainer.strategies import check_gradients_are_the_modules, check_weights_are_the_optimizers
 from lightning_regularize.callbacks._arguments import named_errors
 from lightning_regularize.callbacks._base import Regularizer
-from lightning_regularize.callbacks._rounding import Rounding
+from lightning_regularize.callbacks._rounding import Rounding, measure_decay
 from lightning_regularize.callbacks._saved import NUMBER, Value
-from lightning_regularize.decay import decay_
-from lightning_regularize.decay_methods import METHODS, DecayMethod, Target, by_strength, check_method
+from lightning_regularize.decay_methods import METHODS, DecayMethod, Target, check_method
 from lightning_regularize.decay_rules import NO_DECAY, DecayRules, Decision, Setting
 from lightning_regularize.groups import Grouping
 from lightning_regularize.schedules import Constant, Schedule, check_total_steps, timescales_in
 from lightning_regularize.selection import DEFAULT_EXCLUDE, FOREIGN, ParameterInfo, Rule, foreign_info
-from lightning_regularize.step_sizes import knows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
@@ -225,13 +219,7 @@ class WeightDecay(Regularizer):
         if self.decay_method.uses_optimizer and has_decay:
             is_foreign = leaf is not optimizer and all(decision.info.name == FOREIGN for decision in decisions)
             reason = refusal(leaf, optimizer, is_foreign=is_foreign)
-        # What is excluded as a whole needs no weight decay, and where none is asked for there may be none.
-        decaying = [d for d in decisions if d.setting.factor and self.rules.sets_decay(d.setting.schedule)]
-        needs_none = self.decay_method.uses_optimizer and not has_decay and not decaying
-        if not needs_none and any(decision.setting.factor for decision in decisions):
-            reason = reason or self.decay_method.refuse(leaf)
-            reason = reason or self.decay_method.refuse_sparse([decision.info for decision in decaying])
-        if reason:
+        if reason := reason or self.rules.refuse_optimizer(self.decay_method, leaf, decisions):
             raise MisconfigurationException(reason)
 
     def _check_groups_decay(self, run: Run) -> None:
@@ -327,27 +315,10 @@ class WeightDecay(Regularizer):
         if not self.decay_method.adds_to_gradients:
             self.rounded.begin_step(step)
         if self.rounded.is_measured and (self.decay_method.uses_optimizer or self.decay_method.adds_to_gradients):
-            self._measure_step(step)
+            measure_decay(self.rounded, step, self._find_decaying(step), by_optimizer=self.decay_method.uses_optimizer)
         if not self.decay_method.uses_optimizer:
             self._in_step[leaf] = self._find_decaying(step)
             self.decay_method.before(leaf, self._in_step[leaf], step.number)
-
-    @torch.no_grad()
-    def _measure_step(self, step: Step) -> None:
-        """What is the optimizer going to round away, of its own decay or of what was added to gradients?"""
-        optimizer, has_decay = step.optimizer, self.decay_method.uses_optimizer
-        for alike in by_strength(self._find_decaying(step)):
-            picked = [alike[i] for i in self.rounded.pick([target.parameter for target in alike])]
-            weights, value, group = [target.parameter for target in picked], alike[0].weight_decay, alike[0].group
-            if has_decay and not knows(optimizer):  # mostly it decays by itself, before its update
-                if not group.get("fused"):  # which rounds once, with the noise of the gradient in it
-                    copies = [local_piece(weight).clone() for weight in weights]
-                    self.rounded.change(functools.partial(decay_, share=alike[0].share), copies)
-                continue
-            is_decoupled = has_decay and (isinstance(optimizer, AdamW) or group.get("decoupled_weight_decay", False))
-            own = {**group, "weight_decay": value} if has_decay else group
-            terms = [value * local_piece(weight).float() for weight in weights]
-            self.rounded.step(optimizer, own, weights, terms, is_decoupled=is_decoupled)
 
     def after_step(self, step: Step, *, is_real: bool) -> None:
         if not self.decay_method.uses_optimizer:
