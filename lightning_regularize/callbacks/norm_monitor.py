@@ -295,6 +295,8 @@ class WeightNormMonitor(Regularizer):
         name = "every_n_steps" if self.every_n_steps else "log_every_n_steps"
         if not self._seen:
             self.warn("WeightNormMonitor logged nothing: no optimizer of the Trainer made a step.")
+        elif not interval:
+            self.warn("WeightNormMonitor logged nothing: with `log_every_n_steps=0` no step is. Give `every_n_steps`.")
         elif not self._logged:
             self.warn(
                 f"WeightNormMonitor logged nothing: no step in {self._batches} batches was one of those that are "

@@ -454,10 +454,11 @@ def test_groups_of_one_name_do_not_write_over_each_other():
     [
         ({"every_n_steps": 100}, {}, "no step in 3 batches .* every 100 steps. Choose a smaller `every_n_steps`"),
         ({}, {"log_every_n_steps": 50}, "every 50 steps. Choose a smaller `log_every_n_steps`"),
+        ({}, {"log_every_n_steps": 0}, "with `log_every_n_steps=0` no step is"),
         ({"every_n_steps": 2}, {"accumulate_grad_batches": 3}, "every 2 steps"),
         ({"every_n_steps": 4, "histograms": True}, {}, "every 4 steps"),
     ],
-    ids=["every_n_steps", "log_every_n_steps", "accumulation", "histograms"],
+    ids=["every_n_steps", "log_every_n_steps", "no step", "accumulation", "histograms"],
 )
 # lightning/pytorch/loops/fit_loop.py says so as well where an epoch is shorter than the interval
 @pytest.mark.filterwarnings("ignore:The number of training batches .* is smaller than the logging interval:UserWarning")
