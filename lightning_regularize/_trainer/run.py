@@ -62,11 +62,10 @@ class TrainerRun(Run):
         return not deepspeed_keeper(self.trainer)
 
     def start(self, saved: Sequence[int] | None) -> None:
-        """Watch all optimizers; where Lightning counts steps itself, its count is used."""
+        """Watch all optimizers. Without saved counts Lightning's is used, as far as it says anything of each."""
         count, step = len(self.optimizers), self.trainer.global_step
-        if count == 1 and self.lightning_module.automatic_optimization:
-            self._steps = [step]
-        elif saved is not None and len(saved) == count:
+        # Lightning counts calls of `optimizer_step`, in which a module may step twice, or not at all.
+        if saved is not None and len(saved) == count:
             self._steps = list(saved)
         else:
             self._steps = [step // max(count, 1)] * count

@@ -99,6 +99,36 @@ def test_resumed_equals_uninterrupted_under(options, tmp_path):
     assert_identical_weights(weights(resumed), weights(whole))
 
 
+class EveryOther(Regression):
+    """Leaves every other batch without a step, which Lightning counts as one."""
+
+    def optimizer_step(self, epoch, batch_idx, optimizer, closure):
+        if batch_idx % 2:
+            closure()
+        else:
+            optimizer.step(closure)
+
+
+class Twice(Regression):
+    """Steps twice, which Lightning counts as one step."""
+
+    def optimizer_step(self, epoch, batch_idx, optimizer, closure):
+        optimizer.step(closure)
+        optimizer.step(closure)
+
+
+@pytest.mark.parametrize("method", ["optimizer", "decoupled"])
+@pytest.mark.parametrize(("cls", "at_9"), [(EveryOther, 5), (Twice, 18)], ids=["every other", "twice"])
+@pytest.mark.filterwarnings("ignore:WeightDecay. training has ended after 12 steps")
+def test_resumed_equals_uninterrupted_where_lightning_counts_other_steps(cls, at_9, method, tmp_path):
+    whole, resumed = cls(), cls()
+    decay = functools.partial(WeightDecay, Linear(0.1, 0.9), total_steps=42, method=method)
+    expected = fit(whole, decay(), SaveAfter(tmp_path, 9))
+    found = fit(resumed, decay(), ckpt_path=tmp_path / "9.ckpt")
+    assert found == expected[at_9:]
+    assert_identical_weights(weights(resumed), weights(whole))
+
+
 def test_resuming_twice_equals_uninterrupted(tmp_path):
     def weight_decay():
         return WeightDecay(Linear(0.1, 0.9), factors={"output.*": 0.1})
