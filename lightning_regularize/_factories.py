@@ -144,7 +144,7 @@ def _accepts(factory: Callable[[Any], Any], parameter: nn.Parameter) -> bool:
 def _refusal(rule: Rule, factory: Callable[[Any], Any], infos: Sequence[ParameterInfo], error: Exception) -> str:
     """Is it for some parameters that the optimizer cannot be made, or for any?"""
     refused = [info for info in infos if not _accepts(factory, info.parameter)]
-    if not refused or not _accepts(factory, nn.Parameter(torch.zeros(8, 8))):
+    if not refused or not _accepts(factory, nn.Parameter(torch.zeros(8, 8, device="cpu"))):
         return f"ChainedOptimizer: the optimizer of {rule_name(rule)!r} cannot be made: {error}"
     says = f"ChainedOptimizer: the optimizer of {rule_name(rule)!r} does not take {_names(refused)}: {error}."
     if any(info.parameter.shape != info.shape for info in refused):

@@ -104,7 +104,7 @@ class Reading:
             self._columns["sum"][name] = found if scale is None else found / scale.to(found) ** exponent
         if "gradient_power" in self._needs:
             self._columns["max" if math.isinf(self._norm_type) else "sum"]["gradient_power"] = powers
-        sizes = torch.tensor([gradient.numel() for gradient in filled], dtype=powers.dtype)
+        sizes = torch.tensor([gradient.numel() for gradient in filled], dtype=powers.dtype, device="cpu")
         self._columns["sum"]["gradient_size"] = sizes.to(powers.device, non_blocking=True)
 
     def read_distances(self, start: Sequence[Tensor]) -> None:
@@ -118,9 +118,9 @@ class Reading:
             spectral_norm(whole_tensor(local_tensor(weight), like).flatten(1)) if matrix else None
             for weight, like, matrix in zip(self._weights, self._like, is_matrix, strict=True)
         ]
-        zero = next((norm.new_zeros(()) for norm in found if norm is not None), torch.zeros(()))
+        zero = next((norm.new_zeros(()) for norm in found if norm is not None), torch.zeros((), device="cpu"))
         spectra = [zero if norm is None else norm for norm in found]
-        self._columns["none"]["spectral_square"] = torch.stack(spectra).square() if spectra else torch.zeros(0)
+        self._columns["none"]["spectral_square"] = torch.stack(spectra).square() if spectra else zero.expand(0)
 
     def draw(self, label: str, tensors: Sequence[Tensor | None], scale: Tensor | None = None) -> None:
         """Histograms of tensors that belong to the weights; their ends are divided by ``scale``."""
@@ -173,7 +173,7 @@ class Reading:
                 matrix = torch.stack([column.to(device) for column in columns.values()], dim=1)
                 matrix = matrix if op == "none" else self._sharding.reduce(matrix, self._like, op)
                 found.append(matrix.T.to(found[0].device if found else device).double().flatten())
-        return torch.cat(found) if found else torch.zeros(0, dtype=torch.float64)
+        return torch.cat(found) if found else torch.zeros(0, dtype=torch.float64, device="cpu")
 
     # -- on the host -------------------------------------------------------------------------------------------------
 

@@ -235,12 +235,13 @@ def _lengths_and_places(
     """How many numbers to reduce each time, and where to put what this gives; None where there is nothing to do."""
     is_single, is_in_order = set(counts) == {1}, owners == tuple(range(size))
     if device.type == "cpu":
-        lengths = None if is_single else torch.tensor(counts)
-        return lengths, None if is_in_order else torch.tensor(owners)
+        lengths = None if is_single else torch.tensor(counts, device="cpu")
+        return lengths, None if is_in_order else torch.tensor(owners, device="cpu")
     if is_single and is_in_order:
         return None, None
     # On a GPU one thread would reduce all rows of a tensor.
-    places = torch.tensor(owners).repeat_interleave(torch.tensor(counts), output_size=sum(counts))
+    numbers, times = torch.tensor(owners, device="cpu"), torch.tensor(counts, device="cpu")
+    places = numbers.repeat_interleave(times, output_size=sum(counts))
     return None, places.to(device, non_blocking=True)
 
 

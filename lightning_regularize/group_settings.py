@@ -64,11 +64,12 @@ def known_sums(
     Returns:
         ``size``, and whatever else follows.
     """
-    known = {"size": torch.tensor(sizes, dtype=torch.float64)}
+    known = {"size": torch.tensor(sizes, dtype=torch.float64, device="cpu")}
     if settings_of is not None:
         groups = {id(found): found for found in settings_of}
         rates = {key: _decay_rates(found) for key, found in groups.items()}
-        shares = torch.tensor([rates[id(found)] for found in settings_of], dtype=torch.float64).view(-1, 3)
+        of_each = [rates[id(found)] for found in settings_of]
+        shares = torch.tensor(of_each, dtype=torch.float64, device="cpu").view(-1, 3)
         for name, share in zip(("decaying", "decay", "pull"), shares.unbind(dim=1), strict=True):
             known[name] = share * known["size"]
     if "spectral_square" in sums:
@@ -103,7 +104,7 @@ def _expected_sums(sums: Sums, settings_of: Sequence[Mapping[str, Any]], norm_ty
         predicted = equilibrium(found, row)
         square, turn = predicted or (row["weight_square"], 0.0)
         rows.append((float(predicted is not None), square, square * turn**2))
-    columns = torch.tensor(rows, dtype=torch.float64).view(-1, 3).unbind(dim=1)
+    columns = torch.tensor(rows, dtype=torch.float64, device="cpu").view(-1, 3).unbind(dim=1)
     return dict(zip(("known", "expected_square", "expected_turn"), columns, strict=True))
 
 

@@ -90,7 +90,7 @@ def measure(
 def _not_stored(tensors: Sequence[Tensor], dense: Sequence[Tensor]) -> Tensor:
     """How many zeros a sparse tensor does not store, shape ``(n,)``."""
     pairs = zip(tensors, dense, strict=True)
-    return torch.tensor([t.numel() - v.numel() if t.layout is not torch.strided else 0 for t, v in pairs])
+    return torch.tensor([t.numel() - v.numel() if t.layout is not torch.strided else 0 for t, v in pairs], device="cpu")
 
 
 def as_histogram(low: float, high: float, *counts: float) -> Histogram:
@@ -118,7 +118,8 @@ def _counts(tensors: Sequence[Tensor], ranges: Tensor, bins: int) -> Tensor:
     places = bins + 2  # the largest element is at the end of the last bin, and what is not finite is behind it
     counts = torch.zeros(len(tensors) * places, dtype=torch.int64, device=ranges.device)
     for rows in rows_of(tensors, fill=math.nan):
-        owner = torch.tensor(rows.indices).repeat_interleave(torch.tensor(rows.counts), output_size=len(rows.values))
+        numbers, times = torch.tensor(rows.indices, device="cpu"), torch.tensor(rows.counts, device="cpu")
+        owner = numbers.repeat_interleave(times, output_size=len(rows.values))
         owner = owner.to(ranges.device, non_blocking=True)
         values = scratch(rows.values, dtype=ranges.dtype, slot="bins").copy_(rows.values)
         values.mul_(factor[owner, None]).sub_(low[owner, None]).mul_(scale[owner, None])

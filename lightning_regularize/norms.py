@@ -125,7 +125,8 @@ def spectral_norm(matrix: Tensor) -> Tensor:
 
 def _bidiagonal(matrix: Tensor) -> Tensor:
     r"""The matrix :math:`U^H A V` of the bidiagonalization, of which the largest singular value is nearly that of A."""
-    start = torch.randn(matrix.shape[1], generator=torch.Generator().manual_seed(0), dtype=matrix.dtype)
+    numbers = torch.Generator().manual_seed(0)
+    start = torch.randn(matrix.shape[1], generator=numbers, dtype=matrix.dtype, device="cpu")
     tiny = torch.finfo(matrix.dtype).tiny
     left, right = matrix.new_empty(_STEPS, matrix.shape[0]), matrix.new_empty(_STEPS + 1, matrix.shape[1])
     result = matrix.new_zeros(_STEPS, _STEPS + 1, dtype=matrix.real.dtype)

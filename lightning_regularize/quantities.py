@@ -126,7 +126,7 @@ def combined(sums: Sums, parts: Sequence[int], count: int, norm_type: float = 2.
     """
     if list(parts) == list(range(count)):
         return dict(sums)
-    index = torch.tensor(parts, dtype=torch.int64)
+    index = torch.tensor(parts, dtype=torch.int64, device="cpu")
     found: dict[str, Tensor] = {}
     largest = {name for name in sums if name in MAXIMA or (math.isinf(norm_type) and name.endswith("_power"))}
     for names, reduce in ((sums.keys() - largest, "sum"), (largest, "amax")):

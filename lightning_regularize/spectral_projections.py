@@ -251,7 +251,8 @@ def _cut_off_randomly(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     whole = torch.where(is_finite, matrices, 0.0)
     # Always the same numbers: ranks and resumed runs have to agree.
     numbers = torch.Generator().manual_seed(0)
-    start = torch.randn(whole.shape[2], rank + _MORE_DIRECTIONS, generator=numbers, dtype=torch.float64)
+    shape = whole.shape[2], rank + _MORE_DIRECTIONS
+    start = torch.randn(shape, generator=numbers, dtype=torch.float64, device="cpu")
     image = whole @ start.to(whole, non_blocking=True)
     for _ in range(_RANGE_ITERATIONS):
         image = whole @ torch.linalg.qr(whole.mT @ torch.linalg.qr(image).Q).Q

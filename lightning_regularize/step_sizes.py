@@ -251,7 +251,7 @@ def mean_length(optimizer: Optimizer, sharding: Sharding) -> Tensor:
     states = [{} if gradient is None else optimizer.state.get(p, {}) for p, gradient in pairs]
     averages = local_pieces([state.get("exp_avg_sq", nothing) for state in states])
     squares, seen = norms(gradients).square(), norms(averages, 1.0)
-    numel = torch.tensor([gradient.numel() for gradient in gradients], dtype=squares.dtype)
+    numel = torch.tensor([gradient.numel() for gradient in gradients], dtype=squares.dtype, device="cpu")
     rows = torch.stack([squares, seen, *_counts([state.get("step", 0.0) for state in states], numel, squares)], dim=1)
     rows = sharding.reduce(rows, parameters)
     # A GradScaler leaves it to a fused optimizer to divide the gradients, and says by what.
@@ -277,5 +277,6 @@ def _counts(steps: Sequence[float | Tensor], numel: Tensor, like: Tensor) -> tup
         counted = torch.stack([s.to(zero.device) if isinstance(s, Tensor) else zero + s if s else zero for s in steps])
         numel = numel.to(like.device, non_blocking=True)
         return counted.to(numel.dtype) * numel, numel
-    counted = torch.tensor([s.item() if isinstance(s, Tensor) else s for s in steps], dtype=numel.dtype)
+    numbers = [step.item() if isinstance(step, Tensor) else step for step in steps]
+    counted = torch.tensor(numbers, dtype=numel.dtype, device="cpu")
     return torch.stack([counted * numel, numel]).to(like.device, non_blocking=True).unbind()

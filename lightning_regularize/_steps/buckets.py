@@ -162,7 +162,7 @@ def scratch(
     buffer = _KEPT.buffers.get((dtype, slot))
     if buffer is None or buffer.numel() < size:
         with torch.inference_mode(False):  # or it could not be written to outside of that mode
-            buffer = torch.empty(size, dtype=dtype)
+            buffer = torch.empty(size, dtype=dtype, device="cpu")
         if type(buffer) is Tensor:  # not a fake one
             _KEPT.buffers[dtype, slot] = buffer
     return buffer[:size].view(shape)
@@ -195,7 +195,8 @@ def operand(number: float, tensors: Sequence[Tensor]) -> float | list[Tensor]:
     """
     if not tensors[0].is_cpu:
         return number
-    element = torch.tensor(number, dtype=torch.promote_types(tensors[0].dtype, torch.float32))
+    wide = torch.promote_types(tensors[0].dtype, torch.float32)
+    element = torch.tensor(number, dtype=wide, device="cpu")
     return [element] * len(tensors)
 
 

@@ -69,7 +69,7 @@ def flush(trainer: pl.Trainer, step: int) -> None:
     """Log what was gathered, in one row of every logger, after one transfer from the device."""
     row = _ROWS.pop(trainer)
     numbers = _numbers(row.scalars)
-    trainer.callback_metrics.update({key: torch.tensor(value) for key, value in numbers.items()})
+    trainer.callback_metrics.update({key: torch.tensor(value, device="cpu") for key, value in numbers.items()})
     if trainer.is_global_zero and (numbers or row.details or row.histograms):
         log(trainer.loggers, numbers | row.details, row.histograms, step)
 

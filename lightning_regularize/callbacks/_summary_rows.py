@@ -157,7 +157,7 @@ def _group_advice(
         momentum=0.0 if is_decoupled or "SGD" not in found["rule"] else found["momentum"],
         is_decoupled=is_decoupled,
         is_fused=bool(group.get("fused")),
-        dtypes=frozenset(parameter.dtype for parameter in group["params"]),
+        dtypes=frozenset(parameter.dtype for parameter in group["params"] if parameter.requires_grad),
     )
 
 

@@ -336,7 +336,7 @@ def _ratio(rate: float, largest: float) -> float:
     """``rate / largest``; of rates that ``torch.linspace`` has rounded to float32, as before the rounding."""
     ratio = rate / largest
     simple = float(Fraction(ratio).limit_denominator(256))  # such as 3 / 11
-    is_rounded = all(torch.tensor(p, dtype=torch.float32).item() == p for p in (rate, largest))
+    is_rounded = all(torch.tensor(p, dtype=torch.float32, device="cpu").item() == p for p in (rate, largest))
     return simple if is_rounded and math.isclose(ratio, simple, rel_tol=1e-6) else ratio
 
 

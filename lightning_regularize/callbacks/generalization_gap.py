@@ -204,7 +204,7 @@ class GeneralizationGapMonitor(Regularizer):
     def _log(self, trainer: pl.Trainer, trained: float, step: int) -> None:
         gaps = {key: trained - validated for key, validated in self._waiting.items()}
         self._waiting = {}
-        trainer.callback_metrics.update({key: torch.tensor(gap) for key, gap in gaps.items()})
+        trainer.callback_metrics.update({key: torch.tensor(gap, device="cpu") for key, gap in gaps.items()})
         if trainer.is_global_zero:
             loggers.log(trainer.loggers, gaps, {}, step)
 

@@ -333,7 +333,7 @@ MUTANTS = [
         "_trainer/run.py",
         "tests/training/test_several_optimizers.py::test_resumed_each_goes_on_at_its_own_step",
         # The step counters of a second run with two optimizers.
-        ("elif saved is not None and len(saved) == count:", "elif False:"),
+        ("if saved is not None and len(saved) == count:", "if False:"),
     ),
     *mutants_of(
         "_trainer/run.py",

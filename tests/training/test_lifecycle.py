@@ -16,13 +16,13 @@ from torch import nn
 from torch.optim.lr_scheduler import StepLR
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from lightning_regularize import (
-    WeightDecay,
-)
+from lightning_regularize import WeightDecay, WeightNormMonitor
+from lightning_regularize.quantities import QUANTITIES
 from lightning_regularize.schedules import Cosine, FromLRScheduler, Linear
 from tests.training.support import (
     CALLBACKS,
     QUIET,
+    REGULARIZERS,
     Batches,
     Regression,
     Witness,
@@ -149,6 +149,37 @@ def test_after_a_fit(name, make_scheduler, tmp_path):
     before.assert_left_as_it_was()
     assert attributes(module.optimizer) == attributes(twin.optimizer)
     assert attributes(module) == attributes(twin)
+
+
+class FromHere(L.Callback):
+    """Makes another device the default, as ``torch.set_default_device`` does in a script."""
+
+    def on_before_optimizer_step(self, *_):
+        torch.set_default_device("meta")
+
+
+class ToHere(L.Callback):
+    def on_train_batch_end(self, *_):
+        torch.set_default_device(None)
+
+
+WATCHED = {**REGULARIZERS, "monitor": lambda: WeightNormMonitor(quantities=QUANTITIES, detail="module", expected=True)}
+
+
+@pytest.mark.filterwarnings("ignore:The Trainer has no logger")
+@pytest.mark.parametrize("name", WATCHED)
+def test_temporaries_lie_where_the_weights_are_whatever_the_default_device(name):
+    found = []
+    for around in ([FromHere(), WATCHED[name](), ToHere()], [WATCHED[name]()]):
+        module = Regression(functools.partial(torch.optim.SGD, lr=0.1))
+        module.drop = nn.Dropout(0.1)
+        trainer = make_trainer(*around, max_epochs=1)
+        try:
+            trainer.fit(module, Batches())
+        finally:
+            torch.set_default_device(None)
+        found.append((weights(module), {k: v for k, v in trainer.callback_metrics.items() if k != "train_loss"}))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
 WHERE = {

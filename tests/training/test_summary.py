@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from lightning_regularize import (
     AnchorDecay,
@@ -256,6 +257,16 @@ def test_decay_that_rounds_to_nothing_is_told(capsys):
     trainer = make_trainer(RegularizationSummary(), max_epochs=20)
     trainer.fit(module, Half())
     assert "lost to rounding: torch.bfloat16" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.uint8], ids=str)
+def test_frozen_weights_of_other_types_round_nothing(dtype, capsys):
+    module = Regression(lambda parameters: adamw(parameters, lr=1e-7, weight_decay=1e-3))
+    module.packed = nn.Parameter(torch.zeros(4, 4).to(dtype), requires_grad=False)
+    make_trainer(RegularizationSummary(), max_epochs=20).fit(module, Batches())
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "hidden.weight" in printed
+    assert "lost to rounding" not in printed
 
 
 # -- without a Trainer -----------------------------------------------------------------------------------------------
