@@ -552,8 +552,6 @@ def _kind(use: _Use, shape: torch.Size | None) -> Kind:
         return "bias"
     if use.is_magnitude or _is_norm(owner, classes, shape):
         return "norm"
-    if isinstance(owner, (nn.Embedding, nn.EmbeddingBag)):
-        return "embedding"
     if leaf == "weight" and any(name.endswith(("Embedding", "EmbeddingBag")) for name in classes):
         return "embedding"
     if leaf.startswith("layer_scale") or any(name.startswith("LayerScale") for name in classes):

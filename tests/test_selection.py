@@ -239,6 +239,9 @@ def test_a_class_of_the_user_is_judged_by_its_name_and_the_shape(class_name, sha
 
 def test_only_the_weight_of_an_embedding_class_is_an_embedding():
     assert kinds(class_named("TokenEmbedding", (4, 3), (3, 3))) == {"weight": "embedding", "weight1": "weight"}
+    with_more = type("ScaledWordEmbedding", (nn.Embedding,), {})(4, 3)  # as T5Gemma 2 has it, with a token of its own
+    with_more.end_of_image, with_more.lora_A = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(2, 4))
+    assert kinds(with_more) == {"weight": "embedding", "end_of_image": "vector", "lora_A": "weight"}
 
 
 def test_a_subclass_keeps_the_kind_of_its_bases():
