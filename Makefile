@@ -68,6 +68,10 @@ dist: $(INSTALLED) $(RELEASE)/installed ## build sdist and wheel, and try both w
 	build/fresh/bin/python -I tests/installed.py
 	build/fresh/bin/python $(PIP) install --force-reinstall --no-deps dist/*.tar.gz
 	build/fresh/bin/python -I tests/installed.py
+	build/fresh/bin/python $(PIP) install --constraint constraints.txt pytorch-lightning
+	build/fresh/bin/python -I tests/installed.py pytorch_lightning
+	build/fresh/bin/python $(PIP) uninstall --yes lightning
+	build/fresh/bin/python -I tests/installed.py pytorch_lightning
 	folder=$$(mktemp -d) && trap "rm -rf $$folder" EXIT && tar xzf dist/*.tar.gz --strip-components 1 -C $$folder && \
 		cd $$folder && export PYTHONPATH=$$folder OMP_NUM_THREADS=1 && \
 		$(CURDIR)/$(BIN)/python -m pytest -qq --collect-only && \

@@ -7,14 +7,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import ref
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lightning_regularize._checks import check_layer_decay, check_number, is_named
 from lightning_regularize._factories import check_factories
+from lightning_regularize._trainer.names import LightningModule, MisconfigurationException, rank_zero_warn
 from lightning_regularize._trainer.strategies import deepspeed_keeper, model_root
 from lightning_regularize.callbacks.weight_decay import WeightDecay
 from lightning_regularize.groups import (
@@ -36,6 +34,9 @@ LRSchedulerCallable = Callable[[Optimizer], LRScheduler | ReduceLROnPlateau]
 
 class RegularizedModule(LightningModule):
     """A LightningModule whose optimizer does not decay biases, norms and other vectors. Subclass it.
+
+    It is of the package that is imported before this one, ``lightning.pytorch`` or ``pytorch_lightning``; else of
+    ``lightning.pytorch``, if that is installed.
 
     Args:
         optimizer: Makes the optimizer from parameter groups, e.g. ``functools.partial(torch.optim.AdamW, lr=1e-3)``.

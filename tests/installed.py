@@ -1,8 +1,10 @@
 """What does ``pip install lightning-regularize`` give, without any extra? Run by ``make dist`` in a fresh environment.
 
-python -I tests/installed.py, from anywhere: isolated, Python finds what is installed and not the tree around this file
+python -I tests/installed.py, from anywhere: isolated, Python finds what is installed and not the tree around this file;
+with pytorch_lightning as an argument the same under that package
 """
 
+import importlib
 import os
 import re
 import sys
@@ -11,7 +13,6 @@ from importlib.metadata import PackageNotFoundError, distribution, requires, ver
 from pathlib import Path
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -20,8 +21,10 @@ from lightning_regularize import WeightDecay
 from lightning_regularize.plots import plot_schedule
 from lightning_regularize.schedules import Cosine
 
+pl = importlib.import_module(sys.argv[1] if len(sys.argv) > 1 else "lightning.pytorch")
 
-class Line(LightningModule):
+
+class Line(pl.LightningModule):
     """Its gradients are zero, so that weights move by weight decay only. Nothing in it knows of regularization."""
 
     def __init__(self):
@@ -43,7 +46,7 @@ def main():
         check_one_line_use()
         os.chdir("/")
     check_a_missing_extra_is_named()
-    print(f"lightning-regularize {lightning_regularize.__version__} works as installed")
+    print(f"lightning-regularize {lightning_regularize.__version__} works as installed with {pl.__name__}")
 
 
 def check_files():
@@ -56,7 +59,8 @@ def check_files():
 def check_no_extra_is_there():
     optional = [requirement for requirement in requires("lightning-regularize") if "extra ==" in requirement]
     assert len(optional) > 5
-    names = {re.match(r"[\w-]+", requirement)[0] for requirement in optional} - {"lightning-regularize"}
+    names = {re.match(r"[\w-]+", requirement)[0] for requirement in optional}
+    names -= {"lightning-regularize", "pytorch-lightning"}
     found = sorted(filter(is_installed, names))
     assert not found, f"{found} are installed, so that nothing is shown"
 
@@ -71,7 +75,7 @@ def is_installed(name):
 def check_one_line_use():
     module = Line()
     before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
-    trainer = Trainer(callbacks=[WeightDecay(0.05)], max_epochs=2, accelerator="cpu", enable_progress_bar=False)
+    trainer = pl.Trainer(callbacks=[WeightDecay(0.05)], max_epochs=2, accelerator="cpu", enable_progress_bar=False)
     trainer.fit(module, DataLoader(torch.ones(8, 4), batch_size=2))
     assert trainer.global_step == 8
     assert torch.equal(module.layer.bias, before["layer.bias"]), "the bias has decayed"

@@ -167,7 +167,9 @@ def test_what_a_file_imports_is_declared(path):
 
 def test_each_requirement_is_imported():
     at_once, later = zip(*map(imports, SOURCES), strict=True)
-    assert set.union(*at_once, *later) >= REQUIRED
+    found = set.union(*at_once, *later)
+    assert found >= REQUIRED - {"lightning"}
+    assert "lightning" not in found, "_trainer/names.py imports whichever package of Lightning there is"
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -206,17 +208,53 @@ def foreign(modules):
     return {name.partition(".")[0] for name in modules} - {"lightning_regularize", *sys.stdlib_module_names}
 
 
-def test_the_import_is_quick_and_loads_no_package_that_lightning_has_not_loaded():
+@pytest.mark.parametrize(
+    ("imported", "other"), [("lightning.pytorch", "pytorch_lightning"), ("pytorch_lightning", "lightning")]
+)
+def test_the_import_is_quick_and_loads_no_package_that_lightning_has_not_loaded(imported, other):
+    """Of the two packages of Lightning it loads the one alone that the user has imported."""
+    pytest.importorskip(imported)
     shares = []
     while not shares or (min(shares) > 0.05 and len(shares) < 3):  # the first may compile
         (of_lightning, ours, _), (before, after, whole) = import_in_stages(
-            ["lightning.pytorch"], ["lightning_regularize"], [*sorted(REQUIRED), *MODULES]
+            [imported], ["lightning_regularize"], [*sorted(REQUIRED - {"lightning"}), *MODULES]
         )
         shares.append(ours / of_lightning)
         assert "lightning_regularize.schedules" in after - before
         assert foreign(after - before) == set()
         assert foreign(whole - before) & (OPTIONAL | BROUGHT_BY_THE_USER) == set()
+        assert other not in whole
     assert min(shares) <= 0.05
+
+
+ALONE = """
+import sys, warnings
+sys.modules["lightning"] = None  # as where it is not installed
+warnings.simplefilter("ignore")  # Lightning's: few workers
+import torch
+from lightning_regularize import RegularizedModule, WeightDecay  # above Lightning, where formatters put it
+from pytorch_lightning import Trainer
+
+class Line(RegularizedModule):
+    def __init__(self):
+        super().__init__(optimizer=lambda groups: torch.optim.SGD(groups, lr=0.1))
+        self.layer = torch.nn.Linear(4, 1)
+
+    def training_step(self, batch):
+        return 0.0 * self.layer(batch).sum()  # weights move by weight decay alone
+
+line = Line()
+expected = line.layer.weight.detach() * (1 - 0.1 * 0.5) ** 2  # lr * weight_decay
+quiet = dict(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+Trainer(callbacks=WeightDecay(0.5), max_steps=2, **quiet).fit(line, torch.utils.data.DataLoader(torch.ones(2, 4)))
+torch.testing.assert_close(line.layer.weight.detach(), expected)
+"""
+
+
+def test_pytorch_lightning_alone_is_enough():
+    pytest.importorskip("pytorch_lightning")
+    done = subprocess.run([sys.executable, "-c", ALONE], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(

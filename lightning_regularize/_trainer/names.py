@@ -1,29 +1,34 @@
-"""The classes of Lightning, of which there are two packages."""
+"""Classes and functions of Lightning, from whichever of its two packages is in use."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-_TWIN = "pytorch_lightning"
-_imported = [name for name in ("lightning.pytorch", _TWIN) if name in sys.modules]
-# The package that is imported last takes the log of both. Importing the other one here may not change whose it is.
-_rank_zero = sys.modules.get("lightning_utilities.core.rank_zero")
-_log = getattr(_rank_zero, "log", None)
-_packages = ["lightning.pytorch"]
-if _TWIN in _imported or (not _imported and importlib.util.find_spec(_TWIN) is not None):
-    _packages.append(_TWIN)
-_modules = [importlib.import_module(name) for name in _packages]
-if _imported and _rank_zero is not None:
-    _rank_zero.log = _log  # type: ignore[attr-defined]
+_NAMES = ("lightning.pytorch", "pytorch_lightning")
+_imported = [name for name in _NAMES if name in sys.modules]
+# `import lightning_regularize` often stands above `import pytorch_lightning`. Then both may be in use later.
+_installed = [name for name in _NAMES if importlib.util.find_spec(name.partition(".")[0]) is not None]
+_packages = [importlib.import_module(name) for name in _imported or _installed]
+
+if TYPE_CHECKING:
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+    from lightning.pytorch import LightningModule
+    from lightning.pytorch.utilities import rank_zero_warn
+else:
+    LightningModule = _packages[0].LightningModule
+    MisconfigurationException = _packages[0].utilities.exceptions.MisconfigurationException
+    rank_zero_warn = _packages[0].utilities.rank_zero_warn
+
+__all__ = ["LightningModule", "MisconfigurationException", "classes_named", "rank_zero_warn"]
 
 
-def both(name: str) -> tuple[type[Any], ...]:
-    """The class of this name from ``lightning.pytorch``, and from ``pytorch_lightning`` where that may be in use.
+def classes_named(name: str) -> tuple[type[Any], ...]:
+    """The class of this name from each package of Lightning that may be in use.
 
-    What inherits from both is an instance of each. ``pytorch_lightning`` may be in use where it is imported already, or
-    where neither is, and it is installed.
+    These are the packages that were imported before this one, or else those that are installed. What inherits from
+    the classes of both is an instance of each.
     """
-    return tuple(getattr(module, name) for module in _modules)
+    return tuple(getattr(package, name) for package in _packages)

@@ -13,14 +13,13 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_regularize._checks import is_named
 from lightning_regularize._steps.clock import Clock
 from lightning_regularize._steps.run import Run
 from lightning_regularize._steps.watch import Watch, add_follower, remove_follower
 from lightning_regularize._trainer import loggers
+from lightning_regularize._trainer.names import MisconfigurationException, rank_zero_warn
 from lightning_regularize._trainer.strategies import deepspeed_keeper, has_optimizer, model_root
 
 if TYPE_CHECKING:

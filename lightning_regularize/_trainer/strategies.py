@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 
 from lightning_regularize._checks import is_named
 from lightning_regularize._sharding import Sharding, has_flat_parameters
+from lightning_regularize._trainer.names import MisconfigurationException
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl

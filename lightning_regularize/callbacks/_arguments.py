@@ -15,7 +15,7 @@ from weakref import WeakSet
 
 import torch
 
-from lightning_regularize._trainer.names import both
+from lightning_regularize._trainer.names import classes_named
 from lightning_regularize.groups import rule_key, rule_name
 from lightning_regularize.schedules import Constant, Schedule
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
 
-class Described(*both("Callback")):  # type: ignore[misc]
+class Described(*classes_named("Callback")):  # type: ignore[misc]
     """A callback that is told by the arguments of its constructor.
 
     Args:

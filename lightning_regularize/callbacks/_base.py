@@ -9,12 +9,12 @@ from weakref import ref
 
 import torch
 import torch.distributed as dist
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_regularize._steps.clock import Clock
 from lightning_regularize._steps.hooks import Step, UnsupportedOptimizerError, Work
 from lightning_regularize._steps.run import Attachment, LoopRun, Run
 from lightning_regularize._trainer import loggers
+from lightning_regularize._trainer.names import MisconfigurationException
 from lightning_regularize._trainer.run import TrainerRun, is_extended, logged_step, steps_per_epoch, total_steps
 from lightning_regularize.callbacks._saved import COUNT, NUMBER, check_state
 from lightning_regularize.callbacks._selective import Selective, check_holds

@@ -8,7 +8,6 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_regularize._joint import add_joint_gradient_, joint_proximal_
 from lightning_regularize._sharding import (
@@ -22,6 +21,7 @@ from lightning_regularize._sharding import (
 )
 from lightning_regularize._steps.buckets import HALF, buckets, calls
 from lightning_regularize._steps.clock import rate_of
+from lightning_regularize._trainer.names import MisconfigurationException
 from lightning_regularize._trainer.strategies import check_gradients_are_the_modules, check_weights_are_the_optimizers
 from lightning_regularize.decay import change_stochastically_, noise_seed
 from lightning_regularize.penalties import L2

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.nn.parameter import is_lazy
 
 from lightning_regularize._checks import is_named
 from lightning_regularize._steps.watch import stepping_optimizers
+from lightning_regularize._trainer.names import MisconfigurationException
 from lightning_regularize._trainer.strategies import held_parameters
 from lightning_regularize.callbacks._arguments import Described
 from lightning_regularize.groups import rule_name

@@ -6,10 +6,10 @@ import functools
 from typing import TYPE_CHECKING, Any, Literal, final
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_regularize import activations
+from lightning_regularize._trainer.names import MisconfigurationException
 from lightning_regularize._trainer.strategies import check_activations_are_whole
 from lightning_regularize.callbacks._base import Regularizer
 from lightning_regularize.callbacks._modules import check_module_rules, matches_module

@@ -8,13 +8,13 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.optim import LBFGS
 
 from lightning_regularize._sharding import gradients_of, local_pieces, local_tensor, piece_like, whole_tensor
 from lightning_regularize._steps.buckets import HALF
 from lightning_regularize._steps.clock import rate_of
 from lightning_regularize._steps.targets import Targets
+from lightning_regularize._trainer.names import MisconfigurationException
 from lightning_regularize._trainer.strategies import check_not_flat, check_weights_are_the_optimizers
 from lightning_regularize.callbacks._base import Regularizer
 from lightning_regularize.callbacks._rounding import Rounding

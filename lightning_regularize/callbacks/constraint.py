@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_regularize._checks import check_positive_integer, name_of
 from lightning_regularize._projection import schedules_of
 from lightning_regularize._sharding import local_piece
 from lightning_regularize._steps.buckets import buckets, calls, put_back_, stacked
 from lightning_regularize._steps.targets import Targets
+from lightning_regularize._trainer.names import MisconfigurationException
 from lightning_regularize._trainer.strategies import check_view, check_weights_are_the_optimizers
 from lightning_regularize.callbacks._arguments import named_errors
 from lightning_regularize.callbacks._base import Regularizer

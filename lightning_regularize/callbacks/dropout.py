@@ -12,11 +12,11 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch._dynamo.utils import guard_failures
 from torch.nn.modules.dropout import _DropoutNd
 
+from lightning_regularize._trainer.names import MisconfigurationException
 from lightning_regularize.callbacks._base import Regularizer
 from lightning_regularize.callbacks._modules import check_module_rules, is_list, matches_module
 from lightning_regularize.schedules import Constant, Position, Schedule, as_schedule, check_total_steps, value_at

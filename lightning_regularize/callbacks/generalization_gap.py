@@ -8,10 +8,10 @@ import re
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_regularize._checks import is_named
 from lightning_regularize._trainer import loggers
+from lightning_regularize._trainer.names import MisconfigurationException
 from lightning_regularize._trainer.run import logged_step
 from lightning_regularize.callbacks._base import Regularizer
 

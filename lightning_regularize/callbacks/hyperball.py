@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_regularize._sharding import local_pieces
 from lightning_regularize._steps.buckets import HALF, refreshed
 from lightning_regularize._steps.clock import rate_of
 from lightning_regularize._steps.hooks import hooks_of
 from lightning_regularize._steps.targets import Targets
+from lightning_regularize._trainer.names import MisconfigurationException
 from lightning_regularize._trainer.strategies import check_not_flat, check_weights_are_the_optimizers
 from lightning_regularize.callbacks._base import Regularizer
 from lightning_regularize.callbacks._saved import POSITIVE

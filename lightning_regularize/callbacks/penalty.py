@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Literal, final
 from weakref import WeakSet
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_regularize._checks import check_number, check_rounding
 from lightning_regularize._joint import joint_value
@@ -16,6 +15,7 @@ from lightning_regularize._sharding import gathered
 from lightning_regularize._steps.buckets import calls
 from lightning_regularize._steps.targets import Targets
 from lightning_regularize._steps.watch import stepping_optimizers
+from lightning_regularize._trainer.names import MisconfigurationException
 from lightning_regularize._trainer.strategies import check_view
 from lightning_regularize.callbacks._base import Regularizer
 from lightning_regularize.callbacks._penalty_methods import Alike, Gradient, Method, Proximal, Target, arranged

@@ -6,7 +6,6 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from weakref import WeakKeyDictionary, WeakSet
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_regularize._checks import check_rounding, is_named
@@ -17,6 +16,7 @@ from lightning_regularize._steps.parts import Parts, refusal
 from lightning_regularize._steps.targets import Targets
 from lightning_regularize._steps.watch import Watch, stepping_optimizers
 from lightning_regularize._trainer.deepspeed import ZeroTwin
+from lightning_regularize._trainer.names import MisconfigurationException
 from lightning_regularize._trainer.run import group_labels
 from lightning_regularize._trainer.strategies import check_gradients_are_the_modules, check_weights_are_the_optimizers
 from lightning_regularize.callbacks._arguments import named_errors
