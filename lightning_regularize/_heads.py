@@ -21,17 +21,24 @@ if TYPE_CHECKING:
 
 _SEPARATE = (
     ("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q_lin", "k_lin", "v_lin"), ("to_q", "to_k", "to_v"),
-    ("q", "k", "v"), ("wq", "wk", "wv"), ("query_proj", "key_proj", "value_proj"),
+    ("q", "k", "v"), ("wq", "wk", "wv"), ("Wq", "Wk", "Wv"), ("query_proj", "key_proj", "value_proj"),
     ("linear_q", "linear_k", "linear_v"),
 )  # fmt: skip
 _PACKED = ("in_proj_weight", "qkv", "c_attn", "Wqkv", "to_qkv", "qkv_proj", "query_key_value")
 _OUTPUT = (
-    "out_proj", "o_proj", "out_lin", "to_out", "to_out.0", "o", "wo", "proj", "c_proj", "dense", "linear_out", "output",
-    "out",
+    "out_proj", "o_proj", "out_lin", "to_out", "to_out.0", "o", "wo", "Wo", "proj", "c_proj", "dense", "linear_out",
+    "output", "out",
 )  # fmt: skip
 _NUMBERS = ("num_heads", "num_attention_heads", "n_head", "n_heads", "nhead", "heads", "num_attn_heads")
 _WIDTHS = ("head_dim", "attention_head_size", "head_size", "dim_head")
-_HEAD_BY_HEAD = ("GPTNeoXAttention", "BloomAttention")  # in which `query_key_value` has q, k and v of a head together
+_KEY_NUMBERS = ("num_key_value_heads", "num_kv_heads", "kv_heads")
+# Where one weight holds all three, the queries of all heads mostly come first, then all keys, then all values. These
+# have the queries, keys and values of the first head first, then those of the second one.
+_HEAD_BY_HEAD = (
+    "BloomAttention", "GPTNeoXAttention", "GPTNeoXJapaneseAttention", "MiniMaxLightningAttention", "PersimmonAttention",
+)  # fmt: skip
+# These look like others and have an order of their own; with the last part of the name of their file, if it is needed.
+_OTHER_ORDER = ("CodeGenAttention", "DiffAttention", "nest.Attention")
 
 
 class Slice(NamedTuple):
@@ -93,7 +100,7 @@ def head_parts(module: nn.Module, infos: Sequence[ParameterInfo], wanted: Collec
     for name, submodule in module.named_modules():
         layer = _Layer(canonical(name, module) if name else "", submodule, weights)
         if not layer.projections:
-            unknown += [layer] if "attention" in type(submodule).__name__.lower() else []
+            unknown += [layer] if layer.looks_like_attention() else []
         elif any(id(info.parameter) in wanted for info in layer.of_heads):
             found |= layer.parts()
     for layer in unknown:
@@ -123,6 +130,11 @@ class _Layer:
     def of_heads(self) -> list[ParameterInfo]:
         """The projections to queries, keys and values, and that of the output."""
         return [*self.projections, *([] if self.output is None else [self.output])]
+
+    def looks_like_attention(self) -> bool:
+        """Is it called so? A class such as ResNeSt's `SplitAttn`, of a convolution, states no heads."""
+        name = type(self.module).__name__.lower()
+        return "attention" in name or ("attn" in name and self._stated(_NUMBERS) is not None)
 
     def _weight(self, name: str) -> ParameterInfo | None:
         """The weight of a child, or a parameter of the layer's own."""
@@ -156,26 +168,48 @@ class _Layer:
         inner = self.output.shape[last]  # of all heads side by side
         if len(sizes) == 1:
             heads, width = self._heads(inner)
-            keys = values = (sizes[0] - inner) // 2
-            runs = [[Slice(where[0], 0, inner), Slice(where[0], inner, keys), Slice(where[0], inner + keys, values)]]
-            is_head_by_head = self.projections[0].name.removeprefix(self.start).startswith("query_key_value")
-            if is_head_by_head and not is_named(self.module, *_HEAD_BY_HEAD):
-                raise self.error("it packs queries, keys and values in an order that is not known")
-            if is_head_by_head:
-                runs = [[Slice(where[0], 0, sizes[0])]]
+            if self._is_head_by_head():
+                is_whole = sizes[0] % heads == 0
+                number, runs = heads, [[Slice(where[0], 0, sizes[0])]]
+            else:
+                keys = (sizes[0] - inner) // 2
+                number = heads if keys == inner else self._stated(_KEY_NUMBERS) or 0
+                is_whole = number > 0 and sizes[0] - inner == 2 * keys == 2 * number * width and heads % number == 0
+                starts = ((0, inner), (inner, keys), (inner + keys, keys))
+                runs = [[Slice(where[0], start, size) for start, size in starts]]
         else:
             _, keys, values = sizes
             heads, width = self._heads(sizes[0])
             runs = [[Slice(dim, 0, size)] for dim, size in zip(where, sizes, strict=True)]
-        number = keys // width  # as many as there are keys, each of which several queries may share
-        fits = number and keys == number * width and not (heads % number or values % number or inner % heads)
-        if not fits or sum(run.size for each in runs for run in each) != sum(sizes):
+            number = keys // width  # as many as there are keys, each of which several queries may share
+            is_whole = number > 0 and keys == number * width and not (heads % number or values % number)
+        if not is_whole or inner % heads:
             raise self.error(
                 f"{heads} heads do not fit weights of the shapes {[tuple(i.shape) for i in self.of_heads]}"
             )
         runs.append([Slice(last, 0, inner)])
         pairs = zip(self.of_heads, runs, strict=True)
         return {id(info.parameter): Part(self.path, number, tuple(each)) for info, each in pairs}
+
+    def _is_head_by_head(self) -> bool:
+        """Does one weight hold queries, keys and values head by head, rather than one after the other?
+
+        Raises:
+            ValueError: It is in an order that is not known.
+        """
+        stated = vars(self.module)
+        is_sure = (
+            is_named(self.module, *_HEAD_BY_HEAD)
+            or stated.get("head_first") is True  # MaxViT and CoAtNet of timm
+            or {"key_dim", "val_dim"} <= stated.keys()  # EfficientFormer and TinyViT
+            or (stated.get("multi_query") is False and not stated.get("new_decoder_architecture"))  # GPTBigCode, Falcon
+        )
+        name = self.projections[0].name.removeprefix(self.start)
+        kind = type(self.module)
+        is_other = f".{kind.__module__}.{kind.__name__}".endswith(tuple(f".{each}" for each in _OTHER_ORDER))
+        if is_other or (name.startswith("query_key_value") and not is_sure):
+            raise self.error("it packs queries, keys and values in an order that is not known")
+        return is_sure
 
     def _dim(self, info: ParameterInfo, *, is_output: bool = False) -> int:
         """The dim of a projection that counts its outputs, or its inputs.

@@ -141,7 +141,8 @@ MUTANTS = [
         "tests/training/test_weight_groups.py::test_groups_are_penalized_as_a_whole",
         ("number = keys // width", "number = heads"),
         ("if width and size % width == 0:", "if False:"),
-        ("if is_head_by_head:", "if False:"),
+        ("if self._is_head_by_head():", "if False:"),
+        ('stated.get("head_first") is True', "False"),
     ),
     *mutants_of(
         "_joint.py",

@@ -163,6 +163,19 @@ CASES = {
             "o_proj.weight": SHARED.expand(8, 8),
         }, "layers.{}.self_attn.", 2),
     ),
+    **{
+        f"head, head by head by {next(iter(attributes))}": (
+            lambda attributes=attributes: Attention({"qkv": (8, 24), "proj": (8, 8)}, num_heads=2, **attributes),
+            {"group": "head"}, {"qkv.weight": runs(12, 12)[:, None].expand(24, 8), "proj.weight": SQUARE["columns"]},
+        )
+        for attributes in ({"head_first": True}, {"multi_query": False})
+    },
+    "head, wide values": (
+        lambda: Attention({"qkv": (8, 16), "proj": (8, 8)}, num_heads=2, key_dim=2, val_dim=4), {"group": "head"},
+        {"qkv.weight": runs(8, 8)[:, None].expand(16, 8), "proj.weight": SQUARE["columns"]},
+    ),
+    "head, ModernBERT": (lambda: hugging_face("ModernBert", num_attention_heads=2), {"group": "head"}, of_layers(
+        {"Wqkv.weight": PACKED, "Wo.weight": SQUARE["columns"]}, "layers.{}.attn.", 2)),
     "head, GPT-NeoX": (lambda: hugging_face("GPTNeoX", num_attention_heads=2), {"group": "head"}, of_layers(
         {"query_key_value.weight": runs(12, 12)[:, None].expand(24, 8), "dense.weight": SQUARE["columns"]},
         "layers.{}.attention.", 2)),
@@ -384,6 +397,14 @@ def projections(**attributes):
     return Attention({"q_proj": (8, 8), "k_proj": (8, 8), "v_proj": (8, 8), "out_proj": (8, 8)}, **attributes)
 
 
+class CodeGenAttention(Attention):
+    """As transformers' class of this name, which packs weights in four parts of queries, values and keys."""
+
+
+class SubSampleAttn(Attention):
+    """As in Twins, with one projection to keys and values."""
+
+
 HEADLESS = {
     "no number": (lambda: projections(), "cannot be told: it does not say how many there are. Give the module an int"),
     "a number that does not divide": (lambda: projections(num_heads=3), "3 heads do not divide 8 queries"),
@@ -398,6 +419,18 @@ HEADLESS = {
     "an order that is not known": (
         lambda: Attention({"query_key_value": (8, 24), "dense": (8, 8)}, num_heads=2),
         "packs queries, keys and values in an order that is not known",
+    ),
+    "an order of its own": (
+        lambda: CodeGenAttention({"qkv_proj": (8, 24), "out_proj": (8, 8)}, num_heads=2),
+        "packs queries, keys and values in an order that is not known",
+    ),
+    "packed keys and values without queries": (
+        lambda: Attention({"qkv": (8, 16), "proj": (8, 8)}, num_heads=4),
+        r"4 heads do not fit weights of the shapes \[\(16, 8\), \(8, 8\)\]",
+    ),
+    "Attn in its name": (
+        lambda: SubSampleAttn({"q": (8, 8), "kv": (8, 16), "proj": (8, 8)}, num_heads=2),
+        r"none of the layouts that are known, with weights called \['q.weight', 'kv.weight', 'proj.weight'\]",
     ),
     "keys that do not fit": (
         lambda: Attention({"q": (8, 8), "k": (8, 6), "v": (8, 6), "o": (8, 8)}, num_heads=2),
