@@ -263,7 +263,8 @@ class ActivationPenalty(Regularizer):
             if self._has_run.isdisjoint(names):
                 raise MisconfigurationException(
                     f"ActivationPenalty: `include` {rule!r} names {names[:5]}, none of which was called in "
-                    "training: name modules that `training_step` calls, not ones whose weights are used by others."
+                    "training: name modules that `training_step` calls, not ones whose weights are used by others. "
+                    "What `torch.compile` compiled before training has no hooks: call `torch.compiler.reset()` before."
                 )
             if self._is_trained.isdisjoint(names):
                 self.warn(

@@ -398,6 +398,20 @@ def test_constructor(arguments, error, message):
         ActivationPenalty(**{"strength": 1.0, "include": ("act",), **arguments})
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_what_was_compiled_before_is_told_to_be_compiled_anew():
+    def fit_compiled(*callbacks):
+        make_trainer(*callbacks, max_epochs=1).fit(torch.compile(module := Net(), backend="eager"), Batches())
+        return weights(module)
+
+    torch.compiler.reset()
+    fit_compiled()
+    with pytest.raises(MisconfigurationException, match=r"call `torch\.compiler\.reset\(\)` before"):
+        fit_compiled(penalty())
+    torch.compiler.reset()
+    assert_same_weights(fit_compiled(penalty()), fit(Net("l2"), max_epochs=1), atol=1e-12)
+
+
 class ReturnsTwo(nn.Linear):
     def forward(self, x):
         return super().forward(x), x
