@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lightning_regularize import theory
+from lightning_regularize.group_settings import COUPLED
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
 
 _NOTHING = 0.1  # of a timescale: weights left alone would keep 90 % of their size
 _ADAPTER = re.compile(r"(^|\.)lora_(embedding_)?[ab](\.|$)", re.IGNORECASE)  # as peft and torchtune call them
-_COUPLED = ("Adam", "NAdam", "RAdam", "Adamax", "RMSprop", "Adagrad", "Adadelta")  # and divide by the gradient's size
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def _of_group(group: DecayingGroup, total_steps: float, steps_per_epoch: float) 
             f"{group.what} acts over {steps:,.0f} steps, less than half an epoch of {steps_per_epoch:,.0f}: "
             "the weights forget most of the data before they see it again.",
         )
-    if group.rule in _COUPLED and not group.is_decoupled:
+    if group.rule in COUPLED and not group.is_decoupled:
         yield (
             "coupled",
             f"{group.rule} adds weight decay to the gradient and then divides by the gradient's size, so that weights "

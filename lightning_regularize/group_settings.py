@@ -20,6 +20,10 @@ NO_SETTINGS: dict[str, Any] = {"rule": "", "lr": 0.0, "weight_decay": 0.0, "mome
 """Of a parameter that no optimizer moves."""
 
 
+COUPLED = ("Adam", "NAdam", "RAdam", "Adamax", "RMSprop", "Adagrad", "Adadelta")
+"""Rules that add weight decay to the gradient, and then divide by the gradient's size."""
+
+
 def settings(optimizer: Any, group: Mapping[str, Any]) -> dict[str, Any]:
     """What matters here of a parameter group, as it is now: LR schedulers change it right after the step.
 
@@ -42,6 +46,27 @@ def settings(optimizer: Any, group: Mapping[str, Any]) -> dict[str, Any]:
         "momentum": float(group.get("momentum", 0.0)),
         "betas": tuple(map(float, group["betas"])) if "betas" in group else None,
     }
+
+
+def passes_through(optimizer: Any, group: Mapping[str, Any], *, is_added: bool = False) -> str:
+    """What weight decay passes through before it reaches a weight, as far as is known; empty if nothing.
+
+    Args:
+        optimizer: The optimizer.
+        group: One of its groups.
+        is_added: Is the decay added to the gradient before the step, so that no optimizer can decouple it?
+
+    Example:
+        >>> import torch
+        >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1, momentum=0.9)
+        >>> passes_through(optimizer, optimizer.param_groups[0])
+        'the momentum of SGD'
+    """
+    found, name = settings(optimizer, group), type(optimizer).__name__
+    if found["rule"].startswith("SGD"):
+        return f"the momentum of {name}" if found["momentum"] else ""
+    is_coupled = found["rule"] in COUPLED and not group.get("decoupled_weight_decay")
+    return f"the averages of {name}" if is_added or is_coupled else ""
 
 
 def known_sums(

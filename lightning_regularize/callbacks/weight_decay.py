@@ -25,6 +25,7 @@ from lightning_regularize.callbacks._rounding import Rounding, measure_decay
 from lightning_regularize.callbacks._saved import NUMBER, Value
 from lightning_regularize.decay_methods import METHODS, DecayMethod, Target, check_method
 from lightning_regularize.decay_rules import NO_DECAY, DecayRules, Decision, Setting
+from lightning_regularize.group_settings import passes_through
 from lightning_regularize.groups import Grouping
 from lightning_regularize.schedules import Constant, Schedule, check_total_steps, timescales_in
 from lightning_regularize.selection import DEFAULT_EXCLUDE, FOREIGN, ParameterInfo, Rule, foreign_info
@@ -221,6 +222,21 @@ class WeightDecay(Regularizer):
             reason = refusal(leaf, optimizer, is_foreign=is_foreign)
         if reason := reason or self.rules.refuse_optimizer(self.decay_method, leaf, decisions):
             raise MisconfigurationException(reason)
+        self._warn_of_timescales(leaf)
+
+    def _warn_of_timescales(self, leaf: Optimizer) -> None:
+        timed = {i for i, schedule in enumerate(self.rules.schedules) if timescales_in(schedule)}
+        is_added = self.decay_method.adds_to_gradients
+        for group, decisions in zip(leaf.param_groups, self._targets.of(leaf), strict=True) if timed else ():
+            if not any(decision.setting.factor and decision.setting.schedule in timed for decision in decisions):
+                continue
+            if (is_added or self.decay_method.uses_optimizer) and (
+                what := passes_through(leaf, group, is_added=is_added)
+            ):
+                self.warn(
+                    f"WeightDecay: a Timescale counts on decay by lr * weight_decay, and here the decay passes through "
+                    f"{what}, so that weights remember for another time. Use method='decoupled'."
+                )
 
     def _check_groups_decay(self, run: Run) -> None:
         if not self.decay_method.uses_optimizer:

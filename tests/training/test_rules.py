@@ -247,6 +247,25 @@ def test_the_share_left_after_a_timescale_without_gradients_is_1_over_e():
     torch.testing.assert_close(weight.weight / before, torch.full((4, 4), math.exp(-1)), rtol=0.01, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("make", "options", "what"),
+    [
+        (functools.partial(SGD, lr=0.1, momentum=0.9), {}, "the momentum of SGD"),
+        (torch.optim.Adam, {}, "the averages of Adam"),
+        (AdamW, {"method": "coupled"}, "the averages of AdamW"),
+    ],
+    ids=["momentum", "Adam", "coupled"],
+)
+def test_a_timescale_of_decay_that_passes_through_averages_is_told(make, options, what):
+    module = Regression()
+    with pytest.warns(UserWarning, match=f"counts on decay by lr .* passes through {what}.*method='decoupled'"):
+        WeightDecay({"output.*": Timescale(steps=9), "*": 0.1}, **options).attach(make(module.parameters()), module)
+    # No warning, which would be an error.
+    WeightDecay(0.1, **options).attach(make(module.parameters()), module)
+    WeightDecay(Timescale(steps=9), method="decoupled").attach(make(module.parameters()), module)
+    WeightDecay(Timescale(steps=9)).attach(SGD(module.parameters(), lr=0.1), module)
+
+
 def resolved(batch_size):
     """The weight decay of every step of a run over 16 samples, with a rate that grows as the root of the batch size."""
     make = functools.partial(adamw, lr=0.01 * math.sqrt(batch_size))
