@@ -52,8 +52,8 @@ class _Layers(pl.LightningModule):
         return self
 
 
-def _adamw(fused, tensor_lr, parameters):
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=fused, foreach=not fused)
+def _optimizer(kind, fused, tensor_lr, parameters):
+    optimizer = kind(parameters, lr=1e-4, fused=fused, foreach=not fused)
     for group in optimizer.param_groups if tensor_lr else ():  # the constructor would read it
         group["lr"] = torch.zeros((), device=NAME)
     return optimizer
@@ -97,6 +97,7 @@ def train(
     tensor_lr=False,
     dtype=torch.float32,
     is_attention=False,
+    optimizer=torch.optim.AdamW,
 ):
     """What the last of a few steps does on the device.
 
@@ -105,11 +106,12 @@ def train(
         make_callback: Makes the callback, or a list of them; None for none.
         layers: Number of layers, each of which has four tensors.
         logs: Is the step logged?
-        fused: AdamW's ``fused``, or else its ``foreach``.
+        fused: The optimizer's ``fused``, or else its ``foreach``.
         scaler: Train with a GradScaler, in precision 16-mixed.
         tensor_lr: Is the learning rate a tensor on the device? Only AdamW's ``fused`` is rehearsed so.
         dtype: Of the parameters.
         is_attention: Are the layers attention?
+        optimizer: Its class.
     """
     last_step, made = _LastStep(observer), make_callback() if make_callback else []
     with tempfile.TemporaryDirectory() as folder:
@@ -124,5 +126,6 @@ def train(
             strategy=SingleDeviceStrategy(torch.device(NAME, 0), _Accelerator()),
             plugins=[MixedPrecision("16-mixed", NAME, torch.amp.GradScaler(NAME))] if scaler else None,
         )
-        trainer.fit(_Layers(layers, functools.partial(_adamw, fused, tensor_lr), dtype, is_attention), range(STEPS))
+        make_optimizer = functools.partial(_optimizer, optimizer, fused, tensor_lr)
+        trainer.fit(_Layers(layers, make_optimizer, dtype, is_attention), range(STEPS))
     return last_step.seen

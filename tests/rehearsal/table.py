@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from torch.optim import SGD
+
 from lightning_regularize import (
     AnchorDecay,
     ConstrainedDecay,
@@ -33,6 +35,7 @@ class Row:
         takes_half: Does it act on weights of half precision?
         transfers: How often the host waits for the device in a step that is logged. In others it never does.
         is_attention: Is it for layers of attention?
+        takes_adam: Does it act on what AdamW steps? Else SGD does.
     """
 
     name: str
@@ -42,10 +45,12 @@ class Row:
     takes_half: bool = True
     transfers: int = 0
     is_attention: bool = False
+    takes_adam: bool = True
 
     @property
     def options(self):
-        return {"is_attention": True} if self.is_attention else {}
+        attention = {"is_attention": True} if self.is_attention else {}
+        return attention if self.takes_adam else {**attention, "optimizer": SGD}
 
 
 _ALL_BUT_SPECTRA = ("weight", "rms", "gradient", "update", "ratio", "angle", "distance", "sparsity", "effective_decay")
@@ -91,6 +96,12 @@ ROWS = (
     Row("frozen zeros", lambda: WeightConstraint(TopShare(0.1), freeze_zeros=0), 40),
     Row("rank 2", lambda: WeightConstraint(Rank(2)), 40),
     Row("nuclear norm, gradient", lambda: WeightPenalty(NuclearNorm(), 1e-5), 40),
+    Row(
+        "nuclear norm, proximal",
+        lambda: WeightPenalty(NuclearNorm(), 1e-5, method="proximal"),
+        40,
+        takes_adam=False,
+    ),
     Row("AnchorDecay", lambda: AnchorDecay(0.01), 6),
     Row("AnchorDecay, selective", lambda: AnchorDecay(0.5, method="selective"), 40, takes_half=False),
     Row("ConstrainedDecay", lambda: ConstrainedDecay(), 20),
