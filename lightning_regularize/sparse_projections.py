@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, cast, final
 import torch
 from torch import Tensor
 
-from lightning_regularize._checks import check_positive_integer, is_number
+from lightning_regularize._checks import check_positive_integer
 from lightning_regularize._projection import Projection, any_of, check_number_or_schedule, number_now
 from lightning_regularize._sharding import copy_pieces_, gathered, is_dtensor
 from lightning_regularize._steps.buckets import Tensors, buckets, listed, put_back_, scratch, stacked
@@ -136,7 +136,7 @@ class TopShare(Projection):
 
     def __post_init__(self) -> None:
         check_number_or_schedule("share", self.share)
-        if is_number(self.share) and not 0 < self.share <= 1:
+        if not isinstance(self.share, Schedule) and not 0 < self.share <= 1:
             percent = f" {self.share:g} % is {self.share / 100:g}." if 1 < self.share <= 100 else ""
             raise ValueError(f"`share` should be in (0, 1], the part that is kept, got {self.share!r}.{percent}")
         if self.scope not in ("tensor", "all"):

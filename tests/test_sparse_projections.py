@@ -207,6 +207,7 @@ def test_pieces_are_projected_as_the_whole():
 BAD_SHARES = {
     "0": ((0.0,), ValueError, r"`share` should be in \(0, 1\], the part that is kept, got 0.0"),
     "percent": ((10,), ValueError, r"got 10. 10 % is 0.1"),
+    "tensor": ((torch.tensor(2.0),), ValueError, r"`share` should be in \(0, 1\]"),
     "negative": ((-0.5,), ValueError, "got -0.5"),
     "nan": ((float("nan"),), ValueError, "got nan"),
     "text": (("0.1",), TypeError, "`share` should be a number, got '0.1'. Write 0.1 without quotes"),

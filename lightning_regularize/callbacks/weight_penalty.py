@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal, final
 
+import torch
+from torch.nn.parameter import is_lazy
+
+from lightning_regularize._sharding import gathered
+from lightning_regularize.callbacks._arguments import named_errors
 from lightning_regularize.callbacks.penalty import PenaltyCallback
 from lightning_regularize.penalties import ByAutograd, Function, Penalty
 from lightning_regularize.selection import DEFAULT_EXCLUDE
@@ -13,6 +18,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from lightning_regularize._steps.run import Run
     from lightning_regularize.schedules import Position, Schedule
     from lightning_regularize.selection import Rule
 
@@ -28,7 +34,8 @@ class WeightPenalty(PenaltyCallback):
     Args:
         penalty: A :class:`~lightning_regularize.penalties.Penalty`, such as ``penalties.Orthogonal()``, or one's own;
             or a function of a weight that returns a 0-d tensor, whose gradient autograd computes. A function gets each
-            weight as a whole: under FSDP2 and tensor parallel it is gathered, and FSDP1 is refused.
+            weight as a whole: under FSDP2 and tensor parallel it is gathered, and FSDP1 is refused. It is tried once
+            before training begins.
         strength: ``a``, a number of at least 0, a :class:`~lightning_regularize.schedules.Schedule`, or any callable
             from a :class:`~lightning_regularize.schedules.Position` to a number.
         include: Rules for what is penalized.
@@ -43,7 +50,7 @@ class WeightPenalty(PenaltyCallback):
     Raises:
         TypeError: An argument is of the wrong type.
         ValueError: An argument is out of range, a rule is not understood, or ``method="proximal"`` is asked of a
-            function.
+            function. Before training begins also if a function returns no scalar that depends on the weight.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -96,3 +103,11 @@ class WeightPenalty(PenaltyCallback):
     def penalty(self) -> Penalty:
         """The penalty at unit strength."""
         return self._penalty
+
+    def begin(self, run: Run) -> None:
+        """A function is tried before any weight changes: at strength 0 it is not called for a while."""
+        for target in self._targets if isinstance(self._penalty, Function) else ():
+            if target.parameter.requires_grad and not is_lazy(target.parameter):
+                weight = gathered(target.parameter)
+                with named_errors(f"WeightPenalty: {target.info.name!r}"):
+                    self._penalty.add_gradient_(torch.zeros_like(weight), weight, 1.0)

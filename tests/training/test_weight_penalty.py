@@ -117,9 +117,9 @@ def test_the_name_in_the_log(penalty, name, tmp_path):
             "WeightPenalty: `method='proximal'` needs a proximal step, .* double_well: .* write a `Penalty`",
         ),
         (
-            lambda: train(Regression(), WeightPenalty(lambda w: w.square(), 0.1)),
+            lambda: train(Regression(), WeightPenalty(lambda w: w.square(), Linear(0.0, 0.1))),
             ValueError,
-            "should return a real 0-d tensor",
+            r"WeightPenalty: 'hidden.weight': lambda should return a real 0-d tensor, got shape \(4, 3\)",
         ),
     ],
     ids=["class", "text", "negative", "proximal", "no scalar"],
