@@ -26,6 +26,7 @@ from lightning_regularize.decay import (
     decay_stochastic_,
     noise_seed,
 )
+from lightning_regularize.selection import has_sparse_gradient
 from lightning_regularize.step_sizes import mean_length
 from lightning_regularize.units import at_least_float32
 
@@ -105,7 +106,7 @@ class DecayMethod(ABC):  # noqa: B024 each method does one of three things, none
 
     def refuse_sparse(self, infos: Sequence[ParameterInfo]) -> str:
         """Why this method cannot let ``infos`` decay, if the gradients of one of them are sparse; otherwise empty."""
-        sparse = [i.name for i in infos if i.parameter.requires_grad and getattr(i.owner, "sparse", False)]
+        sparse = [info.name for info in infos if has_sparse_gradient(info)]
         if not sparse or not (self.uses_optimizer or self.adds_to_gradients):
             return ""
         return (

@@ -531,6 +531,11 @@ def is_normalized(info: ParameterInfo) -> bool:
     )
 
 
+def has_sparse_gradient(info: ParameterInfo) -> bool:
+    """Is it the table of an embedding with ``sparse=True``, and trained?"""
+    return info.parameter.requires_grad and info.kind == "embedding" and getattr(info.owner, "sparse", False) is True
+
+
 # Kinds
 
 _TORCH_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)

@@ -263,7 +263,8 @@ def _is_equal(a: Any, b: Any) -> bool:
         return a.keys() == b.keys() and all(_is_equal(a[key], b[key]) for key in a)
     if type(a) is type(b) and isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(_is_equal, a, b))
-    return bool(a == b)
+    same = a == b
+    return bool(same.all() if hasattr(same, "all") else same)  # arrays of numpy have an answer for each element
 
 
 def _inherit(division: _Division, before: _Division, group: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ from lightning_regularize._trainer.names import MisconfigurationException
 from lightning_regularize._trainer.strategies import check_gradients_are_the_modules, check_weights_are_the_optimizers
 from lightning_regularize.decay import change_stochastically_, noise_seed
 from lightning_regularize.penalties import L2
-from lightning_regularize.selection import is_normalized
+from lightning_regularize.selection import has_sparse_gradient, is_normalized
 from lightning_regularize.step_sizes import differ_by_weight, knows, step_sizes, thresholds, unknown_metric
 from lightning_regularize.units import at_least_float32, unit_buckets, unit_dims
 
@@ -126,6 +126,12 @@ class Gradient(Method):
     def check(self, run: Run, owner: PenaltyCallback, infos: Sequence[ParameterInfo]) -> None:
         if not isinstance(owner.penalty(), L2):
             owner.check_real(infos, f"{type(owner).__name__}(method='gradient')")
+        if found := [info.name for info in infos if has_sparse_gradient(info)]:
+            raise MisconfigurationException(
+                f"{type(owner).__name__}(method='gradient') pulls at every weight, and {found} have sparse gradients, "
+                'for the rows that were looked up: leave them out by `exclude=(*DEFAULT_EXCLUDE, "embedding")`, use '
+                "`sparse=False`, or method='proximal'."
+            )
         check_gradients_are_the_modules(run.trainer, type(owner).__name__)
 
     def check_optimizer(self, owner: PenaltyCallback, optimizer: Optimizer) -> None:

@@ -263,6 +263,7 @@ def _step_of_copies(
     copies = [copy(local_tensor(weight)) for weight in weights]
     twin: Optimizer = kind([{**group, "params": copies}], lr=group["lr"])
     for weight, own in zip(weights, copies, strict=True):
+        own.grad_dtype = None  # since torch 2.10 a gradient may be of another type, if the weight allows it
         own.grad = None if weight.grad is None else copy(local_tensor(weight.grad))
         state = optimizer.state.get(weight, {})
         twin.state[own] = {k: copy(local_tensor(v)) if isinstance(v, Tensor) else v for k, v in state.items()}

@@ -5,6 +5,7 @@ import functools
 import pickle
 import re
 
+import numpy as np
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -329,6 +330,25 @@ def test_parts_that_do_not_differ_leave_nothing_in_the_state():
         callback.attach(optimizer, net)
         train(net, optimizer)
         assert "parts" not in callback.state_dict(), cls
+
+
+OF_NUMPY = {
+    "array": np.array([1.0, 2.0]),
+    "number": np.float32(1.0),
+    "in a tuple": (np.zeros(2), "a"),
+    "in a list": [np.zeros(2)],
+    "in a dictionary": {"of": np.zeros(2)},
+}
+
+
+@pytest.mark.parametrize("value", OF_NUMPY.values(), ids=OF_NUMPY)
+def test_values_of_numpy_do_not_differ_either(value):
+    net = Net()
+    optimizer = optim.SGD([{"params": list(net.parameters()), "value": value}], lr=0.1)
+    callback = decay()
+    callback.attach(optimizer, net)
+    train(net, optimizer)
+    assert "parts" not in callback.state_dict()
 
 
 @pytest.mark.parametrize("cls", STATISTICS)

@@ -26,9 +26,11 @@ from lightning_regularize import (
     WeightConstraint,
     WeightDecay,
     WeightNormMonitor,
+    WeightPenalty,
     param_groups,
 )
 from lightning_regularize.callbacks.generalization_gap import GeneralizationGapMonitor
+from lightning_regularize.penalties import Orthogonal
 from lightning_regularize.projections import FrobeniusBall, FrobeniusSphere, MaxNorm, SpectralBall, UnitNorm
 from lightning_regularize.schedules import Cosine, FromLRScheduler, Join, Linear, Steps, Warmup
 from lightning_regularize.selection import DEFAULT_EXCLUDE
@@ -388,7 +390,35 @@ def test_sparse_gradients_to_which_nothing_is_added(callback):
     make_trainer(copy.copy(callback), max_steps=2).fit(Sparse(functools.partial(SGD, lr=0.1)), Batches())
 
 
-def test_a_sparse_embedding_that_is_frozen():
+@pytest.mark.parametrize(
+    "penalty", [L1Penalty(0.1), GroupLassoPenalty(0.1), WeightPenalty(Orthogonal(), 0.1)], ids=repr
+)
+def test_penalties_name_what_has_sparse_gradients_before_any_weight_changes(penalty):
+    module = Sparse(functools.partial(SGD, lr=0.1))
+    before = module.hidden.weight.detach().clone()
+    message = type(penalty).__name__ + r".*\['embedding\.weight'\] have sparse gradients.*`exclude="
+    with pytest.raises(MisconfigurationException, match=message):
+        make_trainer(penalty, max_steps=2).fit(module, Batches())
+    assert torch.equal(module.hidden.weight, before)
+
+
+@pytest.mark.parametrize("callback", [WeightDecay(0.1), L1Penalty(0.1)], ids=repr)
+def test_a_sparse_embedding_that_is_frozen(callback):
     module = Sparse(functools.partial(SGD, lr=0.1))
     module.embedding.requires_grad_(False)
-    make_trainer(WeightDecay(0.1), max_steps=2).fit(module, Batches())
+    make_trainer(callback, max_steps=2).fit(module, Batches())
+
+
+class Router(nn.Module):
+    """Its ``sparse`` says something else."""
+
+    def __init__(self):
+        super().__init__()
+        self.sparse, self.table = True, nn.Parameter(torch.ones(2, 4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("callback", [WeightDecay(0.1), L1Penalty(0.1)], ids=repr)
+def test_only_embeddings_have_sparse_gradients(callback):
+    module = Regression(functools.partial(SGD, lr=0.1))
+    module.router = Router()
+    make_trainer(callback, max_steps=2).fit(module, Batches())

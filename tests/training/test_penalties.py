@@ -427,7 +427,8 @@ class Words(L.LightningModule):
 
 def test_sparse_gradients_are_refused_and_nothing_has_changed():
     module = Words()
-    with pytest.raises(ValueError, match=r"`gradient` should be dense.* or a proximal step"):
+    message = r"L1Penalty.*\['table\.weight'\] have sparse gradients.*`exclude=.* or method='proximal'"
+    with pytest.raises(MisconfigurationException, match=message):
         train(module, L1Penalty(STRENGTH), data=range(3))
     assert (module.table.weight == 1).all()
 

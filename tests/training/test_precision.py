@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch.optim.lr_scheduler import LambdaLR
 
-from lightning_regularize import WeightDecay
+from lightning_regularize import L1Penalty, L2Penalty, WeightDecay
 from lightning_regularize.schedules import FollowLR, Linear
 from tests.training.support import (
     QUIET,
@@ -118,3 +118,41 @@ def test_bfloat16_autocast_decays_float32_weights_exactly():
     for name, weight in weights(module).items():
         expected = before[name] * (left if name in {"hidden.weight", "output.weight"} else 1.0)
         torch.testing.assert_close(weight, expected, rtol=1e-6, atol=0)
+
+
+class Wide(Regression):
+    """Weights of bfloat16 with gradients of float32, in which small terms are not lost."""
+
+    def __init__(self):
+        super().__init__(functools.partial(torch.optim.SGD, lr=0.25, foreach=False))
+        self.bfloat16()
+        for parameter in self.parameters():
+            parameter.grad_dtype = torch.float32
+
+    def loss(self, batch):
+        x, y = batch
+        return (self.output(torch.tanh(self.hidden(x.bfloat16()))) - y.bfloat16()).float().square().mean()
+
+
+ADDED = {
+    "L1": (lambda: L1Penalty(2**-9), lambda w: 2**-9 * w.float().sign()),
+    "L2": (lambda: L2Penalty(2**-9), lambda w: 2**-9 * w.float()),
+    "coupled": (lambda: WeightDecay(2**-9, method="coupled"), lambda w: 2**-9 * w.float()),
+    "optimizer": (lambda: WeightDecay(0.0), lambda w: 0.0),
+}
+
+
+@pytest.mark.parametrize("name", ADDED)
+@pytest.mark.filterwarnings("ignore:.*off by up to .* in the optimizer's step of the weights")
+def test_gradients_may_be_of_another_type_than_the_weights(name):
+    make, added = ADDED[name]
+    module, twin = Wide(), Wide()
+    train(module, make())
+    optimizer = twin.make_optimizer(twin.parameters())
+    for batch in 3 * list(Batches()):
+        optimizer.zero_grad()
+        twin.loss(batch).backward()
+        for weight in (twin.hidden.weight, twin.output.weight):
+            weight.grad += added(weight.detach())
+        optimizer.step()
+    assert_identical_weights(weights(module), weights(twin))
