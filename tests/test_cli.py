@@ -184,6 +184,19 @@ def test_the_recipes_are_the_same_in_yaml_and_in_python():
     assert repr(cli.model.configure_optimizers()) == repr(names["configure_optimizers"](cli.model))
 
 
+def test_the_yaml_of_several_optimizers_builds_them():
+    (block,) = [block for block in blocks_of("guides/several-optimizers.md") if block.language == "yaml"]
+    config = {"seed_everything": 0, **yaml.safe_load(block.content)}
+    cli = LightningCLI(Hidden, run=False, auto_configure_optimizers=False, save_config_callback=None, args=config)
+    muon, adamw = cli.model.configure_optimizers().optimizers
+    assert type(muon) is torch.optim.Muon
+    assert type(adamw) is torch.optim.AdamW
+    for inner, lr in ((muon, 0.02), (adamw, 0.0003)):
+        assert {(group["lr"], group["weight_decay"]) for group in inner.param_groups} <= {(lr, 0.1), (lr, 0.0)}
+    (decay,) = cli.model.configure_callbacks()
+    assert decay.arguments["weight_decay"] == 0.1
+
+
 def test_what_print_config_prints_builds_the_same(tmp_path, capsys):
     path = write(tmp_path, config(tmp_path, yaml.safe_load(CALLBACKS)))
     with pytest.raises(SystemExit):

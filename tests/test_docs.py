@@ -11,9 +11,11 @@ import importlib.util
 import inspect
 import io
 import re
+import shlex
 import subprocess
 import sys
 import textwrap
+from importlib.metadata import metadata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -126,27 +128,76 @@ def test_blocks_are_of_a_language_that_is_run_or_say_that_they_are_not(page):
         assert language != "text" or options.strip() == 'title="Output"'
 
 
-@pytest.mark.parametrize("decays_by", ["callback", "module"])
-def test_the_configurations_of_the_cli_page_train(decays_by, tmp_path, monkeypatch):
-    cli = pytest.importorskip("lightning.pytorch.cli")
+CLI_PAGE = "guides/lightning-cli.md"
+
+
+@pytest.fixture
+def cli(tmp_path, monkeypatch):
+    """The program of the CLI page beside its configuration: a function of the command line's arguments."""
+    package = pytest.importorskip("lightning.pytorch.cli")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train.py"])
     monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # lightning 2.6 calls what jsonargparse renames
-    page = "guides/lightning-cli.md"
-    module = run(blocks_of(page), {"__name__": "docs"})["Classifier"]
-    config, of_the_model = (yaml.safe_load(b.content) for b in blocks_of(page) if 'title="config.yaml' in b.options)
+    module = run(blocks_of(CLI_PAGE), {"__name__": "docs"})["Classifier"]
+    (config, _) = (block.content for block in blocks_of(CLI_PAGE) if 'title="config.yaml' in block.options)
+    Path("config.yaml").write_text(config)
+    options = {"auto_configure_optimizers": False, "save_config_callback": None}
+    return lambda *arguments: package.LightningCLI(module, **options, args=list(arguments))
+
+
+@pytest.mark.parametrize("decays_by", ["callback", "module"])
+def test_the_configurations_of_the_cli_page_train(decays_by, cli):
+    config, of_the_model = (yaml.safe_load(b.content) for b in blocks_of(CLI_PAGE) if 'title="config.yaml' in b.options)
     if decays_by == "module":
         config["model"] |= of_the_model["model"]
         callbacks = config["trainer"]["callbacks"]
         config["trainer"]["callbacks"] = [c for c in callbacks if not c["class_path"].endswith("WeightDecay")]
-    Path("config.yaml").write_text(yaml.safe_dump(config))
-    trained = cli.LightningCLI(
-        module, auto_configure_optimizers=False, save_config_callback=None, args=["fit", "--config", "config.yaml"]
-    )
+        Path("config.yaml").write_text(yaml.safe_dump(config))
+    trained = cli("fit", "--config", "config.yaml")
     (decay,) = (c for c in trained.trainer.callbacks if isinstance(c, lightning_regularize.WeightDecay))
     assert decay.grouping.factors == {"net.4.*": 0.1}
     expected = {"callback": 0.4, "module": 0.05}[decays_by]  # in the last step
     assert decay.schedule(Position(15, 16, 1, 1e-3, 1e-3)) == pytest.approx(expected, rel=1e-12, abs=0)
+
+
+def commands_of(text):
+    """The lines of the bash blocks of a text, in words and without comments."""
+    blocks = re.findall(r"^```bash\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+    return [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
+
+
+def test_the_commands_of_the_cli_page_run(cli, capsys):
+    trained, changed, printed = [words[2:] for words in commands_of(text_of(CLI_PAGE)) if words[0] == "python"]
+    assert cli(*trained).trainer.global_step == 16
+    other = cli(*changed)
+    assert other.trainer.global_step == 5 * 8
+    assert other.model.configure_optimizers()["optimizer"].defaults["lr"] == 0.01
+    with pytest.raises(SystemExit) as ended:
+        cli(*printed)
+    assert ended.value.code == 0
+    assert "class_path: lightning_regularize.WeightDecay" in capsys.readouterr().out
+
+
+COMMANDS = [
+    pytest.param(words, id=" ".join([page, *words[:3]]))
+    for page in ("../README.md", "../CONTRIBUTING.md", *PAGES)
+    for words in commands_of(text_of(page))
+]
+
+
+@pytest.mark.parametrize("words", COMMANDS)
+def test_commands_name_what_there_is(words):
+    """Those of train.py run in the tests of their pages."""
+    if words[0] == "make":
+        assert re.search(f"^{words[1]}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    elif words[0] == "python":
+        assert words[1] == "train.py" or (ROOT / words[1]).exists()
+    else:
+        extras = metadata("lightning-regularize").get_all("Provides-Extra")
+        known = {"lightning-regularize", ".", "dist/*.whl", "hydra-core>=1.3"}
+        known |= {f"lightning-regularize[{extra}]" for extra in extras}
+        assert words[:2] == ["pip", "install"]
+        assert set(words[2:]) <= known
 
 
 def test_each_line_of_the_table_of_recipes_makes_callbacks_or_an_optimizer():

@@ -1,8 +1,10 @@
 """Everything can be built from YAML by Hydra, as the guide says: each block of it trains."""
 
 import inspect
+import runpy
 import shlex
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -69,6 +71,16 @@ def test_the_program_trains_and_interpolations_reach_the_schedule(program):
     assert trainer.global_step == 16
     assert trainer.callback_metrics["weight_decay"] == pytest.approx(0.4, rel=1e-12, abs=0)
     assert isinstance(trainer.optimizers[0], torch.optim.AdamW)  # of a function that `_partial_` made
+
+
+def test_the_commands_of_the_page_change_values_take_out_a_callback_and_train_several_times(program, monkeypatch):
+    (block,) = [b.content for b in blocks_of(PAGE) if b.language == "bash" and "--multirun" in b.content]
+    changed, without, thrice = ([*shlex.split(line)[2:]] for line in block.splitlines())
+    assert find(program(*changed), WeightDecay).schedule == schedules.Cosine(0.05, 0.2)
+    assert not [c for c in program(*without).callbacks if isinstance(c, lightning_regularize.L1Penalty)]
+    monkeypatch.setattr(sys, "argv", ["train.py", *thrice, *QUIETLY, "+trainer.accelerator=cpu"])
+    runpy.run_path("train.py", run_name="__main__")
+    assert sorted(path.parent.name for path in Path("multirun").glob("*/*/*/.hydra")) == ["0", "1", "2"]
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed from:UserWarning")  # lightning: of each resumed run

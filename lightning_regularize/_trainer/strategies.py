@@ -24,8 +24,8 @@ def model_root(trainer: pl.Trainer | None, module: nn.Module) -> nn.Module:
     root = getattr(trainer.strategy, "model", None) or module if trainer is not None else module
     if has_flat_parameters(root):
         raise MisconfigurationException(
-            "FSDP with `use_orig_params=False` shows one flat parameter a unit, whose parts are not distinguished: "
-            "use FSDPStrategy(use_orig_params=True), which is Lightning's default."
+            "FSDP with `use_orig_params=False` has one flat parameter per unit, in which single parameters cannot be "
+            "told apart: use FSDPStrategy(use_orig_params=True), which is Lightning's default."
         )
     return root
 

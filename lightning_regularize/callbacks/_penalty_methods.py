@@ -137,8 +137,8 @@ class Gradient(Method):
     def check_optimizer(self, owner: PenaltyCallback, optimizer: Optimizer) -> None:
         if any(group.get("maximize") and penalized for group, penalized in owner.targets(optimizer)):
             raise MisconfigurationException(
-                f"{type(optimizer).__name__}(maximize=True) climbs, and would climb the gradient of "
-                f"{type(owner).__name__} as well: use method='proximal', or minimize the negative."
+                f"{type(optimizer).__name__}(maximize=True) would maximize the penalty of {type(owner).__name__} as "
+                "well: use method='proximal', or minimize the negative loss."
             )
 
     @torch.no_grad()

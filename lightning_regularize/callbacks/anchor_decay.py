@@ -330,8 +330,8 @@ def _check_importance(importance: Mapping[str, Tensor], infos: Sequence[Paramete
         is_dense = tensor.layout == torch.strided and tensor.is_floating_point()
         if not is_dense or not tensor.isfinite().all() or (tensor < 0).any():
             raise ValueError(
-                "AnchorDecay: `importance` should be dense, finite, floating and at least 0, which that of "
-                f"{name!r} is not."
+                f"AnchorDecay: `importance` of {name!r} should be a dense tensor of finite floating-point numbers of "
+                "at least 0."
             )
         largest = max(largest, tensor.max().item()) if tensor.numel() else largest
     if not largest:
@@ -352,8 +352,9 @@ def _check_anchor(anchor: Mapping[str, Tensor], infos: Sequence[ParameterInfo]) 
                 f"AnchorDecay: `anchor` should have a tensor of shape {tuple(info.shape)} for {info.name!r}, but "
                 f"{what}. Complete it, or leave the parameter out by `exclude`."
             )
-        if not (found.is_floating_point() or found.is_complex()) or not found.isfinite().all():
+        is_float = found.is_floating_point() or found.is_complex()
+        if not is_float or not found.isfinite().all():
             raise ValueError(
-                f"AnchorDecay: `anchor` should hold finite floating-point numbers, which those for {info.name!r} are "
-                f"not ({found.dtype})."
+                f"AnchorDecay: `anchor` of {info.name!r} should hold finite floating-point numbers, got "
+                f"{found.dtype}" + (" with NaN or infinity." if is_float else ".")
             )

@@ -182,7 +182,7 @@ class GeneralizationGapMonitor(Regularizer):
         of_epoch = [result for result in results[name] if result.meta.on_epoch]
         if not of_epoch:
             raise MisconfigurationException(
-                f"{name!r} is logged for single steps only, of which the last says little: "
+                f"{name!r} is logged for single steps only, and the value of the last step says little. Write: "
                 f"self.log({name!r}, ..., on_epoch=True)."
             )
         self._log(trainer, _so_far(of_epoch[0]), step)
@@ -223,8 +223,8 @@ class GeneralizationGapMonitor(Regularizer):
             hint = f" Is it {argument}={others[0]!r}?"
         raise MisconfigurationException(
             f"GeneralizationGapMonitor finds no metric {' or '.join(map(repr, names[:2]))}; there are "
-            f"{', '.join(map(repr, logged)) or 'none'}.{hint} Give the metric's name without what it begins with as "
-            "`metric`, and what it begins with as `train_prefix` and `val_prefix`; log it with `on_epoch=True`."
+            f"{', '.join(map(repr, logged)) or 'none'}.{hint} Give the metric's name without its prefix as `metric`, "
+            "and the prefixes as `train_prefix` and `val_prefix`; log it with `on_epoch=True`."
         )
 
 
