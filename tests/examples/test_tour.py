@@ -1,6 +1,7 @@
 """Does the notebook show what is saved in it? `jupyter execute --inplace examples/tour.ipynb` saves it anew."""
 
 import os
+import re
 
 import pytest
 
@@ -32,6 +33,13 @@ def shown(notebook):
                 else:
                     found += sorted(data.items())
     return found
+
+
+def test_its_links_lead_to_pages():
+    text = "".join(cell.source for cell in NOTEBOOK.cells if cell.cell_type == "markdown")
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    assert len(links) >= 3
+    assert all((EXAMPLES / link).is_file() for link in links)
 
 
 def test_it_shows_what_is_saved_in_it(tmp_path, monkeypatch):
