@@ -24,8 +24,9 @@ class NuclearNorm(Penalty):
 
     It is for single matrices what L1 is for single weights. The matrix is that of output units by incoming weights. The
     decomposition is exact, in float64, of each matrix in each step: 1 ms for 64x64, 30 ms for 256x256, 1 s for
-    1024x1024 on one core of a CPU. On a GPU, torch's decomposition waits for the device. A larger layer may be followed
-    by :class:`~lightning_regularize.projections.Rank` every hundredth step instead.
+    1024x1024 on one core of a CPU. On a GPU, torch's decomposition waits for the device. Large layers can do with
+    ``WeightPenalty(NuclearNorm(), ..., every_n_steps=100)``, or with a ``WeightConstraint`` by
+    :class:`~lightning_regularize.projections.Rank`, which finds the first singular values by random directions.
 
     The proximal step has a threshold for all weights of a matrix together. In the metric of Adam, with a step size for
     each weight, it has no closed form: take SGD, or ``method="gradient"``.

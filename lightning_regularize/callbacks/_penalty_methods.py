@@ -146,7 +146,7 @@ class Gradient(Method):
         penalty = owner.penalty()
         owner.rounded.begin_step(step)
         for group, lists in owner.targets(step.optimizer):
-            strength: Any = owner.strength(group, step.number) if lists else 0.0
+            strength: Any = _strength(owner, group, step) if lists else 0.0
             scaled = strength if step.scale is None else step.scale * strength
             for alike in lists:
                 # Without a gradient a parameter is unused in this step, and none is made for it.
@@ -163,7 +163,7 @@ class Gradient(Method):
     def before_step(self, owner: PenaltyCallback, step: Step) -> None:
         """Measure what the step rounds away: gradients are as it finds them, those of the penalty included."""
         for group, lists in owner.targets(step.optimizer) if owner.rounded.is_measured else ():
-            strength = owner.strength(group, step.number) if lists else 0.0
+            strength = _strength(owner, group, step) if lists else 0.0
             for alike in (each.with_gradients() for each in lists):
                 numbers = owner.rounded.pick(alike.parameters, together=bool(alike.parts))
                 picked = [alike.targets[i] for i in numbers]
@@ -209,7 +209,7 @@ class Proximal(Method):
         optimizer = step.optimizer
         owner.rounded.begin_step(step)
         for group, lists in owner.targets(optimizer):
-            strength = owner.strength(group, step.number) if lists else 0.0
+            strength = _strength(owner, group, step) if lists else 0.0
             for alike in (each.with_gradients() for each in lists if strength):
                 sizes = step_sizes(optimizer, group, alike.parameters)
                 stepped = alike.where([size is not None for size in sizes])
@@ -219,6 +219,11 @@ class Proximal(Method):
                     parts = [target.part for target in stepped.targets]
                     known = [size for size in sizes if size is not None]
                     owner.rounded.change(shrink, weights, known, parts, together=any(parts))
+
+
+def _strength(owner: PenaltyCallback, group: dict[str, Any], step: Step) -> float:
+    """The strength in a step that stands for several."""
+    return owner.every_n_steps * owner.strength(group, step.number)
 
 
 def _add_(

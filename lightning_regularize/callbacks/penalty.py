@@ -9,7 +9,7 @@ from weakref import WeakSet
 
 import torch
 
-from lightning_regularize._checks import check_number, check_rounding
+from lightning_regularize._checks import check_number, check_positive_integer, check_rounding
 from lightning_regularize._joint import joint_value
 from lightning_regularize._sharding import gathered
 from lightning_regularize._steps.buckets import calls
@@ -56,6 +56,7 @@ class PenaltyCallback(Regularizer):
         if self.method not in _METHODS:
             raise ValueError(f"`method` should be 'gradient' or 'proximal', got {self.method!r}.")
         self._method = _METHODS[self.method]()
+        self.every_n_steps = check_positive_integer(self.arguments.get("every_n_steps", 1), "`every_n_steps`")
         rounding, self.seed = self.arguments.get("rounding", "nearest"), self.arguments.get("seed", 0)
         check_rounding(rounding, self.seed)
         self.rounds_at_random = rounding == "stochastic"
@@ -87,6 +88,10 @@ class PenaltyCallback(Regularizer):
     def strength(self, group: dict[str, Any], step: int) -> float:
         """The strength for a parameter group in step number ``step``."""
         return self.run.clock.value(self.schedule, group, step)  # type: ignore[no-any-return]
+
+    def is_due(self, step: Step) -> bool:
+        """Does it act on this step?"""
+        return (step.number + 1) % self.every_n_steps == 0
 
     def check(self, run: Run) -> None:
         needs_shapes = self.penalty().per_unit
@@ -164,15 +169,17 @@ class PenaltyCallback(Regularizer):
     def on_gradients(self, step: Step) -> None:
         if self.logs(step):
             self._log(step.watch)
-        self._method.on_gradients(self, step)
+        if self.is_due(step):
+            self._method.on_gradients(self, step)
 
     def before_step(self, step: Step) -> None:
         if step.optimizer not in self._checked:  # made since the last step
             self._check_optimizer(step.optimizer)
-        self._method.before_step(self, step)
+        if self.is_due(step):
+            self._method.before_step(self, step)
 
     def after_step(self, step: Step, *, is_real: bool) -> None:
-        if is_real:
+        if is_real and self.is_due(step):
             self._method.after_step(self, step)
 
     def _check_optimizer(self, leaf: Optimizer) -> None:

@@ -42,6 +42,8 @@ class WeightPenalty(PenaltyCallback):
         exclude: Rules for what is not. By default biases, norms and other vectors.
         method: "gradient"; or "proximal", for a penalty that has a proximal step and an optimizer whose steps are
             known, see :class:`L1Penalty`.
+        every_n_steps: For penalties that take long, such as ``NuclearNorm()`` of large matrices: it acts on each
+            ``n``-th step of an optimizer, with 10 on steps 10, 20 and so on, with ``n`` times the strength.
         total_steps: Length of the schedule in steps of an optimizer; by default what the Trainer expects.
         rounding: How half-precision gradients are rounded when the penalty's is added: "nearest", or "stochastic", at
             random so that the mean is right, where a small penalty would be lost beside large gradients.
@@ -70,6 +72,7 @@ class WeightPenalty(PenaltyCallback):
         include: Sequence[Rule] = ("*",),
         exclude: Sequence[Rule] = DEFAULT_EXCLUDE,
         method: Literal["gradient", "proximal"] = "gradient",
+        every_n_steps: int = 1,
         total_steps: int | None = None,
         rounding: Literal["nearest", "stochastic"] = "nearest",
         seed: int = 0,

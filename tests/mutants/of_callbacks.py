@@ -47,7 +47,7 @@ MUTANTS = [
     *mutants_of(
         "callbacks/penalty.py",
         "tests/training/test_penalties.py::test_a_step_that_overflows_moves_nothing",
-        ("        if is_real:", "        if True:"),
+        ("if is_real and self.is_due(step):", "if self.is_due(step):"),
     ),
     *mutants_of(
         "callbacks/penalty.py",
@@ -143,6 +143,11 @@ MUTANTS = [
         ("if width and size % width == 0:", "if False:"),
         ("if self._is_head_by_head():", "if False:"),
         ('stated.get("head_first") is True', "False"),
+    ),
+    *mutants_of(
+        "callbacks/_penalty_methods.py",
+        "tests/training/test_weight_penalty.py::test_every_third_step_has_three_times_the_strength",
+        ("return owner.every_n_steps * owner", "return owner"),
     ),
     *mutants_of(
         "_joint.py",

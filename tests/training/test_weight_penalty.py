@@ -16,6 +16,7 @@ from tests.training.support import (
     QUIET,
     Batches,
     Regression,
+    SaveAfter,
     assert_identical_weights,
     assert_same_weights,
     double_well,
@@ -65,6 +66,22 @@ def test_a_penalty_of_ones_own(method):
     assert_same_weights(weights(own), weights(ours))
 
 
+@pytest.mark.parametrize("method", ["gradient", "proximal"])
+def test_every_third_step_has_three_times_the_strength(method, tmp_path):
+    """As a strength that is 0 in the steps between, also in a run that is resumed between two of them."""
+
+    def peaks(at):
+        return 0.06 * (at.step % 3 == 2)
+
+    rare, peaked, resumed = Regression(), Regression(), Regression()
+    penalty = functools.partial(WeightPenalty, L1(), method=method)
+    train(rare, penalty(0.02, every_n_steps=3), SaveAfter(tmp_path, 10))
+    train(peaked, penalty(peaks))
+    assert_identical_weights(weights(rare), weights(peaked))
+    train(resumed, penalty(0.02, every_n_steps=3), ckpt_path=tmp_path / "10.ckpt")
+    assert_identical_weights(weights(resumed), weights(rare))
+
+
 class WithPenaltyInLoss(Regression):
     def loss(self, batch):
         return super().loss(batch) + 0.1 * (double_well(self.hidden.weight) + double_well(self.output.weight))
@@ -110,6 +127,7 @@ def test_the_name_in_the_log(penalty, name, tmp_path):
             r"WeightPenalty: `penalty` .* got the class L1: write L1\(\.\.\.\)",
         ),
         (lambda: WeightPenalty("l1", 0.1), TypeError, "WeightPenalty: `penalty` should be one of .*, got 'l1'"),
+        (lambda: WeightPenalty(L1(), 0.1, every_n_steps=0), ValueError, "WeightPenalty: `every_n_steps` .* positive"),
         (lambda: WeightPenalty(double_well, -1.0), ValueError, "WeightPenalty: `strength` .* not negative"),
         (
             lambda: WeightPenalty(double_well, 0.1, method="proximal"),
@@ -122,7 +140,7 @@ def test_the_name_in_the_log(penalty, name, tmp_path):
             r"WeightPenalty: 'hidden.weight': lambda should return a real 0-d tensor, got shape \(4, 3\)",
         ),
     ],
-    ids=["class", "text", "negative", "proximal", "no scalar"],
+    ids=["class", "text", "every 0", "negative", "proximal", "no scalar"],
 )
 def test_bad_input_is_refused(make, error, message):
     with pytest.raises(error, match=message):
