@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     import torch
 
 _NOTHING = 0.1  # of a timescale: weights left alone would keep 90 % of their size
-_ADAPTER = re.compile(r"(^|\.)lora_(embedding_)?[ab](\.|$)", re.IGNORECASE)  # as peft and torchtune call them
+# As peft and torchtune call them, and as diffusers' training scripts do.
+_ADAPTER = re.compile(r"(^|\.)lora_((embedding_)?[ab]|down|up)(\.|$)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)

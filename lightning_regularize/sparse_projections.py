@@ -114,7 +114,8 @@ class TopShare(Projection):
         share: What is kept, in (0, 1]; or a schedule, such as a
             :class:`~lightning_regularize.schedules.CubicRamp` from 1.0 to 0.1.
         scope: "tensor" keeps this share of each tensor; "all" of all tensors of a list together, which in a
-            ``WeightConstraint`` are all that it constrains in one optimizer.
+            ``WeightConstraint`` are all that it constrains in one optimizer, of a ``ChainedOptimizer`` in each of its
+            inner ones.
 
     Raises:
         TypeError: If ``share`` is neither a number nor a schedule.

@@ -106,6 +106,7 @@ def test_many_groups_are_told_once():
         "layers.0.attn.lora_a.weight",
         "embed.lora_embedding_A.default",
         "lora_b.weight",
+        "up.processor.to_q_lora.lora_up.weight",
     ],
 )
 def test_decay_of_lora_adapters_pulls_towards_the_base_model(name):
