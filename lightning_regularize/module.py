@@ -93,7 +93,7 @@ class RegularizedModule(LightningModule):
             raise TypeError(f"`lr_scheduler` should make a scheduler from an optimizer, got {lr_scheduler!r}.")
         if interval not in ("step", "epoch"):
             raise ValueError(f"`interval` should be 'step' or 'epoch', got {interval!r}.")
-        weight_decay = check_number(weight_decay, "`weight_decay`")
+        weight_decay = _check_decay(weight_decay)
         if layer_decay is not None:
             check_layer_decay(layer_decay)
         self._make_optimizer, self._make_optimizers = optimizer, optimizers
@@ -258,7 +258,7 @@ def regularize(
             + (" Call `regularize` before `torch.compile`." if hasattr(module, "_orig_mod") else "")
         )
     if weight_decay is not None:
-        weight_decay = check_number(weight_decay, "`weight_decay`")
+        weight_decay = _check_decay(weight_decay)
     decay: dict[str, Any] = {"weight_decay": weight_decay, "exclude": exclude, "factors": factors}
     WeightDecay(**decay)  # which checks these
     before = vars(module).get("configure_callbacks")
@@ -266,6 +266,21 @@ def regularize(
         before = before.before
     module.configure_callbacks = _ConfigureCallbacks(module, decay, before)  # type: ignore[method-assign]
     return module
+
+
+def _check_decay(weight_decay: object) -> float:
+    """The number that it should be.
+
+    Raises:
+        TypeError: It is a schedule, or something else.
+        ValueError: It is out of range.
+    """
+    if callable(weight_decay) or isinstance(weight_decay, Mapping):
+        raise TypeError(
+            f"`weight_decay` should be a number, got {weight_decay!r}. Give a schedule, or one for each rule, to the "
+            "Trainer: `callbacks=[WeightDecay(...)]`, which precedes the module's own."
+        )
+    return check_number(weight_decay, "`weight_decay`")
 
 
 class _ConfigureCallbacks:

@@ -577,11 +577,12 @@ def test_compilation_comes_after():
         (lambda: regularize(MLP()), TypeError, "`module` should be a LightningModule, got MLP"),
         (lambda: regularize(Plain(), -0.1), ValueError, "`weight_decay` should be finite and at least 0, got -0.1"),
         (lambda: regularize(Plain(), "0.1"), TypeError, "`weight_decay` should be a number, got '0.1'"),
+        (lambda: regularize(Plain(), max), TypeError, r"got <.*the Trainer: `callbacks=\[WeightDecay\(...\)\]`"),
         (lambda: regularize(Plain(), exclude="bias"), TypeError, "`exclude` should be a sequence of rules"),
         (lambda: regularize(Plain(), exclude=("biases",)), ValueError, r"Did you mean 'bias'\?"),
         (lambda: regularize(Plain(), factors={"weight": -1}), ValueError, "factor of 'weight' should be finite"),
     ],
-    ids=["no LightningModule", "negative", "str", "one rule", "unknown word", "negative factor"],
+    ids=["no LightningModule", "negative", "str", "schedule", "one rule", "unknown word", "negative factor"],
 )
 def test_bad_arguments_are_refused_at_once(call, error, message):
     with pytest.raises(error, match=message):
@@ -764,6 +765,7 @@ def test_an_optimizer_without_weight_decay_is_refused_unless_none_is_wanted():
         ({"interval": "batch"}, ValueError, "`interval` should be 'step' or 'epoch', got 'batch'"),
         ({"weight_decay": -1.0}, ValueError, "`weight_decay` should be finite and at least 0, got -1.0"),
         ({"weight_decay": True}, TypeError, "`weight_decay` should be a number, got True"),
+        ({"weight_decay": {"*": 0.1}}, TypeError, r"got \{.*the Trainer: `callbacks=\[WeightDecay\(...\)\]`"),
         ({"exclude": ("biases",)}, ValueError, r"Did you mean 'bias'\?"),
         ({"factors": {"weight": "1"}}, TypeError, "the factor of 'weight' should be a number, got '1'"),
         ({"layer_decay": 1.5}, ValueError, r"`layer_decay` should be in \(0, 1\], got 1.5"),
