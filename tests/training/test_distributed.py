@@ -59,13 +59,14 @@ def spread(request, tmp_path_factory):
 def train_all(rows, column, progress):
     world_size = COLUMNS[column].processes
     try:
-        outcomes = run_distributed(fit_all, rows, column, progress, world_size=world_size, timeout=100)
+        outcomes = run_distributed(fit_all, rows, column, progress, world_size=world_size, timeout=250)
     except AssertionError as error:
         at = [progress.with_suffix(f".{rank}").read_text() for rank in range(world_size)]
         raise AssertionError(f"while the processes trained {at}: {error}") from None
     return {row: [outcome[row] for outcome in outcomes] for row in rows}
 
 
+@pytest.mark.timeout(300)  # four processes train all rows one after the other, in 80 s on two cores that are busy
 @pytest.mark.parametrize("row", ROWS)
 def test_cell(spread, row):
     column, outcomes = spread
