@@ -46,6 +46,7 @@ class TrainerRun(Run):
         self._steps: list[int] = []
         self._deepspeed = getattr(trainer.strategy, "deepspeed_engine", None)
         self._scaler: Any = None
+        self._announced_at: float = math.inf  # the Trainer's count of steps when gradients were complete last
 
     def _now(self) -> list[Any]:
         return list(self.trainer.optimizers) if has_optimizer(self.trainer) else []  # or a mock
@@ -115,6 +116,7 @@ class TrainerRun(Run):
         """
         if self._deepspeed is not None and not self._deepspeed.is_gradient_accumulation_boundary():
             return  # it calls the hook for each batch
+        self._announced_at = self.trainer.global_step
         self._watch_of(optimizer).announce(None if self._scaler is None else self._loss_scale(optimizer))
 
     def _watch_of(self, optimizer: Any) -> Watch:
@@ -130,6 +132,14 @@ class TrainerRun(Run):
                 f"{type(optimizer).__name__} stepped, but is none of the Trainer's optimizers."
             )
         return found[0]
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps that each optimizer has attempted, with one that a GradScaler has just skipped in this batch."""
+        if self.trainer.global_step > self._announced_at:
+            for watch in self.watches:
+                watch.settle()
+        return super().steps
 
     def stop(self) -> None:
         """Watch no more."""

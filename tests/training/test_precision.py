@@ -90,11 +90,14 @@ def test_the_schedule_keeps_step_with_the_learning_rate(fused):
 
 
 @FUSED
-def test_resumed_after_a_skipped_step_equals_uninterrupted(fused, tmp_path):
+@pytest.mark.parametrize("step", [OVERFLOW + 1, 9])
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_resumed_after_a_skipped_step_equals_uninterrupted(fused, place, step, tmp_path):
     whole, resumed = Scaled(fused, overflows=(OVERFLOW,)), Scaled(fused, overflows=(OVERFLOW,))
-    fit(whole, WeightDecay(Linear(0.0, 1.0)), SaveAfter(tmp_path, 9))
-    fit(resumed, WeightDecay(Linear(0.0, 1.0)), ckpt_path=tmp_path / "9.ckpt")
-    assert resumed.decays == whole.decays[9:]
+    callbacks = [SaveAfter(tmp_path, step), WeightDecay(Linear(0.0, 1.0))]
+    fit(whole, *(callbacks if place == "before" else reversed(callbacks)))
+    fit(resumed, WeightDecay(Linear(0.0, 1.0)), ckpt_path=tmp_path / f"{step}.ckpt")
+    assert resumed.decays == whole.decays[step:]
     assert_identical_weights(weights(resumed), weights(whole))
 
 
