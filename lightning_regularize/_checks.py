@@ -11,7 +11,7 @@ def check_is_number(name: str, value: object) -> None:
     """Refuse an argument that is no number.
 
     Raises:
-        TypeError: It is none.
+        TypeError: ``value`` is not a number. Booleans do not count as numbers.
     """
     if not is_number(value):
         raise TypeError(f"`{name}` should be a number, got {value!r}.{quoted_number(value)}")
@@ -35,7 +35,7 @@ def quoted_number(value: object) -> str:
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Is it a real number, of Python or numpy? A boolean is none."""
+    """Is it a real number, of Python or numpy? Booleans do not count as numbers."""
     return type(value) is float or (isinstance(value, numbers.Real) and not isinstance(value, bool))
 
 
@@ -54,10 +54,10 @@ def check_number(value: object, what: str) -> float:
 
 
 def check_positive_integer(value: object, what: str) -> int:
-    """Refuse what is not an integer of at least 1; a boolean is none.
+    """Refuse what is not an integer of at least 1; booleans do not count as integers.
 
     Raises:
-        ValueError: It is something else.
+        ValueError: ``value`` is something else.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{what} should be a positive integer, got {value!r}.")

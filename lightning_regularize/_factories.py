@@ -81,7 +81,7 @@ def divide(
     """Which rule each parameter is for, in the order of the rules; rules without parameters are left out.
 
     Raises:
-        ValueError: A parameter is none of ``infos``, or matches no rule.
+        ValueError: A parameter is not among ``infos``, or matches no rule.
     """
     known = {id(info.parameter): info for info in infos}
     if foreign := [tuple(p.shape) for p in parameters if id(p) not in known]:

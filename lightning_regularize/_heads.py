@@ -215,10 +215,10 @@ class _Layer:
         """The dim of a projection that counts its outputs, or its inputs.
 
         Raises:
-            ValueError: The projection does not tell.
+            ValueError: The layer does not say which dim that is.
         """
         if not units_are_known(info.owner, info.shape):
-            raise self.error(f"{type(info.owner).__name__} does not tell which dim of {info.name!r} holds its outputs")
+            raise self.error(f"{type(info.owner).__name__} does not say which dim of {info.name!r} holds its outputs")
         _, incoming = norm_dims(info.owner, tensor_name(info.name), info.shape)
         return next(d for d in range(len(info.shape)) if d not in incoming) if is_output else incoming[0]
 
@@ -226,7 +226,7 @@ class _Layer:
         """How many heads there are, and how wide one is, of ``size`` queries.
 
         Raises:
-            ValueError: The module does not tell.
+            ValueError: Neither can be found on the module.
         """
         width, number = self._stated(_WIDTHS), self._stated(_NUMBERS)
         # The width comes first: where tensor parallelism cuts heads, users set the number to that of one rank.

@@ -40,11 +40,11 @@ def output_weights(module: nn.Module, weights: Sequence[tuple[str, Any]]) -> set
         ... }
         True
     """
-    told: set[int] = set()
+    declared: set[int] = set()
     inside: set[int] = set()
-    for model, classifiers in _models_that_tell(module):
+    for model, classifiers in _models_with_classifiers(module):
         inside |= {id(parameter) for parameter in model.parameters()}
-        told |= {
+        declared |= {
             id(p) for name in classifiers if (layer := _child(model, name)) is not None for p in layer.parameters()
         }
     own = [(name, id(parameter)) for name, parameter in weights if id(parameter) not in inside]
@@ -53,10 +53,10 @@ def output_weights(module: nn.Module, weights: Sequence[tuple[str, Any]]) -> set
         *path, _ = name.split(".")
         named.update({".".join(path[: i + 1]): key for i, part in enumerate(path) if _NAME.search(part)})
     last = set() if named else {id(parameter) for _, parameter in weights[-1:]} - inside
-    return {id(parameter) for _, parameter in weights} & (told | {*named.values()} | last)
+    return {id(parameter) for _, parameter in weights} & (declared | {*named.values()} | last)
 
 
-def _models_that_tell(module: nn.Module) -> Iterator[tuple[nn.Module, Sequence[str]]]:
+def _models_with_classifiers(module: nn.Module) -> Iterator[tuple[nn.Module, Sequence[str]]]:
     found = [module]
     for model in found:  # faster than `module.modules()`, and a module that is found twice does no harm
         found += [child for child in model._modules.values() if child is not None]

@@ -50,7 +50,7 @@ class Projection(ABC):
 
         Returns:
             Whether anything was changed: a 0-d bool tensor on the weight's device, so that nobody has to wait for the
-            device. Of a DTensor it tells of the piece on this rank.
+            device. For a DTensor it is about the piece on this rank.
         """
 
     def project(self, weight: Tensor, *, dim: int | Sequence[int] | None = None) -> Tensor:

@@ -140,7 +140,7 @@ def noise_seed(seed: int, step: int, name: str) -> int:
     Args:
         seed: The user's.
         step: The number of the step.
-        name: What tells the tensor from others.
+        name: The name of the tensor.
 
     Example:
         >>> noise_seed(0, 7, "layer.weight") == noise_seed(0, 7, "layer.weight") != noise_seed(0, 8, "layer.weight")

@@ -1,4 +1,4 @@
-"""Sums that the settings of parameter groups tell without reading weights: how strongly they decay, and where to."""
+"""What follows from the settings of parameter groups alone: how strongly weights decay, and towards which size."""
 
 from __future__ import annotations
 

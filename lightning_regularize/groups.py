@@ -362,7 +362,7 @@ def rule_name(rule: Rule) -> str:
 
 
 def function_key(function: Callable[..., Any]) -> str:
-    """What tells functions apart in the key of a callback's state: a name, and for a lambda what it computes.
+    """Identifies a function in the key of a callback's state: by its name, and a lambda by what it computes.
 
     It is the same in every process, and in the next run, as long as the function is.
 

@@ -149,7 +149,7 @@ class GeneralizationGap(WrapperMetric):
         metric: Any metric; two copies of it are made, which see their own data and are reduced over ranks as it is.
 
     Raises:
-        TypeError: ``metric`` is none.
+        TypeError: ``metric`` is not a ``torchmetrics.Metric``.
 
     Example:
         >>> from torchmetrics import MeanMetric

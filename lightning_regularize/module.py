@@ -120,7 +120,7 @@ class RegularizedModule(LightningModule):
         Raises:
             ValueError: There is nothing to train or to decay, the optimizer has no weight decay to be set, or the LR
                 scheduler no metric to watch.
-            TypeError: What ``optimizer`` or ``lr_scheduler`` made is none.
+            TypeError: ``optimizer`` did not make an optimizer, or ``lr_scheduler`` no LR scheduler.
             MisconfigurationException: Under DeepSpeed's ZeRO an override of ``configure_callbacks`` leaves WeightDecay
                 out.
         """

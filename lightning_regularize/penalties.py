@@ -461,7 +461,7 @@ def _shrink_in_metric_(units: Tensor, removed: Tensor, weight: Tensor, dims: tup
     Args:
         units: Weights of one shape, stacked; changed in place.
         removed: :math:`a`, of the same shape; used up.
-        weight: One of the weights, which tells whether ranks hold pieces of a group.
+        weight: One of the weights, which shows whether ranks hold pieces of a group.
         dims: The dims of a weight that hold a group.
     """
     dtype, inner = removed.dtype, [d + 1 for d in dims]

@@ -153,7 +153,7 @@ def values_of(
         asked: Words of :data:`QUANTITIES`.
         norm_type: The exponent of the sums of powers.
         expected: Whether to add what theory expects, as ``<key>/expected``.
-        steps_per_epoch: To tell a timescale in epochs as well; infinite if unknown.
+        steps_per_epoch: For the timescale in epochs; infinite if unknown.
 
     Returns:
         By key.

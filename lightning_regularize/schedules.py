@@ -437,7 +437,7 @@ class Warmup(Schedule):
         """The point of the line, and after it the value of the schedule."""
         step = _held_step(at)
         (length,) = _in_steps([end for end in (self.steps, self.fraction) if end is not None], at.total_steps)
-        # A warm-up over the whole run leaves a run of one step, which is never reached but tells where the line leads.
+        # A warm-up over the whole run leaves a run of one step. It is never reached; its value is where the line ends.
         rest = replace(at, step=max(step - length, 0), total_steps=max(at.total_steps - length, 1))
         value = value_at(self.schedule, rest)
         return value if step >= length else self.start + (value - self.start) * step / length
@@ -694,7 +694,7 @@ def as_schedule(value: ScheduleLike, *, name: str = "value") -> Schedule | Calla
         What can be called with a ``Position``.
 
     Raises:
-        TypeError: If ``value`` is none of these; a class is none.
+        TypeError: If ``value`` is something else, such as a class.
         ValueError: If it is a number that is negative or not finite.
 
     Example:
@@ -721,7 +721,7 @@ def value_at(schedule: ScheduleLike, at: Position) -> float:
 
     Raises:
         ValueError: If the schedule gives no number, or one that is negative or not finite.
-        TypeError: If ``schedule`` is none of these, or does not take a position.
+        TypeError: If ``schedule`` is something else, or does not take a position.
 
     Example:
         >>> value_at(lambda at: 1 / (1 + at.step), Position(step=3, total_steps=math.inf))

@@ -60,7 +60,7 @@ class ParameterInfo:
             ``no_weight_decay_keywords()`` of any of its modules, or by ``parameter._no_weight_decay = True``
             (which ``fully_shard`` and ``copy.deepcopy`` forget)?
         alias_owners: The other modules that use a tied tensor.
-        is_output: Is it the weight of an output layer, as far as the model tells by itself, by the name of the layer
+        is_output: Is it the weight of an output layer, by what the model itself says, by the name of the layer
             (``head``, ``lm_head``, ``classifier``) or else by the order of its layers?
 
     Example:

@@ -165,7 +165,7 @@ def differ_by_weight(optimizer: Optimizer) -> bool:
 
 
 def unknown_metric(optimizer: Optimizer) -> str:
-    """What to tell the user of an optimizer that is not known."""
+    """The message for an optimizer whose metric is not known."""
     return (
         f"A proximal step needs to know how far the optimizer goes for a unit of gradient, which is known of "
         f"{', '.join(KNOWN_OPTIMIZERS)}, not of {type(optimizer).__name__}: use one of these, or method='gradient'."

@@ -56,13 +56,13 @@ def norm_dims(
     RNN, LSTM, GRU, their cells           (gates * hidden, in)        in            gate of a unit
     Bilinear                              (out, in1, in2)             in1, in2      output feature
     Conv1D of transformers                (in, out)                   in            output feature
-    any that tells its sizes              (out, in, ...)              in, ...       output feature
+    any with known sizes                  (out, in, ...)              in, ...       output feature
     the same                              (in, out, ...)              in, ...       output feature
     the same                              (relations, in, out)        in            output of a relation
     any other, ``weight`` in its name     (out, ...)                  ...           entry of dim 0
     ====================================  ==========================  ============  =================
 
-    A layer tells its sizes by attributes such as ``in_features`` and ``out_features``, or ``in_channels`` and
+    A layer gives its sizes by attributes such as ``in_features`` and ``out_features``, or ``in_channels`` and
     ``out_channels``. If the two differ and occur in the shape, they decide, whatever the class. The last row is a
     guess, see :func:`units_are_known`.
 
@@ -199,7 +199,7 @@ def _channels_by_groups(groups: int, shape: tuple[int, ...]) -> tuple[tuple[int,
 
 
 def _stated_dims(owner: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The dims of the incoming weights of a unit, if the layer tells them."""
+    """The dims of the incoming weights of a unit, if the layer gives its sizes."""
     if len(shape) < 2:
         return None
     for names in _SIZES:
@@ -285,7 +285,7 @@ def norms_of_units(units: Tensor, weight: Tensor, dims: Sequence[int]) -> Tensor
 
     Args:
         units: The weights, or this rank's pieces of them, stacked.
-        weight: One of them, which tells whether ranks hold pieces of a unit.
+        weight: One of them, which shows whether ranks hold pieces of a unit.
         dims: The dims of a weight that hold a unit, in order and counted from the front.
 
     Returns:
@@ -352,7 +352,7 @@ def _cuts(weight: "DTensor", dims: Sequence[int]) -> list[bool]:
 
 
 def spread_of(weight: Tensor) -> Hashable:
-    """What tells how a weight is spread over ranks."""
+    """How a weight is spread over ranks, in a form that can be compared."""
     if dist.is_available() and isinstance(weight, DTensor):
         return weight.device_mesh, weight.placements
     return None

@@ -295,7 +295,7 @@ def _set(group: dict[str, Any], value: float) -> None:
 
 
 def _stamp(value: Any) -> Any:
-    """What tells a value from one that somebody else writes: of a tensor, which may be written into, its version."""
+    """Identifies a value, so that writes of others are noticed: for a tensor, also its version."""
     return (id(value), value._version) if isinstance(value, Tensor) else value
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Described(*classes_named("Callback")):  # type: ignore[misc]
-    """A callback that is told by the arguments of its constructor.
+    """A callback that can be printed, copied and pickled by the arguments of its constructor.
 
     Args:
         arguments: The ``locals()`` of the subclass' constructor.

@@ -48,7 +48,7 @@ def _misconfiguration(method: Callable[P, T]) -> Callable[P, T]:
 
 
 class Regularizer(Selective, Work):
-    """The base of all callbacks. A subclass says what it does, and when; this class sees to it that it is called.
+    """The base of all callbacks. A subclass says what it does, and when; this class calls it.
 
     Args:
         arguments: The ``locals()`` of the subclass' constructor.

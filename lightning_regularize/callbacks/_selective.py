@@ -62,11 +62,11 @@ class Selective(Described):
 
         Args:
             run: The run.
-            what: What there is none of: "nothing to pull".
+            what: For the message if nothing is selected, such as "nothing to pull".
             initialized: Whether lazy parameters, whose shape is not known yet, are refused.
 
         Raises:
-            MisconfigurationException: There is none, or a lazy one.
+            MisconfigurationException: Nothing is selected, or a lazy parameter.
             ValueError: A rule matches nothing.
         """
         name = type(self).__name__

@@ -98,7 +98,7 @@ class WeightConstraint(Regularizer):
         total_steps: Length of schedules in steps of an optimizer; by default what the Trainer expects.
 
     Raises:
-        TypeError: ``projection`` is none, or a rule is of no known type.
+        TypeError: ``projection`` is neither a projection nor a function, or a rule has an unknown type.
         ValueError: A rule is not understood, or a number is out of range. Before training begins also if a function
             does not return a tensor of the weight's shape, or a schedule leaves the range of what it is for.
 
@@ -155,7 +155,7 @@ class WeightConstraint(Regularizer):
         infos = self.select(run, "nothing to constrain")
         self.check_real(infos)
         self.warn_if_no_effect(run, infos)
-        if run.trainer is None:  # which tells when a batch ends
+        if run.trainer is None:  # only a Trainer says when a batch ends
             self.warn_if_moved_later(run, "the constraint does not hold behind it")
         self._sharding, self._has_begun = run.sharding(), False
         self._bound: Tensor | None = None

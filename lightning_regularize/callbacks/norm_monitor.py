@@ -127,7 +127,7 @@ class WeightNormMonitor(Regularizer):
             or the total is not finite. The values are in checkpoints.
         start_in_bfloat16: Whether ``distance`` keeps the start in bfloat16, which is half the memory of float32 and
             adds up to 0.2 % of the norm of the start to what is measured.
-        max_keys: Details logged a step at most; what is left out is told.
+        max_keys: Details logged per step at most; a warning gives the number of keys.
         max_histogram_megabytes: Histograms end, with a warning, when a run has drawn about so much.
 
     Raises:
