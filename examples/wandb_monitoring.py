@@ -20,7 +20,7 @@ What to look for in the workspace, section by section (numbers of seed 0):
 - `ratio`: 0.002 to 0.004 for all weights together. Far less than 0.001 is likely too low a learning rate, and far more
   too high a one. hidden1 and hidden2 reach 0.02, because decay has made them small.
 - `timescale`: over how many steps decay acts, from 1,545 at the full learning rate down to 167. Longer than the run, or
-  shorter than an epoch (`timescale_epochs` below 1), is likely not meant.
+  shorter than an epoch (`timescale_epochs` below 1), is likely a mistake.
 - `weight_decay` and `lr-AdamW`: the schedules, as the optimizer had them.
 - `gradient_norm` rises from 2 to 10, because smaller weights before a norm have larger gradients.
   `gradient_nonfinite` and `sparsity` stay at 0, the one luckily, and the other because nothing here makes zeros.

@@ -112,7 +112,7 @@ class RegularizedModule(LightningModule):
         return _decay_callbacks(self, self._decay)
 
     def configure_optimizers(self) -> Any:
-        """The given optimizer over the trainable parameters: one group, or with ``layer_decay`` one a layer.
+        """The given optimizer over the trainable parameters: one group, or with ``layer_decay`` one per layer.
 
         Without a Trainer, :class:`~lightning_regularize.WeightDecay` is attached to the optimizer, so that nothing that
         is excluded decays in another training loop either.

@@ -109,7 +109,7 @@ class NuclearNorm(Penalty):
         if isinstance(threshold, Tensor) and threshold.dim():
             raise ValueError(
                 "`threshold` should be a number or a 0-d tensor: the proximal step of the nuclear norm has no closed "
-                f"form for one number a weight, got shape {tuple(threshold.shape)}."
+                f"form for one number per weight, got shape {tuple(threshold.shape)}."
             )
 
         def factors(sigma: Tensor) -> Tensor:

@@ -309,8 +309,8 @@ class GroupLasso(Penalty):
         """Shorten every group by its threshold, at most to zero, see :meth:`Penalty.proximal_`.
 
         Raises:
-            ValueError: If ``threshold`` is a number and negative or not finite, or a tensor with neither one element a
-                group nor one a weight.
+            ValueError: If ``threshold`` is a number and negative or not finite, or a tensor with neither one element
+                per group nor one per weight.
         """
         weights, thresholds = listed(weight), _checked(threshold)
         dims = [unit_dims(each, self.dim if dim is None else dim) for each in weights]
@@ -443,7 +443,7 @@ def _as_groups(threshold: Tensor, weight: Tensor, dims: Sequence[int]) -> Tensor
     groups = [1 if d in dims else size for d, size in enumerate(shape)]
     if local.numel() != math.prod(groups):
         raise ValueError(
-            f"`threshold` should be one number a group, of shape {tuple(groups)}, or one a weight, got shape "
+            f"`threshold` should be one number per group, of shape {tuple(groups)}, or one per weight, got shape "
             f"{tuple(local.shape)}."
         )
     return local.view(groups)

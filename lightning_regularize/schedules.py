@@ -757,7 +757,7 @@ def simulate(
         schedule: A number, schedule or callable.
         total_steps: Optimizer steps of the run; at least 1.
         steps_per_epoch: Optimizer steps of an epoch; at least 1. By default the run is one epoch.
-        lr: The learning rate: a number, one number a step, or a callable that takes the step; the largest is the
+        lr: The learning rate: a number, one number per step, or a callable that takes the step; the largest is the
             peak. By default 1, as in ``Position``.
 
     Returns:
@@ -775,7 +775,7 @@ def simulate(
     epoch_steps = len(steps) if steps_per_epoch is None else _integer("steps_per_epoch", steps_per_epoch, at_least=1)
     if isinstance(lr, Schedule):
         raise TypeError(
-            f"`lr` should be a number, one number a step or a function of the step, got {lr!r}: a schedule is a "
+            f"`lr` should be a number, one number per step or a function of the step, got {lr!r}: a schedule is a "
             "function of a `Position`. Give `simulate(schedule, total_steps)`."
         )
     per_step = map(lr, steps) if callable(lr) else [lr] * len(steps) if is_number(lr) else lr

@@ -104,7 +104,7 @@ def parameter_infos(module: nn.Module) -> list[ParameterInfo]:
         module: Any module, wrapped or not. Under FSDP1 the wrapped one (``trainer.model``), for it alone knows shapes.
 
     Returns:
-        One entry a tensor, in registration order.
+        One entry per tensor, in registration order.
 
     Raises:
         TypeError: If ``module`` is no module, or declares no weight decay for something else than names.

@@ -1,4 +1,4 @@
-"""What should we see?
+"""Predicted equilibrium norms, angles and step sizes.
 
 Weight decay pulls the weights in, noisy updates push them out, and where the two balance, the size of the weights and
 the angle they turn by in a step follow from the hyperparameters alone. These functions say where that is, how long it
@@ -381,7 +381,7 @@ def ema_coefficients(lrs: Sequence[float], weight_decays: Sequence[float]) -> li
             coefficient 0: its update is added as it is and takes no part in the average.
 
     Returns:
-        The coefficients, one a step; they and :func:`share_remaining` add up to 1.
+        The coefficients, one per step; they and :func:`share_remaining` add up to 1.
 
     Raises:
         ValueError: If a value is out of its range or the lengths differ.
@@ -617,7 +617,7 @@ def _steps_complaint(lrs: Sequence[float], weight_decays: Sequence[float]) -> st
     """Return what is wrong with the two sequences, None if nothing is."""
     if len(lrs) != len(weight_decays):
         return (
-            "`lrs` and `weight_decays` should have one value a step each, "
+            "`lrs` and `weight_decays` should have one value per step each, "
             f"got {len(lrs)} and {len(weight_decays)} values."
         )
     for step, (lr, weight_decay) in enumerate(zip(lrs, weight_decays, strict=True)):

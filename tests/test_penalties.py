@@ -572,7 +572,7 @@ def test_a_sparse_gradient_is_refused(penalty):
         (lambda: L2().proximal_(torch.ones(3), torch.ones(1)), r"weight's shape \(3,\), got shape \(1,\)"),
         (
             lambda: GroupLasso().proximal_(torch.ones(3, 4), torch.ones(4)),
-            r"one number a group, of shape \(3, 1\), or one a weight, got shape \(4,\)",
+            r"one number per group, of shape \(3, 1\), or one per weight, got shape \(4,\)",
         ),
         (lambda: GroupLasso().value(torch.ones(3)), "`dim` should be given for a weight with less than 2 dims"),
         (lambda: GroupLasso(dim=2).value(torch.ones(3, 4)), "each from -2 to 1, got 2"),

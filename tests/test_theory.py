@@ -433,7 +433,7 @@ def test_a_divisor_of_zero_is_an_error(name):
     ids=["share_remaining", "ema_coefficients", "mean_square_trajectory"],
 )
 def test_steps_are_checked(function):
-    with pytest.raises(ValueError, match=r"one value a step each, got 2 and 1 values\.$"):
+    with pytest.raises(ValueError, match=r"one value per step each, got 2 and 1 values\.$"):
         function([0.1, 0.1], [0.1])
     with pytest.raises(ValueError, match=r"^`weight_decays` should be finite and non-negative, got -1.0 at step 1\.$"):
         function([0.1, 0.1], [0.1, -1.0])

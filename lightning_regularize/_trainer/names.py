@@ -11,7 +11,8 @@ _NAMES = ("lightning.pytorch", "pytorch_lightning")
 _imported = [name for name in _NAMES if name in sys.modules]
 # `import lightning_regularize` often stands above `import pytorch_lightning`. Then both may be in use later.
 _installed = [name for name in _NAMES if importlib.util.find_spec(name.partition(".")[0]) is not None]
-_packages = [importlib.import_module(name) for name in _imported or _installed]
+# Where neither is installed, the import of the first one says so.
+_packages = [importlib.import_module(name) for name in _imported or _installed or _NAMES]
 
 if TYPE_CHECKING:
     from lightning.fabric.utilities.exceptions import MisconfigurationException

@@ -1,7 +1,7 @@
 """Where does training stand in a Trainer, and which optimizers does it step?
 
 * ``on_before_optimizer_step`` comes with complete gradients, before they are clipped, under every precision. It may
-  come several times a step: LBFGS evaluates its closure again, and DeepSpeed accumulates.
+  come several times per step: LBFGS evaluates its closure again, and DeepSpeed accumulates.
 * ``trainer.global_step`` counts the steps that were attempted, including those that a GradScaler skips, as LR
   schedulers do. Under manual optimization it counts the steps of all optimizers together, and not those that the user
   makes with the torch optimizer itself; so steps are counted here.

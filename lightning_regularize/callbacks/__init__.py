@@ -1,1 +1,1 @@
-"""The same ideas as Lightning callbacks, one public class a file."""
+"""The same ideas as Lightning callbacks, one public class per file."""

@@ -222,7 +222,7 @@ def _ranges(numbers: list[int]) -> str:
 
 
 def notes_of(training: Training, rows: list[Row]) -> list[str]:
-    """What is likely not meant."""
+    """Warnings about likely misconfigurations."""
     groups = list(dict.fromkeys(row.advice for row in rows if row.advice is not None))
     kinds = (AnchorDecay, ConstrainedDecay)
     others = [c for c in training.callbacks if isinstance(c, kinds) or (isinstance(c, PenaltyCallback) and c.decays)]

@@ -107,8 +107,8 @@ class WeightNormMonitor(Regularizer):
     Args:
         every_n_steps: Period in batches that step; None logs on the very steps on which Lightning logs.
         quantities: Any of the words above.
-        detail: What is logged beside the total: nothing ("total"), or a value a parameter group, a module, or a
-            parameter.
+        detail: What is logged beside the total: nothing ("total"), or one value per parameter group,
+            module or parameter.
         norm_type: ``p`` of weight, gradient and update norms, at least 1, or ``math.inf``.
         histograms: Whether to draw a histogram of each parameter, ``weight_histogram/<name>``, and of its gradient,
             ``gradient_histogram/<name>``, if that is among the quantities, in the loggers that can (TensorBoard,

@@ -1,4 +1,4 @@
-"""What decays, by how much, and why? A table before the first step, and what is likely not meant."""
+"""What decays, by how much, and why? A table before the first step, and likely misconfigurations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Does the table show what the optimizers hold, and the note what is likely not meant?"""
+"""Does the table show what the optimizers hold, and the notes likely misconfigurations?"""
 
 import pytest
 import torch
