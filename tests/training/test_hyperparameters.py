@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import yaml
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 
 from lightning_regularize import (
@@ -100,6 +100,19 @@ def test_loggers_write_them_beside_those_of_the_module(tmp_path, monkeypatch):
     for found in (in_yaml(csv), in_yaml(board), in_tensorboard(board), of_wandb):
         assert found["width"] == 3
         assert not [key for key in found if "RegularizationSummary" in key or key == "_class_path"]
+
+
+@pytest.mark.filterwarnings("ignore")  # mlflow, on import and on use
+def test_mlflow_has_them_among_its_parameters(tmp_path, monkeypatch):
+    """Not installed with the others: `pip install mlflow` for it. Seen with 3.18.0."""
+    pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    mlflow = MLFlowLogger(tracking_uri=f"file:{tmp_path}")
+    fit(mlflow)
+    run = mlflow.experiment.get_run(mlflow.run_id)
+    assert {key: run.data.params[key] for key in EXPECTED} == {key: str(value) for key, value in EXPECTED.items()}
+    assert run.data.metrics["weight_norm/total"] > 0
+    assert run.data.params["width"] == "3"
 
 
 def test_they_can_be_left_out(tmp_path):
