@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lightning_regularize import theory
+from lightning_regularize._orthogonal_walk import COEFFICIENTS, ITERATIONS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -16,7 +17,14 @@ if TYPE_CHECKING:
 
     from lightning_regularize.quantities import Sums
 
-NO_SETTINGS: dict[str, Any] = {"rule": "", "lr": 0.0, "weight_decay": 0.0, "momentum": 0.0, "betas": None}
+NO_SETTINGS: dict[str, Any] = {
+    "rule": "",
+    "lr": 0.0,
+    "weight_decay": 0.0,
+    "momentum": 0.0,
+    "betas": None,
+    "muon": None,
+}
 """Of a parameter that no optimizer moves."""
 
 
@@ -31,7 +39,7 @@ def settings(optimizer: Any, group: Mapping[str, Any]) -> dict[str, Any]:
         >>> import torch
         >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1, weight_decay=0.5)
         >>> settings(optimizer, optimizer.param_groups[0])
-        {'rule': 'SGD', 'lr': 0.1, 'weight_decay': 0.5, 'momentum': 0.0, 'betas': None}
+        {'rule': 'SGD', 'lr': 0.1, 'weight_decay': 0.5, 'momentum': 0.0, 'betas': None, 'muon': None}
     """
     classes = [cls.__name__ for cls in type(optimizer).__mro__]
     rule = next((name for name in ("AdamW", "Adam", "Lion", "SGD") if name in classes), classes[0])
@@ -45,7 +53,17 @@ def settings(optimizer: Any, group: Mapping[str, Any]) -> dict[str, Any]:
         "weight_decay": float(group.get("weight_decay") or 0.0),
         "momentum": float(group.get("momentum", 0.0)),
         "betas": tuple(map(float, group["betas"])) if "betas" in group else None,
+        "muon": _of_muon(group),
     }
+
+
+def _of_muon(group: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What else matters of torch's Muon; None of another optimizer, and of other coefficients than torch's own."""
+    iterations = tuple(group.get("ns_coefficients", ())), group.get("ns_steps")
+    adjustments = (None, "original", "match_rms_adamw")
+    if iterations != (COEFFICIENTS, ITERATIONS) or group.get("adjust_lr_fn") not in adjustments:
+        return None
+    return {name: group[name] for name in ("nesterov", "adjust_lr_fn")}
 
 
 def passes_through(optimizer: Any, group: Mapping[str, Any], *, is_added: bool = False) -> str:
@@ -137,7 +155,8 @@ def equilibrium(found: Mapping[str, Any], sums: Mapping[str, float]) -> tuple[fl
     """Where noise and weight decay balance, for one parameter, as :mod:`~lightning_regularize.theory` has it.
 
     Args:
-        found: The :func:`settings` of its group; theory knows AdamW, Lion, and SGD.
+        found: The :func:`settings` of its group, for Muon with the ``shape`` of the parameter; theory knows AdamW,
+            Lion, Muon and SGD.
         sums: Of the parameter: ``size``, for SGD also ``weight_square`` and ``gradient_square``.
 
     Returns:
@@ -152,6 +171,10 @@ def equilibrium(found: Mapping[str, Any], sums: Mapping[str, float]) -> tuple[fl
     if rule == "Lion" and found["betas"] is not None:
         angle = theory.equilibrium_angle_lion(lr, weight_decay, *found["betas"])
         return sums["size"] * theory.equilibrium_rms_lion(lr, weight_decay, *found["betas"]) ** 2, angle
+    if rule == "Muon" and found["muon"] is not None:
+        known = lr, weight_decay, found["shape"], found["momentum"]
+        rms = theory.equilibrium_rms_muon(*known, **found["muon"])
+        return sums["size"] * rms**2, theory.equilibrium_angle_muon(*known, **found["muon"])
     if rule == "SGD" and "gradient_square" in sums:
         gradient = math.sqrt(sums["gradient_square"] * sums["weight_square"])
         norm = theory.equilibrium_norm_sgd(lr, weight_decay, found["momentum"], gradient)

@@ -13,17 +13,21 @@ for ever, ``nan`` where nothing moves and every value is as good as another.
 import math
 from collections.abc import Callable, Sequence
 from itertools import accumulate
+from typing import Literal
 
 import torch
 
 from lightning_regularize._checks import is_number
+from lightning_regularize._orthogonal_walk import walk
 
 __all__ = [
     "equilibrium_rms_adamw",
     "equilibrium_rms_lion",
+    "equilibrium_rms_muon",
     "equilibrium_norm_sgd",
     "equilibrium_angle_adamw",
     "equilibrium_angle_lion",
+    "equilibrium_angle_muon",
     "equilibrium_angle_sgd",
     "max_abs_weight",
     "timescale",
@@ -102,6 +106,53 @@ def equilibrium_rms_lion(lr: float, weight_decay: float, beta1: float = 0.9, bet
     if complaint := _complaint(lr=lr, weight_decay=weight_decay, beta1=beta1, beta2=beta2):
         raise ValueError(complaint)
     return math.sqrt(_divide(lr, 2 * weight_decay)) / _lion_correlation(beta1, beta2)
+
+
+def equilibrium_rms_muon(
+    lr: float,
+    weight_decay: float,
+    shape: Sequence[int],
+    momentum: float = 0.95,
+    *,
+    nesterov: bool = True,
+    adjust_lr_fn: Literal["original", "match_rms_adamw"] | None = None,
+) -> float:
+    r"""Return the root mean square that the weights of torch's Muon settle at under noise.
+
+    .. math:: \mathrm{RMS}(w) = \frac{\eta'}{\sqrt{n m}} \sqrt{\frac{1}{1 - a^2}
+        \sum_p c_p \Bigl(1 + 2 q^p \frac{a \mu^p}{1 - a \mu^p}\Bigr)}, \qquad a = 1 - \eta \lambda
+
+    over the odd numbers :math:`p`, with the adjusted rate :math:`\eta'`. Momentum makes steps alike, and
+    orthogonalization makes them less alike: of two matrices of noise with correlation :math:`r`, the parts of size
+    :math:`c_p` have the correlation :math:`r^p` after it. The sizes depend on the shape; they are those of large
+    matrices, and of torch's five iterations with its default coefficients. Within 4 % of torch's Muon for the shapes
+    16x16, 16x64, 64x16, 64x64 and 4x100, momenta of 0 to 0.99, and decays by 0.01 and 0.04 a step; for 2x2 it is 15 %
+    off.
+
+    Args:
+        lr: Learning rate, non-negative, before it is adjusted.
+        weight_decay: Decoupled weight decay, non-negative.
+        shape: Rows and columns of the weight.
+        momentum: In [0, 1); the default is torch's.
+        nesterov: As of torch's Muon.
+        adjust_lr_fn: As of torch's Muon; None is "original".
+
+    Returns:
+        The RMS of the weights; ``inf`` without weight decay.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+
+    Example:
+        >>> round(equilibrium_rms_muon(lr=0.02, weight_decay=0.1, shape=(64, 256)), 4)
+        0.092
+
+    References:
+        Kosson et al., Rotational Equilibrium, ICML 2024, https://arxiv.org/abs/2305.17212, for the walk;
+        Jordan et al., Muon: An optimizer for hidden layers in neural networks, 2024.
+    """
+    lengths = _muon(lr, weight_decay, shape, momentum, nesterov=nesterov, adjust_lr_fn=adjust_lr_fn)
+    return lengths[1] / math.sqrt(math.prod(shape))
 
 
 def equilibrium_norm_sgd(lr: float, weight_decay: float, momentum: float, gradient_norm_at_unit_norm: float) -> float:
@@ -208,6 +259,41 @@ def equilibrium_angle_lion(lr: float, weight_decay: float, beta1: float = 0.9, b
     if complaint := _complaint(lr=lr, weight_decay=weight_decay, beta1=beta1, beta2=beta2):
         raise ValueError(complaint)
     return math.sqrt(2 * lr * weight_decay) * _lion_correlation(beta1, beta2)
+
+
+def equilibrium_angle_muon(
+    lr: float,
+    weight_decay: float,
+    shape: Sequence[int],
+    momentum: float = 0.95,
+    *,
+    nesterov: bool = True,
+    adjust_lr_fn: Literal["original", "match_rms_adamw"] | None = None,
+) -> float:
+    r"""Return the angle by which torch's Muon turns weights in one step, once they are in equilibrium.
+
+    The length of a step over the norm of the weights, see :func:`equilibrium_rms_muon`.
+
+    Args:
+        lr: Learning rate, non-negative, before it is adjusted.
+        weight_decay: Decoupled weight decay, non-negative.
+        shape: Rows and columns of the weight.
+        momentum: In [0, 1); the default is torch's.
+        nesterov: As of torch's Muon.
+        adjust_lr_fn: As of torch's Muon; None is "original".
+
+    Returns:
+        The angle in radians; 0 without weight decay.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+
+    Example:
+        >>> round(equilibrium_angle_muon(lr=0.02, weight_decay=0.1, shape=(64, 256)), 4)
+        0.0116
+    """
+    step, norm = _muon(lr, weight_decay, shape, momentum, nesterov=nesterov, adjust_lr_fn=adjust_lr_fn)
+    return step / norm if 0 < norm < math.inf else 0.0
 
 
 def equilibrium_angle_sgd(lr: float, weight_decay: float, momentum: float = 0.0) -> float:
@@ -636,3 +722,25 @@ def _divide(numerator: float, denominator: float) -> float:
 def _lion_correlation(beta1: float, beta2: float) -> float:
     """Return the factor between Lion's angle and that of independent updates of the same size."""
     return math.sqrt(math.pi / 2) * math.sqrt((1 - beta1) ** 2 + beta1**2 * (1 - beta2) / (1 + beta2))
+
+
+def _muon(
+    lr: float, weight_decay: float, shape: Sequence[int], momentum: float, *, nesterov: bool, adjust_lr_fn: str | None
+) -> tuple[float, float]:
+    """Return the length of Muon's steps, and the norm of weights in equilibrium.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+    """
+    if complaint := _complaint(lr=lr, weight_decay=weight_decay, momentum=momentum):
+        raise ValueError(complaint)
+    sizes = tuple(shape) if isinstance(shape, Sequence) else ()
+    if len(sizes) != 2 or not all(isinstance(size, int) and size > 0 for size in sizes):
+        raise ValueError(f"`shape` should be the rows and columns of a matrix, got {shape!r}.")
+    if adjust_lr_fn not in (None, "original", "match_rms_adamw"):
+        raise ValueError(f"`adjust_lr_fn` should be 'original', 'match_rms_adamw' or None, got {adjust_lr_fn!r}.")
+    rows, columns = sizes
+    is_original = adjust_lr_fn != "match_rms_adamw"
+    rate = lr * (max(1, rows / columns) ** 0.5 if is_original else 0.2 * max(rows, columns) ** 0.5)
+    step, norm = walk((rows, columns), momentum, nesterov=nesterov, share=min(lr * weight_decay, 1.0))
+    return rate * math.sqrt(step), rate * math.sqrt(norm) if rate else 0.0

@@ -1,4 +1,5 @@
 import math
+from statistics import fmean
 
 import pytest
 import torch
@@ -337,12 +338,54 @@ def test_adamw_in_bfloat16_keeps_weights_at_the_threshold(fused):
     assert torch.equal(weight, before)
 
 
+@pytest.mark.parametrize(
+    ("shape", "momentum", "options"),
+    [
+        ((64, 16), 0.95, {}),
+        ((16, 64), 0.9, {}),
+        ((32, 32), 0.95, {"nesterov": False, "adjust_lr_fn": "match_rms_adamw"}),
+        ((4, 100), 0.0, {}),
+    ],
+    ids=["tall", "wide", "square, without Nesterov, adjusted as AdamW", "without momentum"],
+)
+def test_muon_settles_at_the_expected_rms_and_angle(shape, momentum, options):
+    lr, weight_decay = 0.02, 2.0  # a timescale of 25 steps
+    generator, weight = torch.Generator().manual_seed(0), nn.Parameter(torch.zeros(shape))
+    optimizer = torch.optim.Muon([weight], lr=lr, weight_decay=weight_decay, momentum=momentum, **options)
+    squares, turns = [], []
+    for step in range(1500):
+        before = weight.detach().clone()
+        weight.grad = torch.randn(shape, generator=generator)
+        optimizer.step()
+        if step >= 500:
+            squares.append(weight.detach().square().mean().item())
+            moved = weight.detach() - (1 - lr * weight_decay) * before
+            turns.append((moved.norm() / before.norm()).item())
+    arguments = lr, weight_decay, shape, momentum
+    expected_rms = theory.equilibrium_rms_muon(*arguments, **options)
+    assert math.sqrt(fmean(squares)) == pytest.approx(expected_rms, rel=0.05, abs=0)
+    assert fmean(turns) == pytest.approx(theory.equilibrium_angle_muon(*arguments, **options), rel=0.05, abs=0)
+
+
+def test_steps_of_muon_are_less_alike_than_their_momentum():
+    """Of one row they are as alike. Steps are as long as torch makes them, to the precision of bfloat16."""
+    for shape, least, most in (((1, 4096), 0.97, 1.03), ((64, 64), 0.8, 0.9)):
+        weight = nn.Parameter(torch.zeros(shape))
+        weight.grad = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        torch.optim.Muon([weight], lr=1.0, weight_decay=0.0, nesterov=False).step()
+        rms = theory.equilibrium_rms_muon(1.0, 1e-4, shape, 0.9, nesterov=False)
+        plain = weight.detach().square().mean().sqrt().item() * math.sqrt((1 + 2 * 0.9 / (1 - 0.9)) / 2e-4)
+        assert least < rms / plain < most
+
+
 # Edges and errors
 
 
 def test_nothing_holds_weights_without_weight_decay():
     assert theory.equilibrium_rms_adamw(1e-3, 0.0) == math.inf
     assert theory.equilibrium_rms_lion(1e-3, 0.0) == math.inf
+    assert theory.equilibrium_rms_muon(1e-3, 0.0, (3, 4)) == math.inf
+    assert theory.equilibrium_angle_muon(1e-3, 0.0, (3, 4)) == 0.0
     assert theory.equilibrium_norm_sgd(0.1, 0.0, 0.9, 1.0) == math.inf
     assert theory.max_abs_weight(0.0) == math.inf
     assert theory.timescale(1e-3, 0.0) == math.inf
@@ -357,6 +400,7 @@ def test_nothing_moves_at_learning_rate_zero():
     assert theory.timescale(0.0, 0.1) == math.inf
     assert theory.equilibrium_rms_adamw(0.0, 0.1) == 0.0  # the limit, which takes for ever to reach
     assert math.isnan(theory.equilibrium_rms_adamw(0.0, 0.0))
+    assert theory.equilibrium_rms_muon(0.0, 0.1, (3, 4)) == theory.equilibrium_angle_muon(0.0, 0.1, (3, 4)) == 0.0
     assert theory.next_mean_square(0.3, 0.0, 0.1) == 0.3
 
 
@@ -373,6 +417,8 @@ def test_a_gradient_norm_whose_square_overflows_is_fine():
 VALID = {
     theory.equilibrium_rms_adamw: {"lr": 0.1, "weight_decay": 0.1},
     theory.equilibrium_rms_lion: {"lr": 0.1, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.99},
+    theory.equilibrium_rms_muon: {"lr": 0.1, "weight_decay": 0.1, "shape": (3, 4), "momentum": 0.9},
+    theory.equilibrium_angle_muon: {"lr": 0.1, "weight_decay": 0.1, "shape": (3, 4), "momentum": 0.9},
     theory.equilibrium_norm_sgd: {
         "lr": 0.1,
         "weight_decay": 0.1,
@@ -415,6 +461,21 @@ def test_a_negative_argument_is_an_error_that_names_it(function, name):
 def test_settings_that_cannot_be_are_errors(name, value):
     with pytest.raises(ValueError, match=rf"^`{name}` should be .*, got {value}\.$"):
         theory.timescale(**{"lr": 0.1, "weight_decay": 0.1, name: value})
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 2), (1, 3), (5, 1)], ids=str)
+def test_the_smallest_matrices_have_an_equilibrium_too(shape):
+    assert 0 < theory.equilibrium_rms_muon(0.1, 0.1, shape) < math.inf
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [({"shape": (3,)}, "shape"), ({"shape": (3, 0)}, "shape"), ({"adjust_lr_fn": "rms"}, "adjust_lr_fn")],
+    ids=["a vector", "empty", "unknown"],
+)
+def test_what_is_no_matrix_or_no_rate_of_muon_is_an_error(options, name):
+    with pytest.raises(ValueError, match=f"^`{name}` should be .*, got"):
+        theory.equilibrium_rms_muon(**{"lr": 0.1, "weight_decay": 0.1, "shape": (3, 4), **options})
 
 
 @pytest.mark.parametrize("name", ["peak_lr", "batch_size", "samples", "epochs"])

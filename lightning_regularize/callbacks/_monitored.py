@@ -181,6 +181,10 @@ def settings_of(rows: Sequence[Row], trainer: Any, watch: Watch) -> list[dict[st
             elif key in by_id:
                 by_id[key] = by_id[key] | {"weight_decay": value, "lr": method.rate(by_id[key]["lr"])}
     found = [by_id.get(id(row.parameter), group_settings.NO_SETTINGS) for row in rows]
+    found = [
+        each if each["muon"] is None else each | {"shape": tuple(row.parameter.shape)}
+        for row, each in zip(rows, found, strict=True)
+    ]
     # Theory is about what an optimizer holds, not about what a layer computes from it.
     computed = {id(each): each | {"rule": f"{each['rule']} of computed weights"} for each in found}
     return [computed[id(each)] if row.weight.is_computed else each for row, each in zip(rows, found, strict=True)]

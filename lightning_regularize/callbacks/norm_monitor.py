@@ -118,9 +118,9 @@ class WeightNormMonitor(Regularizer):
         threshold: If given, ``below_threshold/<part>`` is the share of weights of at most this magnitude.
         expected: Whether to log ``<quantity>/<part>/expected`` too (in MLflow with a space before the last word): where
             :mod:`~lightning_regularize.theory` sees the equilibrium of noise and weight decay, at the lr and weight
-            decay of the step, for weights before a norm. Of AdamW and Lion it is known for ``weight``, ``rms``,
-            ``update``, ``ratio`` and ``angle``; of SGD as well if ``gradient`` is among the quantities. What does not
-            decay counts as measured.
+            decay of the step, for weights before a norm. Of AdamW, Lion and torch's Muon it is known for ``weight``,
+            ``rms``, ``update``, ``ratio`` and ``angle``; of SGD as well if ``gradient`` is among the quantities. What
+            does not decay counts as measured.
         spike_score: Whether to log ``<quantity>/<total>/spike_score`` too (in MLflow with a space before the last
             word): by how many standard deviations a total lies above the mean of its last 128 logged values that are
             finite, without itself. It begins when there are 16 of these, and is left out where they are all the same

@@ -4,6 +4,12 @@ from tests.mutants.mutant import mutants_of
 
 MUTANTS = [
     *mutants_of(
+        "_orthogonal_walk.py",
+        "tests/test_theory.py::test_muon_settles_at_the_expected_rms_and_angle",
+        ("kept * momentum**degree", "kept * momentum"),
+        ("squares: Tensor = n * ", "squares: Tensor = m * "),
+    ),
+    *mutants_of(
         "norms.py",
         "tests/test_norms.py::test_elements_whose_squares_leave_the_range_of_float32_have_norms",
         # Squares leave the range of float32 long before the elements.

@@ -155,19 +155,18 @@ def test_what_an_inner_optimizer_cannot_do_names_it():
         L1Penalty(0.1, method="proximal").attach(chain(module := Regression()), module)
 
 
-@pytest.mark.filterwarnings("ignore:WeightNormMonitor. no expected values are known for weights that Muon decays")
 def test_the_monitor_expects_what_theory_knows_of_each_inner_optimizer():
     logger, module = Kept(), Chained()
     monitor = WeightNormMonitor(detail="parameter", expected=True, include=("*.weight",))
     make_trainer(WeightDecay(0.5), monitor, logger=logger, max_epochs=1).fit(module, Batches())
     logged = {key.removeprefix("weight_norm/") for key in logger.values if key.startswith("weight_norm")}
     assert {"hidden.weight", "output.weight"} <= logged
-    expected = [key for key in logger.values if "expected" in key and "output.weight" in key]
-    found = [[*logger.values[key].values()][-1] for key in expected]
-    assert math.sqrt(8) * theory.equilibrium_rms_adamw(0.05, 0.5) in [
-        pytest.approx(value, rel=1e-9, abs=0) for value in found
-    ]
-    assert not any("expected" in key and "hidden.weight" in key for key in logger.values)
+    known = {
+        "hidden.weight": math.sqrt(12) * theory.equilibrium_rms_muon(0.02, 0.5, (4, 3)),
+        "output.weight": math.sqrt(8) * theory.equilibrium_rms_adamw(0.05, 0.5),
+    }
+    for name, norm in known.items():
+        assert [*logger.values[f"weight_norm/{name}/expected"].values()][-1] == pytest.approx(norm, rel=1e-9, abs=0)
 
 
 def test_the_summary_shows_which_optimizer_holds_what(capsys, monkeypatch):

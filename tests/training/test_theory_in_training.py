@@ -97,6 +97,7 @@ def at_the_end(module, batches, quantities, detail="total"):
 LR, DECAY = 0.01, 0.5  # a timescale of 200 steps
 WALKS = {
     "AdamW": lambda parameters: torch.optim.AdamW(parameters, lr=LR, weight_decay=DECAY, betas=(0.9, 0.99)),
+    "Muon": lambda parameters: torch.optim.Muon(parameters, lr=LR, weight_decay=DECAY),
     "SGD": lambda parameters: torch.optim.SGD(parameters, lr=LR, weight_decay=DECAY),
     "SGD with momentum": lambda parameters: torch.optim.SGD(parameters, lr=LR, weight_decay=DECAY / 10, momentum=0.9),
 }
