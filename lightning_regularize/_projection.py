@@ -34,6 +34,10 @@ class Projection(ABC):
     """Whether each output unit is constrained for itself, so that :func:`~lightning_regularize.units.norm_dims` has to
     say what a unit is."""
 
+    keeps_zeros: ClassVar[bool] = False
+    """Whether elements that are zero stay so, so that a weight with a pruning mask is projected as the layer uses
+    it. Of other projections masked weights are refused."""
+
     takes_lists: ClassVar[bool] = False
     """Whether :meth:`project_` takes a list of weights as well, for one call instead of many."""
 

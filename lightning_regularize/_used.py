@@ -25,7 +25,7 @@ from lightning_regularize._sharding import gathered, is_dtensor, local_tensor, p
 from lightning_regularize.selection import ParameterInfo, matching, tensor_name
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 
 class Piece(NamedTuple):
@@ -136,6 +136,51 @@ def select_used(infos: Sequence[ParameterInfo], *, include: Sequence[Any], exclu
     used = {id(weight.info): weight for weight in used_weights(infos)}
     chosen = matching([weight.info for weight in used.values()], include=include, exclude=exclude)
     return [used[id(info)] for info in chosen if used[id(info)].is_trainable]
+
+
+def pruning_mask(info: ParameterInfo) -> Tensor | None:
+    """What a layer multiplies a parameter by, if a pruning mask of torch's is all that it does to it; else None."""
+    owner = info.owner
+    if not owner._forward_pre_hooks or info.aliases:  # which another layer may use without the mask
+        return None
+    makers = [hook for hook in owner._forward_pre_hooks.values() if _makes(hook)[1]]
+    read = {source for hook in makers for source in _makes(hook)[1]}
+    for made in [hook._tensor_name for hook in makers if isinstance(hook, BasePruningMethod)]:
+        if owner._parameters.get(f"{made}_orig") is info.parameter and made not in read:
+            mask: Tensor = getattr(owner, f"{made}_mask")
+            return mask if mask.shape == info.parameter.shape else None  # FSDP1 holds pieces
+    return None
+
+
+@contextmanager
+@torch.no_grad()
+def as_used(infos: Iterable[ParameterInfo]) -> Iterator[None]:
+    """Parameters have zeros meanwhile where a pruning mask makes zeros of them; then they have their own again."""
+    own = []
+    for info in infos:
+        if info.owner._forward_pre_hooks and (mask := pruning_mask(info)) is not None:
+            piece, is_gone = local_tensor(info.parameter), piece_like(mask, info.parameter) == 0
+            own.append((piece, piece.where(is_gone, 0.0)))
+            piece.masked_fill_(is_gone, 0.0)
+    try:
+        yield
+    finally:
+        for piece, values in own:
+            piece.add_(values)
+
+
+def is_in_place(info: ParameterInfo) -> bool:
+    """Does the layer still hold the parameter under its name? A pruning mask or a parametrization moves it."""
+    return info.name.rpartition(".")[2] in info.owner._parameters
+
+
+def is_computed_from(info: ParameterInfo) -> bool:
+    """Does the layer compute what it uses from this parameter? Told by names of torch's, which others use as well."""
+    path, _, leaf = info.name.rpartition(".")
+    if ".parametrizations." in f".{path}.":
+        return True
+    stem, _, suffix = leaf.rpartition("_")
+    return suffix in ("orig", "g", "v") and hasattr(info.owner, stem) and stem not in info.owner._parameters
 
 
 # How a weight is computed

@@ -89,6 +89,7 @@ class MaxNorm(Projection):
     max_norm: float | Schedule
     dim: int | Sequence[int] | None = None
     per_unit: ClassVar[bool] = True
+    keeps_zeros: ClassVar[bool] = True
     takes_lists: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -123,6 +124,7 @@ class UnitNorm(Projection):
 
     dim: int | Sequence[int] | None = None
     per_unit: ClassVar[bool] = True
+    keeps_zeros: ClassVar[bool] = True
     takes_lists: ClassVar[bool] = True
 
     @torch.no_grad()
@@ -143,6 +145,7 @@ class NonNegative(Projection):
         tensor([0., 2.])
     """
 
+    keeps_zeros: ClassVar[bool] = True
     takes_lists: ClassVar[bool] = True
 
     @torch.no_grad()
@@ -219,6 +222,7 @@ class FrobeniusBall(Projection):
 
     radius: float | Schedule
     relative: bool = False
+    keeps_zeros: ClassVar[bool] = True
     takes_lists: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -255,6 +259,7 @@ class FrobeniusSphere(Projection):
 
     radius: float | Schedule
     relative: bool = False
+    keeps_zeros: ClassVar[bool] = True
     takes_lists: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

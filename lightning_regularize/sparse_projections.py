@@ -53,6 +53,7 @@ class NM(Projection):
     m: int
     dim: int | Sequence[int] | None = None
     per_unit: ClassVar[bool] = True
+    keeps_zeros: ClassVar[bool] = True
     takes_lists: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -133,6 +134,7 @@ class TopShare(Projection):
 
     share: float | Schedule
     scope: Literal["tensor", "all"] = "tensor"
+    keeps_zeros: ClassVar[bool] = True
     takes_lists: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

@@ -109,6 +109,7 @@ class Targets(Generic[T]):
     def refresh(self) -> None:
         """Walk the module: learn what is new, and forget what is gone."""
         self._known = {id(info.parameter): (info, self._learned(info)) for info in self._look()}
+        self._of.clear()
 
     def _learned(self, info: ParameterInfo) -> T | None:
         before, target = self._known.get(id(info.parameter), (None, None))

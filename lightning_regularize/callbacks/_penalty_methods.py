@@ -23,6 +23,7 @@ from lightning_regularize._steps.buckets import HALF, buckets, calls
 from lightning_regularize._steps.clock import rate_of
 from lightning_regularize._trainer.names import MisconfigurationException
 from lightning_regularize._trainer.strategies import check_gradients_are_the_modules, check_weights_are_the_optimizers
+from lightning_regularize._used import as_used
 from lightning_regularize.decay import change_stochastically_, noise_seed
 from lightning_regularize.penalties import L2
 from lightning_regularize.selection import has_sparse_gradient, is_normalized
@@ -31,6 +32,7 @@ from lightning_regularize.units import at_least_float32, unit_buckets, unit_dims
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from contextlib import AbstractContextManager
 
     from torch import Tensor, nn
     from torch.optim import Optimizer
@@ -85,6 +87,10 @@ class Alike(NamedTuple):
     def with_gradients(self) -> Alike:
         """Those that a step moves."""
         return self.where([parameter.grad is not None for parameter in self.parameters])
+
+    def as_used(self) -> AbstractContextManager[None]:
+        """Meanwhile pruned elements of the parameters are zero, see :func:`~lightning_regularize._used.as_used`."""
+        return as_used(target.info for target in self.targets)
 
     def as_units(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The parameters, or tensors of their shapes, see :meth:`Target.as_units`."""
@@ -153,11 +159,12 @@ class Gradient(Method):
                 settled = settle_gradients_(alike.parameters)
                 found = alike.where([gradient is not None for gradient in settled])
                 gradients = found.as_units([gradient for gradient in settled if gradient is not None])
-                if owner.rounds_at_random:
-                    _add_at_random_(owner, gradients, found.targets, scaled, found.dim, step.number)
-                    continue
-                add = functools.partial(_add_, penalty=penalty, strength=scaled, dim=found.dim)
-                owner.rounded.change(add, gradients, found.targets, together=bool(found.parts))
+                with found.as_used():
+                    if owner.rounds_at_random:
+                        _add_at_random_(owner, gradients, found.targets, scaled, found.dim, step.number)
+                        continue
+                    add = functools.partial(_add_, penalty=penalty, strength=scaled, dim=found.dim)
+                    owner.rounded.change(add, gradients, found.targets, together=bool(found.parts))
 
     @torch.no_grad()
     def before_step(self, owner: PenaltyCallback, step: Step) -> None:
@@ -168,7 +175,8 @@ class Gradient(Method):
                 numbers = owner.rounded.pick(alike.parameters, together=bool(alike.parts))
                 picked = [alike.targets[i] for i in numbers]
                 terms = [torch.zeros_like(t.as_units(t.parameter), dtype=torch.float32) for t in picked]
-                _add_(terms, picked, owner.penalty(), strength, alike.dim)
+                with alike.as_used():
+                    _add_(terms, picked, owner.penalty(), strength, alike.dim)
                 halves = [i for i, t in enumerate(picked) if t.parameter.dtype in HALF]
                 measured = [picked[i].parameter for i in halves]
                 owner.rounded.step(step.optimizer, group, measured, [terms[i] for i in halves])
@@ -218,7 +226,8 @@ class Proximal(Method):
                     shrink = functools.partial(_shrink_, penalty=owner.penalty(), strength=strength, dim=alike.dim)
                     parts = [target.part for target in stepped.targets]
                     known = [size for size in sizes if size is not None]
-                    owner.rounded.change(shrink, weights, known, parts, together=any(parts))
+                    with stepped.as_used():
+                        owner.rounded.change(shrink, weights, known, parts, together=any(parts))
 
 
 def _strength(owner: PenaltyCallback, group: dict[str, Any], step: Step) -> float:

@@ -15,6 +15,7 @@ from lightning_regularize._steps.buckets import buckets, calls, put_back_, stack
 from lightning_regularize._steps.targets import Targets
 from lightning_regularize._trainer.names import MisconfigurationException
 from lightning_regularize._trainer.strategies import check_view, check_weights_are_the_optimizers
+from lightning_regularize._used import as_used, is_computed_from, is_in_place, pruning_mask
 from lightning_regularize.callbacks._arguments import named_errors
 from lightning_regularize.callbacks._base import Regularizer
 from lightning_regularize.callbacks._saved import POSITIVE, TENSOR
@@ -168,10 +169,10 @@ class WeightConstraint(Regularizer):
     def _learn(self, info: ParameterInfo) -> _Target | None:
         if not self.selects(info):
             return None
-        if is_parametrized(info):
+        if is_computed_from(info) and (pruning_mask(info) is None or not self.projection.keeps_zeros):
             raise MisconfigurationException(
-                f"WeightConstraint cannot hold for parametrized weights, which are computed anew from {info.name!r}: "
-                "leave it out by `exclude`, or take the parametrization away."
+                f"WeightConstraint({type(self.projection).__name__}) cannot hold for parametrized weights, which are "
+                f"computed anew from {info.name!r}: leave it out by `exclude`, or take the parametrization away."
             )
         is_elementwise = isinstance(self.projection, (Box, NonNegative))
         if not is_elementwise and self._sharding.is_flat(info.parameter):
@@ -231,7 +232,8 @@ class WeightConstraint(Regularizer):
             target.projection = type(self.projection)(radius, relative=False)  # type: ignore[call-arg]
         else:
             try:
-                target.projection = self.projection.at_start(weight)
+                with as_used([target.info]):
+                    target.projection = self.projection.at_start(weight)
             except ValueError as error:
                 raise ValueError(f"WeightConstraint: {name!r}: {error} `exclude=({name!r},)` leaves it out.") from error
         if isinstance(target.projection, SpectralBall):
@@ -260,9 +262,8 @@ class WeightConstraint(Regularizer):
 
     def before_step(self, step: Step) -> None:
         """Refuse what cannot be constrained any more before weights change."""
-        moved = [t for targets in self._targets.of(step.optimizer) for t in targets if not is_in_place(t.info)]
-        for target in moved:
-            self._targets.forget(target.info.parameter)
+        if not all(is_in_place(t.info) for targets in self._targets.of(step.optimizer) for t in targets):
+            self._targets.refresh()
         groups = self._acting(step)
         for target in [t for _, targets in groups for t in targets if t.projection is None]:
             self._begin_target(target)
@@ -316,7 +317,8 @@ class WeightConstraint(Regularizer):
         for those, mask in zip(_of_one_shape(held), are_zero, strict=True):
             put_back_(those, stacked(those).masked_fill_(mask, 0))
         for projection, targets in self._due.get(optimizer, ()):
-            changed = _project_(projection, targets)
+            with as_used(target.info for target in targets):
+                changed = _project_(projection, targets)
             self._bound = changed if self._bound is None else self._bound | changed.to(self._bound.device)
 
     def _forget(self, optimizer: Optimizer) -> None:
@@ -341,17 +343,3 @@ class WeightConstraint(Regularizer):
         radii = {name: t.projection.radius for name, t in named.items() if hasattr(t.projection, "radius")}  # type: ignore[union-attr]
         vectors = {name: t.vector.cpu() for name, t in named.items() if t.vector is not None}
         return {"radii": radii, "vectors": vectors}
-
-
-def is_in_place(info: ParameterInfo) -> bool:
-    """Does the layer still hold the parameter under its name? A pruning mask or a parametrization moves it."""
-    return info.name.rpartition(".")[2] in info.owner._parameters
-
-
-def is_parametrized(info: ParameterInfo) -> bool:
-    """Is the tensor that the layer uses computed from this parameter? Two ways of torch's, the newer one first."""
-    path, _, leaf = info.name.rpartition(".")
-    if ".parametrizations." in f".{path}.":
-        return True
-    stem, _, suffix = leaf.rpartition("_")
-    return suffix in ("orig", "g", "v") and hasattr(info.owner, stem) and stem not in info.owner._parameters

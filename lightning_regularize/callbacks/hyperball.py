@@ -16,11 +16,12 @@ from lightning_regularize._steps.hooks import hooks_of
 from lightning_regularize._steps.targets import Targets
 from lightning_regularize._trainer.names import MisconfigurationException
 from lightning_regularize._trainer.strategies import check_not_flat, check_weights_are_the_optimizers
+from lightning_regularize._used import is_computed_from, is_in_place
 from lightning_regularize.callbacks._base import Regularizer
 from lightning_regularize.callbacks._saved import POSITIVE
 from lightning_regularize.callbacks.anchor_decay import AnchorDecay
 from lightning_regularize.callbacks.constrained_decay import ConstrainedDecay
-from lightning_regularize.callbacks.constraint import WeightConstraint, is_in_place, is_parametrized
+from lightning_regularize.callbacks.constraint import WeightConstraint
 from lightning_regularize.callbacks.penalty import PenaltyCallback
 from lightning_regularize.callbacks.weight_decay import WeightDecay
 from lightning_regularize.decay_methods import will_move
@@ -107,7 +108,7 @@ class Hyperball(Regularizer):
     def _learn(self, info: ParameterInfo) -> _Target | None:
         if not self.selects(info):
             return None
-        if is_parametrized(info):
+        if is_computed_from(info):
             raise MisconfigurationException(
                 f"Hyperball cannot keep the norm of parametrized weights, which are computed anew from {info.name!r}: "
                 "leave it out by `exclude`, or take the parametrization away."

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Any, Literal, final
 from weakref import WeakSet
@@ -197,16 +199,19 @@ class PenaltyCallback(Regularizer):
             for group, lists in self.targets(leaf):
                 strength = self.strength(group, watch.number(leaf)) if lists else 0.0
                 for alike in lists:
-                    dim = alike.dim
-                    if parts := alike.parts:
-                        values += joint_value(penalty, parts, alike.parameters, strength)
-                        continue
-                    pieces = [parameter for parameter in alike.parameters if self._sharding.is_flat(parameter)]
-                    whole = [t.as_units(t.parameter) for t in alike.targets if not self._sharding.is_flat(t.parameter)]
-                    if not penalty.takes_pieces:
-                        whole = list(map(gathered, whole))
-                    values += [penalty.value(w, strength, dim=dim) for (w,) in calls(penalty.takes_lists, whole)]
-                    of_flat += [penalty.value(piece, strength, dim=dim) for piece in pieces]
+                    are_flat = [self._sharding.is_flat(parameter) for parameter in alike.parameters]
+                    value = functools.partial(penalty.value, strength=strength, dim=alike.dim)
+                    whole = alike.where([not is_flat for is_flat in are_flat])
+                    with whole.as_used():
+                        if parts := whole.parts:
+                            values += joint_value(penalty, parts, whole.parameters, strength)
+                            continue
+                        units = whole.as_units(whole.parameters)
+                        if not penalty.takes_pieces:
+                            units = list(map(gathered, units))
+                        values += [value(each) for (each,) in calls(penalty.takes_lists, units)]
+                    pieces = list(itertools.compress(alike.parameters, are_flat))
+                    of_flat += map(value, pieces)
                     flat += pieces
         if flat:
             values.append(self._sharding.reduce(torch.stack(of_flat), flat).sum())

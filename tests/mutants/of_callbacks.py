@@ -129,7 +129,7 @@ MUTANTS = [
     *mutants_of(
         "callbacks/constraint.py",
         "tests/training/test_constraints.py::test_a_parametrized_weight_is_refused_before_training",
-        ("if is_parametrized(info):", "if False:"),
+        ("if is_computed_from(info) and", "if False and"),
     ),
     *mutants_of(
         "callbacks/_selective.py",

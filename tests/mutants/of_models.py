@@ -5,6 +5,37 @@ from tests.mutants.mutant import mutants_of
 MUTANTS = [
     *mutants_of(
         "_used.py",
+        "tests/training/test_pruned_weights.py::test_the_used_weight_is_constrained_and_what_is_masked_is_left_alone",
+        ("piece.masked_fill_(is_gone, 0.0)", "pass"),
+        ("piece.add_(values)", "pass"),
+    ),
+    *mutants_of(
+        "_used.py",
+        "tests/training/test_pruned_weights.py::test_a_weight_that_two_layers_share_is_refused",
+        ("if not owner._forward_pre_hooks or info.aliases:", "if not owner._forward_pre_hooks:"),
+    ),
+    *mutants_of(
+        "callbacks/constraint.py",
+        "tests/training/test_pruned_weights.py::test_what_would_not_leave_the_mask_alone_is_refused",
+        (" or not self.projection.keeps_zeros", ""),
+    ),
+    *mutants_of(
+        "callbacks/_penalty_methods.py",
+        "tests/training/test_pruned_weights.py::test_the_gradient_is_that_of_the_penalty_of_the_used_weight",
+        ("with found.as_used():", "if True:"),
+    ),
+    *mutants_of(
+        "callbacks/_penalty_methods.py",
+        "tests/training/test_pruned_weights.py::test_the_proximal_step_is_that_of_the_used_weight",
+        ("with stepped.as_used():", "if True:"),
+    ),
+    *mutants_of(
+        "callbacks/penalty.py",
+        "tests/training/test_pruned_weights.py::test_the_gradient_is_that_of_the_penalty_of_the_used_weight",
+        ("with whole.as_used():", "if True:"),
+    ),
+    *mutants_of(
+        "_used.py",
         "tests/training/test_used_weights.py::test_a_weight_is_trained_if_any_of_its_sources_is",
         ("any(source.requires_grad for", "all(source.requires_grad for"),
     ),
