@@ -79,10 +79,19 @@ class Watch:
             self.refresh()
 
     def refresh(self) -> None:
-        """Look for inner optimizers. One that is new goes on with the count of those before."""
+        """Look for inner optimizers. One that is new goes on with the count of those before.
+
+        Raises:
+            UnsupportedOptimizerError: There is none, and the optimizer only acts as one, so that it has no hooks.
+        """
         if self.leaves == [self.optimizer]:  # it steps by itself
             return
         leaves = stepping_optimizers(self.optimizer)
+        if not leaves and self._use_hooks:
+            raise UnsupportedOptimizerError(
+                f"{type(self.optimizer).__name__} is no torch.optim.Optimizer and holds none, so that its steps cannot "
+                "be seen: let it inherit from torch.optim.Optimizer."
+            )
         if leaves == self.leaves:
             return
         steps = self.steps
@@ -182,7 +191,12 @@ def _inner_optimizers(optimizer: Any) -> Iterator[Any]:
         if name in ("state", "defaults", "param_groups", ATTRIBUTE):
             continue
         values = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
-        yield from (inner for inner in values if isinstance(inner, Optimizer))
+        yield from (inner for inner in values if isinstance(inner, Optimizer) or _acts_as_one(inner))
+
+
+def _acts_as_one(value: Any) -> bool:
+    """Has it what Lightning asks of an optimizer, without being one?"""
+    return hasattr(value, "param_groups") and hasattr(value, "step") and not isinstance(value, type)
 
 
 # What follows optimizers from step to step

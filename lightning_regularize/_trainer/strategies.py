@@ -37,9 +37,9 @@ def has_optimizer(trainer: pl.Trainer) -> bool:
 
 def torch_optimizer(optimizer: Any) -> Optimizer:
     """The optimizer that the user made; Lightning and DeepSpeed wrap it, with the same groups."""
-    while not isinstance(optimizer, Optimizer):
+    while not isinstance(optimizer, Optimizer) and hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
-    return optimizer
+    return optimizer  # type: ignore[no-any-return]  # or what only acts as one
 
 
 def held_parameters(optimizer: Any) -> list[list[nn.Parameter]]:

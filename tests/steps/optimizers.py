@@ -254,6 +254,54 @@ class Orthogonal(Optimizer):
         self.optimizer.load_state_dict(state_dict)
 
 
+class ActsAsOne:
+    """Has what Lightning asks of an optimizer, without being one; a real one steps for it."""
+
+    def __init__(self, optimizer):
+        self.real, self.state, self.defaults = optimizer, optimizer.state, optimizer.defaults
+
+    @property
+    def param_groups(self):
+        return self.real.param_groups
+
+    def zero_grad(self, set_to_none=True):
+        self.real.zero_grad(set_to_none)
+
+    def step(self, closure=None):
+        return self.real.step(closure)
+
+    def state_dict(self):
+        return self.real.state_dict()
+
+    def load_state_dict(self, state_dict):
+        self.real.load_state_dict(state_dict)
+
+
+class StepsByItself(ActsAsOne):
+    """No real optimizer steps for it."""
+
+    def __init__(self, groups):
+        self.groups, self.state, self.defaults = [{"params": list(groups), "lr": 0.1, "weight_decay": 0.0}], {}, {}
+
+    @property
+    def param_groups(self):
+        return self.groups
+
+    def zero_grad(self, set_to_none=True):
+        for p in self.groups[0]["params"]:
+            p.grad = None
+
+    def step(self, closure=None):
+        loss = closure()
+        with torch.no_grad():
+            for p in self.groups[0]["params"]:
+                p.sub_(0.1 * p.grad)
+        return loss
+
+    def state_dict(self):
+        return {}
+
+
 class Sharpness(Optimizer):
     """SAM as most people have it: the inner optimizer is made over the outer one's dictionaries."""
 

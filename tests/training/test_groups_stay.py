@@ -23,18 +23,28 @@ from torch import nn, optim
 from torch.distributed.fsdp import fully_shard
 from torch.optim import lr_scheduler
 
-from lightning_regularize import AnchorDecay, L1Penalty, RegularizationSummary, WeightDecay, regularize
+from lightning_regularize import (
+    AnchorDecay,
+    L1Penalty,
+    RegularizationSummary,
+    WeightDecay,
+    WeightNormMonitor,
+    regularize,
+)
 from tests.distributed import run_distributed
 from tests.steps.optimizers import (
     COMBINED,
     DECAYS,
     STEPS,
+    ActsAsOne,
     AdaBound,
     AdaBoundByZip,
+    CombinedByProperty,
     Layout,
     Lookahead,
     Orthogonal,
     Plain,
+    StepsByItself,
     adamw,
     decay,
     ordered,
@@ -1039,6 +1049,8 @@ WRAPPERS = {
     "Lookahead": lambda groups: Lookahead(adamw(groups)),
     "orthogonal gradients": lambda groups: Orthogonal(adamw(groups)),
     "one around the other": lambda groups: Lookahead(Orthogonal(optim.SGD(groups, lr=0.1, momentum=0.9))),
+    "no optimizer": lambda groups: ActsAsOne(adamw(groups)),
+    "no optimizers in a list": lambda groups: ActsAsOne(CombinedByProperty(ActsAsOne(adamw(groups)))),
 }
 
 
@@ -1052,6 +1064,23 @@ def test_optimizers_that_hold_the_real_one(make, tmp_path):
     assert_identical_weights(weights(module), weights(twin))
     fit(resumed, decay(), ckpt_path=tmp_path / "3.ckpt")
     assert_identical_weights(weights(resumed), weights(twin))
+
+
+@pytest.mark.filterwarnings("ignore:The Trainer has no logger")
+@pytest.mark.parametrize(
+    "make", [decay, functools.partial(L1Penalty, 0.1), WeightNormMonitor], ids=["decay", "L1", "monitor"]
+)
+def test_what_only_acts_as_an_optimizer_is_refused_before_any_weight_changes(make):
+    module = Module(StepsByItself)
+    before = weights(module)
+    with pytest.raises(MisconfigurationException, match=r"StepsByItself is no torch\.optim\.Optimizer and holds none"):
+        fit(module, make())
+    assert_identical_weights(weights(module), before)
+
+
+def test_a_summary_of_what_only_acts_as_an_optimizer(capsys):
+    fit(Module(StepsByItself), RegularizationSummary())
+    assert "hidden.weight" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["Lookahead", "OrthoGrad"])
