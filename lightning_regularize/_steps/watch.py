@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import ref
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -19,8 +20,6 @@ from lightning_regularize._steps.hooks import ATTRIBUTE, Step, UnsupportedOptimi
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-
-    from torch import Tensor
 
 
 class Watch:
@@ -188,15 +187,22 @@ def _leaves(optimizer: Any, seen: set[int]) -> Iterator[Optimizer]:
 
 def _inner_optimizers(optimizer: Any) -> Iterator[Any]:
     for name, value in vars(optimizer).items():
-        if name in ("state", "defaults", "param_groups", ATTRIBUTE):
-            continue
-        values = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
-        yield from (inner for inner in values if isinstance(inner, Optimizer) or _acts_as_one(inner))
+        if name not in ("state", "defaults", "param_groups", ATTRIBUTE):
+            yield from _optimizers_in(value, depth=2)
+
+
+def _optimizers_in(value: Any, depth: int) -> Iterator[Any]:
+    """The optimizers in a value, also in a list, tuple or dictionary, which may hold such by itself."""
+    if isinstance(value, (list, tuple, dict)):
+        for each in (value.values() if isinstance(value, dict) else value) if depth else ():
+            yield from _optimizers_in(each, depth - 1)
+    elif isinstance(value, Optimizer) or _acts_as_one(value):
+        yield value
 
 
 def _acts_as_one(value: Any) -> bool:
     """Has it what Lightning asks of an optimizer, without being one?"""
-    return hasattr(value, "param_groups") and hasattr(value, "step") and not isinstance(value, type)
+    return not isinstance(value, (type, Tensor)) and hasattr(value, "param_groups") and hasattr(value, "step")
 
 
 # What follows optimizers from step to step

@@ -392,6 +392,17 @@ class CombinedByName(_Combining):
         self.param_groups = [group for optimizer in self.inner() for group in optimizer.param_groups]
 
 
+class CombinedByKind(CombinedByName):
+    """Lists of inner optimizers in a dictionary."""
+
+    def __init__(self, first, second):
+        super().__init__(first=first, second=second)
+        self.by_name = {"all": [first, second]}
+
+    def inner(self):
+        return self.by_name["all"]
+
+
 class Partly(Plain):
     """Steps the groups that are marked by itself, and the others by an inner optimizer."""
 
@@ -412,6 +423,7 @@ class Partly(Plain):
 COMBINED = {
     "attributes": CombinedByAttributes,
     "a list": CombinedByProperty,
+    "lists in a dictionary": CombinedByKind,
     "a dictionary": lambda first, second: CombinedByName(first=first, second=second),
     "one in the other": lambda first, second: CombinedByProperty(Lookahead(first), Orthogonal(second)),
 }
