@@ -191,7 +191,7 @@ class StepHooks:
         self._hide_parts(optimizer)
         loss = closure(*args, **kwargs)
         self._begin(optimizer)
-        self._show_parts(optimizer, check_read=True)
+        self._show_parts(optimizer)
         return loss
 
     def _begin(self, optimizer: Optimizer, *, gradients: bool = True) -> None:
@@ -224,13 +224,14 @@ class StepHooks:
                 self._clean_up(optimizer)
         if self.parts is not None and self.parts.were_ignored():
             raise self._watches[0].work.error(
-                f"{type(optimizer).__name__} reads its parameter groups before it calls its closure, so that excluded "
-                "weights have decayed as well: use WeightDecay(..., method='decoupled'), which decays by itself."
+                f"{type(optimizer).__name__} reads its parameter groups before its closure returns or its step begins, "
+                "so that excluded weights have decayed as well: use WeightDecay(..., method='decoupled'), which decays "
+                "by itself."
             )
 
-    def _show_parts(self, optimizer: Optimizer, *, check_read: bool = False) -> None:
+    def _show_parts(self, optimizer: Optimizer) -> None:
         if self.parts is not None and not self._is_loading and not self._is_skipped:
-            self.parts.show(optimizer, check_read=check_read)
+            self.parts.show(optimizer)
 
     def _hide_parts(self, optimizer: Optimizer) -> None:
         if self.parts is not None:

@@ -117,7 +117,7 @@ class Parts:
                     _set_value(part, "weight_decay", own)
         return [part for division in self._divisions for part in division.parts]
 
-    def show(self, optimizer: Optimizer, *, check_read: bool = False) -> None:
+    def show(self, optimizer: Optimizer) -> None:
         """Replace the groups by their parts."""
         if self.users is not None:
             return
@@ -130,7 +130,7 @@ class Parts:
             divided = zip(values, self._divisions, strict=True)
             setattr(optimizer, name, [value for value, division in divided for _ in division.parts])
         self.users = groups, per_group
-        checks = check_read and self._must_check and not _is_known_to_read_late(optimizer) and not _is_compiled()
+        checks = self._must_check and not _is_known_to_read_late(optimizer) and not _is_compiled()
         if checks:
             self._watched.append(parts := _WatchedList(parts))
         optimizer.param_groups = parts
@@ -147,7 +147,7 @@ class Parts:
         optimizer.param_groups = groups
 
     def were_ignored(self) -> bool:
-        """Has the optimizer read none of the parts in the step that has ended? Asked of one step with a closure."""
+        """Has the optimizer read none of the parts in the step that has ended? Asked of one step."""
         watched, self._watched = self._watched, []
         if not watched:
             return False
@@ -195,17 +195,19 @@ class _WatchedList(list[Any]):
 
     was_read = False
 
-    def __iter__(self) -> Any:
-        self.was_read = True
-        return super().__iter__()
 
-    def __getitem__(self, index: Any) -> Any:
-        self.was_read = True
-        return super().__getitem__(index)
+def _reading(name: str) -> Callable[..., Any]:
+    method = getattr(list, name)
 
-    def __len__(self) -> int:
+    def read(self: _WatchedList, *args: Any) -> Any:
         self.was_read = True
-        return super().__len__()
+        return method(self, *args)
+
+    return read
+
+
+for _name in ("__iter__", "__getitem__", "__len__", "__reversed__", "__add__", "copy"):
+    setattr(_WatchedList, _name, _reading(_name))
 
 
 def _part(group: dict[str, Any], places: list[int]) -> dict[str, Any]:

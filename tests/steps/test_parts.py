@@ -2,8 +2,10 @@
 
 import copy
 import functools
+import itertools
 import pickle
 import re
+import types
 
 import numpy as np
 import pytest
@@ -29,6 +31,7 @@ from tests.steps.optimizers import (
     assert_identical,
     decay,
     ordered,
+    plain_step,
     split,
     step_by_keyword,
     step_by_position,
@@ -980,6 +983,19 @@ class EarlyInItsConstructor(Plain):
         return loss
 
 
+class Hidden(Plain):
+    """Steps by an optimizer in an object of its own, in which nobody looks for one."""
+
+    def __init__(self, params, **options):
+        super().__init__(params, **options)
+        self.pool = types.SimpleNamespace(inner=optim.SGD(self.param_groups, lr=0.1))
+
+    def step(self, closure=None):
+        loss = None if closure is None else closure()
+        self.pool.inner.step()
+        return loss
+
+
 class EarlyAndLate(Early):
     """Reads the number of its groups afterwards as well."""
 
@@ -989,8 +1005,14 @@ class EarlyAndLate(Early):
         return loss
 
 
-@pytest.mark.parametrize("cls", [Early, EarlyWithAFlatList, EarlyInItsConstructor])
-def test_an_optimizer_that_reads_its_groups_before_the_closure_is_an_error(cls):
+@pytest.mark.parametrize(
+    ("cls", "step"),
+    [
+        *itertools.product([Early, EarlyWithAFlatList], [step_by_position]),
+        *itertools.product([EarlyInItsConstructor, Hidden], [step_by_position, plain_step]),
+    ],
+)
+def test_an_optimizer_that_reads_its_groups_too_early_is_an_error(cls, step):
     net = Net()
     optimizer = cls(net.parameters())
     layout = Layout(optimizer)
@@ -998,8 +1020,36 @@ def test_an_optimizer_that_reads_its_groups_before_the_closure_is_an_error(cls):
     with pytest.raises(
         MisconfigurationException, match=rf"{cls.__name__} reads its parameter groups.*method='decoupled'"
     ):
-        step_by_position(optimizer, functools.partial(net.loss, 0))
+        step(optimizer, functools.partial(net.loss, 0))
     layout.check()
+
+
+NO_OTHERS = []
+READ = {
+    "by a loop": list,
+    "by number": lambda groups: [groups[i] for i in (0, -1)],
+    "backwards": reversed,
+    "with others": lambda groups: groups + NO_OTHERS,
+    "in a copy": lambda groups: groups.copy(),
+}
+
+
+@pytest.mark.parametrize("step", [step_by_position, plain_step])
+@pytest.mark.parametrize("read", READ.values(), ids=READ)
+def test_groups_may_be_read_in_any_way(read, step):
+    class Reading(Plain):
+        def step(self, closure=None):
+            loss = None if closure is None else closure()
+            with torch.no_grad():
+                for i, group in enumerate(read(self.param_groups)):
+                    self.update(group, i)
+            return loss
+
+    net, twin = Net(), Net()
+    optimizer, hand_made = Reading(net.parameters()), Reading(split(twin))
+    decay().attach(optimizer, net)
+    found = train(net, optimizer, step=step)
+    assert_identical(found, train(twin, hand_made, factors=(1.0, 0.0), step=step))
 
 
 @pytest.mark.parametrize("cls", [Early, EarlyWithAFlatList])
