@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 COEFFICIENTS, ITERATIONS = (3.4445, -4.7750, 2.0315), 5  # of torch.optim.Muon
-_POINTS = 2048  # the highest degree is 5 ** 5, and sums over twice as many points as half of that are exact
+_POINTS = 2048  # sums of polynomials of the cosine are exact up to degree 4095, and they have 2 * (5 ** 5 // 2) at most
 
 
 @functools.lru_cache(maxsize=4096)
@@ -31,8 +31,10 @@ def _squares_of_parts(n: int, m: int) -> Tensor:
         n: The smaller side.
         m: The larger side.
     """
-    theta = (torch.arange(_POINTS, dtype=torch.float64) + 0.5) * (math.pi / _POINTS)
-    square = 1 + n / m + 2 * math.sqrt(n / m) * theta.cos()
+    # From Python: torch's own cosine may begin threads, for which a process that is forked later waits for ever.
+    angles = [(i + 0.5) * (math.pi / _POINTS) for i in range(_POINTS)]
+    cosine = torch.tensor(list(map(math.cos, angles)), dtype=torch.float64)
+    square = 1 + n / m + 2 * math.sqrt(n / m) * cosine
     # Muon begins with singular values over the root of their sum of squares; here squared, and at most 1, as they are.
     value = (square / n).clamp_max(1)
     ratio = (value / square).sqrt()  # of what becomes of a singular value to the singular value
@@ -40,12 +42,12 @@ def _squares_of_parts(n: int, m: int) -> Tensor:
     for _ in range(ITERATIONS):
         factor = a + b * value + c * value.square()
         value, ratio = value * factor.square(), ratio * factor
-    # The sums over all points of `ratio * sin(theta) * sin((j + 1) * theta)`, for all j.
-    terms = 5**ITERATIONS // 2 + 1  # the polynomial has degree 5, five times
-    found = torch.fft.ifft(ratio * theta.sin(), n=2 * _POINTS) * (2 * _POINTS)
-    turns = torch.arange(1, terms + 1, dtype=torch.float64) * (math.pi / (2 * _POINTS))
-    along = found[1 : terms + 1] * torch.polar(torch.ones_like(turns), turns)
-    squares: Tensor = n * (along.imag * (2 / _POINTS)).square()
+    weighted = ratio * (1 - cosine.square()) * (2 / _POINTS)
+    before, polynomial, along = torch.zeros_like(cosine), torch.ones_like(cosine), []
+    for _ in range(5**ITERATIONS // 2 + 1):  # the polynomial has degree 5, five times
+        along.append((weighted * polynomial).sum())
+        before, polynomial = polynomial, 2 * cosine * polynomial - before
+    squares: Tensor = n * torch.stack(along).square()
     return squares
 
 

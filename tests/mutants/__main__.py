@@ -106,7 +106,7 @@ def main(words):
         for copy in copies:
             shutil.copytree(ROOT, copy, ignore=LEFT_OUT)
         # A test that fails without a mutant would kill all.
-        for _, _, by, _ in run_all([(None, tests[i::WORKERS]) for i in range(WORKERS)], copies):
+        for _, _, by, _ in run_all([(None, some) for i in range(WORKERS) if (some := tests[i::WORKERS])], copies):
             if by != ALIVE:
                 sys.exit(f"Without any mutant: {by}")
         for mutant, killed, by, seconds in run_all([(mutant, [mutant.test]) for mutant in chosen], copies):
