@@ -173,7 +173,8 @@ class _Layer:
                 number, runs = heads, [[Slice(where[0], 0, sizes[0])]]
             else:
                 keys = (sizes[0] - inner) // 2
-                number = heads if keys == inner else self._stated(_KEY_NUMBERS) or 0
+                states_fewer = self._stated(_KEY_NUMBERS) is not None
+                number = heads if keys == inner else keys // width if states_fewer else 0
                 is_whole = number > 0 and sizes[0] - inner == 2 * keys == 2 * number * width and heads % number == 0
                 starts = ((0, inner), (inner, keys), (inner + keys, keys))
                 runs = [[Slice(where[0], start, size) for start, size in starts]]
