@@ -82,6 +82,10 @@ class WeightConstraint(Regularizer):
     one's own that is left to the loop. Norms of units are over their incoming weights, whatever the layer, see
     :func:`~lightning_regularize.units.norm_dims`. If in the first epoch the constraint changes nothing, it warns once.
 
+    A weight with a pruning mask of torch's is projected as the layer uses it, and the masked elements of the stored one
+    stay as they are, if the projection keeps zeros: all but ``Box``, ``SpectralBall``, ``Rank`` and functions do.
+    These, and weights that a layer computes in any other way, are refused, also when that begins in mid-run.
+
     Args:
         projection: One of :mod:`lightning_regularize.projections`, whose bounds may be schedules; a
             :class:`~lightning_regularize.projections.Projection` of one's own; or a function from a weight to a tensor
