@@ -197,6 +197,7 @@ class _WatchedList(list[Any]):
 
 
 def _reading(name: str) -> Callable[..., Any]:
+    """A method of lists that notes that it was called."""
     method = getattr(list, name)
 
     def read(self: _WatchedList, *args: Any) -> Any:
