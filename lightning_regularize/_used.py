@@ -1,13 +1,14 @@
 """Which tensor does a layer use, and which parameters, that an optimizer holds, is it computed from?
 
-Parametrizations, the older weight and spectral normalization, and pruning masks compute a weight anew in each forward
-pass. To compute it here changes nothing: the modules that do so are in evaluation mode meanwhile, in which spectral
-normalization uses its vectors as the last forward pass has left them; they get copies of their buffers, and random
-generators are put back.
+Parametrizations, the older weight and spectral normalization, pruning masks, and the fake quantization of training for
+integers compute a weight anew in each forward pass. To compute it here changes nothing: the modules that do so are
+copied, or in evaluation mode meanwhile, in which spectral normalization uses its vectors as the last forward pass has
+left them; they get copies of their buffers, and random generators are put back.
 """
 
 from __future__ import annotations
 
+import copy
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -26,6 +27,9 @@ from lightning_regularize.selection import ParameterInfo, matching, tensor_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+
+_QUANTIZER = "weight_fake_quant"  # in layers of `torch.ao.nn.qat`
 
 
 class Piece(NamedTuple):
@@ -80,7 +84,8 @@ class UsedWeight:
     def is_up_to_date(self) -> bool:
         """Is it computed as it was? Masks and parametrizations may come and go while training."""
         owner = self.stored.owner
-        if not self.is_computed and self._leaf in owner._parameters and not owner._forward_pre_hooks:
+        is_plain = not owner._forward_pre_hooks and _QUANTIZER not in owner._modules
+        if is_plain and not self.is_computed and self._leaf in owner._parameters:
             return True  # of most weights, and at once: each is asked for on every step that is logged
         now = _recipe_of(self.stored)
         return now is not None and now.makers == self.recipe.makers
@@ -177,7 +182,7 @@ def is_in_place(info: ParameterInfo) -> bool:
 def is_computed_from(info: ParameterInfo) -> bool:
     """Does the layer compute what it uses from this parameter? Told by names of torch's, which others use as well."""
     path, _, leaf = info.name.rpartition(".")
-    if ".parametrizations." in f".{path}.":
+    if ".parametrizations." in f".{path}." or (leaf == "weight" and _QUANTIZER in info.owner._modules):
         return True
     stem, _, suffix = leaf.rpartition("_")
     return suffix in ("orig", "g", "v") and hasattr(info.owner, stem) and stem not in info.owner._parameters
@@ -208,6 +213,8 @@ class Recipe(NamedTuple):
         whole: dict[str, Any] = {name: gathered(parameter) for name, parameter in self.inputs.items()}
         if isinstance(self.makers[0], ParametrizationList):
             return _parametrized(self.makers[0], whole)
+        if isinstance(self.makers[0], nn.Module):
+            return _fake_quantized(self.makers[0], *whole.values())
         stand_in = _StandIn(owner, whole)
         for hook in self.makers:
             made, _ = _makes(hook)
@@ -233,6 +240,9 @@ def _recipe_of(info: ParameterInfo) -> Recipe | None:
             return Recipe((made_by, *made_by), name, sources, dict(made_by.named_parameters()))
     if leaf not in owner._parameters:
         return None
+    if leaf == "weight" and (quantizer := owner._modules.get(_QUANTIZER)) is not None:
+        parameter = owner._parameters[leaf]
+        return Recipe((quantizer,), info.name, {info.name: parameter}, {leaf: parameter})  # type: ignore[dict-item]
     # One hook may go on with what another one makes: a mask on the direction of weight normalization.
     hooks = [hook for hook in owner._forward_pre_hooks.values() if _makes(hook)[1]]
     becomes = {source: made for made, sources in map(_makes, hooks) for source in sources}
@@ -281,6 +291,16 @@ def _parametrized(made_by: ParametrizationList, parameters: Mapping[str, Tensor]
         for module, mode in modes:
             module.training = mode
     return weight
+
+
+def _fake_quantized(quantizer: nn.Module, weight: Tensor) -> Tensor:
+    """What a layer of ``torch.ao.nn.qat`` uses, with the scale of the last forward pass; before one, of the weight."""
+    stand_in: Any = copy.deepcopy(quantizer)
+    lowest = getattr(getattr(stand_in, "activation_post_process", None), "min_val", None)
+    if lowest is not None and lowest.numel() and lowest.isfinite().all():
+        stand_in.disable_observer()
+    found: Tensor = stand_in(weight)
+    return found
 
 
 @contextmanager

@@ -1,20 +1,24 @@
 """Is what layers use measured, where that is not what the optimizer holds? Under one process, DDP and FSDP2."""
 
+import copy
 import functools
 import warnings
 
 import lightning.pytorch as L
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelPruning
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
+from torch.ao import quantization
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from lightning_regularize import WeightNormMonitor
+from lightning_regularize import Hyperball, WeightConstraint, WeightNormMonitor
 from lightning_regularize._used import used_weights
 from lightning_regularize.metrics import Sparsity, WeightNorm
 from lightning_regularize.plots import plot_histograms
+from lightning_regularize.projections import MaxNorm
 from lightning_regularize.selection import parameter_infos
 from tests.distributed import run_distributed
 from tests.strategies import CPUFSDPStrategy
@@ -354,3 +358,69 @@ def test_a_mask_that_is_removed_from_another_source_is_noticed():
     assert used.is_up_to_date
     prune.remove(layer, "weight_v")
     assert not used.is_up_to_date
+
+
+# -- training for integers -------------------------------------------------------------------------------------------
+
+
+class ForIntegers(L.LightningModule):
+    """Its layers round their weights to 255 steps, or to 15, in each forward pass."""
+
+    def __init__(self, how):
+        super().__init__()
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(0)
+            self.net = nn.Sequential(nn.Conv2d(3, 4, (1, 2)), nn.Flatten(), nn.Linear(8, 2))
+        coarse = quantization.FakeQuantize.with_args(
+            observer=quantization.MinMaxObserver, quant_min=-8, quant_max=7, dtype=torch.qint8
+        )
+        qconfigs = {
+            "per channel": quantization.get_default_qat_qconfig("x86"),
+            "per tensor": quantization.QConfig(quantization.default_fake_quant, quantization.default_weight_fake_quant),
+            "coarse": quantization.QConfig(nn.Identity, coarse),
+        }
+        self.net.qconfig = qconfigs[how]
+        quantization.prepare_qat(self.net.train(), inplace=True)
+
+    def training_step(self, batch, batch_idx):
+        return (self.net(torch.ones(4, 3, 1, 3)) - torch.tensor([1.0, -1.0])).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.3)
+
+    def used(self):
+        layers = [self.net[0], self.net[2]]
+        quantizers = [copy.deepcopy(layer.weight_fake_quant) for layer in layers]
+        for quantizer in quantizers:
+            quantizer.disable_observer()
+        with torch.no_grad():
+            return [q(layer.weight).double() for q, layer in zip(quantizers, layers, strict=True)]
+
+
+@pytest.mark.filterwarnings("ignore:.*(quantization|reduce_range|torch.ao).*")
+@pytest.mark.parametrize("how", ["per channel", "per tensor", "coarse"])
+def test_weights_in_training_for_integers_are_measured_as_they_are_rounded(how):
+    module, logger, expected = ForIntegers(how), Kept(), []
+
+    class BeforeTheStep(L.Callback):
+        def on_before_optimizer_step(self, trainer, module, optimizer):
+            expected.append([weight.norm().item() for weight in module.used()])
+
+    monitor = WeightNormMonitor(detail="parameter", include=("*.weight",))
+    trainer = make_trainer(monitor, BeforeTheStep(), logger=logger, max_epochs=1)
+    trainer.fit(module, Batches())
+    for i, name in enumerate(("net.0.weight", "net.2.weight")):
+        assert list(logger.logged()[f"weight_norm/{name}"].values()) == pytest.approx(
+            [norms[i] for norms in expected], rel=1e-6, abs=0
+        )
+    stored = module.net[0].weight.double().norm().item()
+    assert abs(stored - WeightNorm(include=("net.0.weight",))(module).item()) > 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:.*(quantization|reduce_range|torch.ao).*")
+@pytest.mark.parametrize(
+    "callback", [WeightConstraint(MaxNorm(0.3)), Hyperball()], ids=["WeightConstraint", "Hyperball"]
+)
+def test_weights_in_training_for_integers_are_not_constrained(callback):
+    with pytest.raises(MisconfigurationException, match=r"computed anew from 'net.[02].weight'"):
+        make_trainer(callback, max_epochs=1).fit(ForIntegers("per tensor"), Batches())
