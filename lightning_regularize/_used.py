@@ -1,9 +1,9 @@
 """Which tensor does a layer use, and which parameters, that an optimizer holds, is it computed from?
 
-Parametrizations, the older weight and spectral normalization, pruning masks, and the fake quantization of training for
-integers compute a weight anew in each forward pass. To compute it here changes nothing: the modules that do so are
-copied, or in evaluation mode meanwhile, in which spectral normalization uses its vectors as the last forward pass has
-left them; they get copies of their buffers, and random generators are put back.
+Parametrizations, the older weight and spectral normalization, pruning masks and the fake quantizers of training that is
+aware of quantization compute a weight anew in each forward pass. To compute it here changes nothing: the modules that
+do so are in evaluation mode meanwhile, in which spectral normalization uses its vectors as the last forward pass has
+left them; they get copies of their buffers, fake quantizers are copied, and random generators are put back.
 """
 
 from __future__ import annotations
@@ -27,9 +27,6 @@ from lightning_regularize.selection import ParameterInfo, matching, tensor_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
-
-
-_QUANTIZER = "weight_fake_quant"  # in layers of `torch.ao.nn.qat`
 
 
 class Piece(NamedTuple):
@@ -84,7 +81,7 @@ class UsedWeight:
     def is_up_to_date(self) -> bool:
         """Is it computed as it was? Masks and parametrizations may come and go while training."""
         owner = self.stored.owner
-        is_plain = not owner._forward_pre_hooks and _QUANTIZER not in owner._modules
+        is_plain = not owner._forward_pre_hooks and not owner._modules  # one of which may be a fake quantizer
         if is_plain and not self.is_computed and self._leaf in owner._parameters:
             return True  # of most weights, and at once: each is asked for on every step that is logged
         now = _recipe_of(self.stored)
@@ -151,7 +148,8 @@ def pruning_mask(info: ParameterInfo) -> Tensor | None:
     makers = [hook for hook in owner._forward_pre_hooks.values() if _makes(hook)[1]]
     read = {source for hook in makers for source in _makes(hook)[1]}
     for made in [hook._tensor_name for hook in makers if isinstance(hook, BasePruningMethod)]:
-        if owner._parameters.get(f"{made}_orig") is info.parameter and made not in read:
+        is_last = made not in read and not _fake_quantizers(owner, made)
+        if owner._parameters.get(f"{made}_orig") is info.parameter and is_last:
             mask: Tensor = getattr(owner, f"{made}_mask")
             return mask if mask.shape == info.parameter.shape else None  # FSDP1 holds pieces
     return None
@@ -182,7 +180,9 @@ def is_in_place(info: ParameterInfo) -> bool:
 def is_computed_from(info: ParameterInfo) -> bool:
     """Does the layer compute what it uses from this parameter? Told by names of torch's, which others use as well."""
     path, _, leaf = info.name.rpartition(".")
-    if ".parametrizations." in f".{path}." or (leaf == "weight" and _QUANTIZER in info.owner._modules):
+    if ".parametrizations." in f".{path}.":
+        return True
+    if _fake_quantizers(info.owner, leaf):
         return True
     stem, _, suffix = leaf.rpartition("_")
     return suffix in ("orig", "g", "v") and hasattr(info.owner, stem) and stem not in info.owner._parameters
@@ -195,8 +195,8 @@ class Recipe(NamedTuple):
     """How a layer computes a weight.
 
     Args:
-        makers: A list of parametrizations and its members, or the hooks, in the order in which they act; none of a
-            plain parameter.
+        makers: A list of parametrizations and its members, or the hooks, and a fake quantizer, in the order in which
+            they act; none of a plain parameter.
         name: The canonical name of the weight.
         sources: The parameters that it is computed from, by canonical name.
         inputs: All parameters that the computation reads, by their names in the module that makes it. They are looked
@@ -211,21 +211,22 @@ class Recipe(NamedTuple):
     def compute(self, owner: nn.Module) -> Tensor:
         """The whole weight of ``owner``."""
         whole: dict[str, Any] = {name: gathered(parameter) for name, parameter in self.inputs.items()}
+        leaf = self.name.rpartition(".")[2]
+        quantizers = _fake_quantizers(owner, leaf)
         if isinstance(self.makers[0], ParametrizationList):
-            return _parametrized(self.makers[0], whole)
-        if isinstance(self.makers[0], nn.Module):
-            return _fake_quantized(self.makers[0], *whole.values())
+            return _quantized(_parametrized(self.makers[0], whole), quantizers)
         stand_in = _StandIn(owner, whole)
         for hook in self.makers:
             made, _ = _makes(hook)
+            if not made:
+                continue  # the fake quantizer comes last
             if isinstance(hook, BasePruningMethod):
                 whole[made] = hook.apply_mask(stand_in)  # type: ignore[no-untyped-call]
             elif isinstance(hook, SpectralNorm):
                 whole[made] = hook.compute_weight(stand_in, do_power_iteration=False)  # type: ignore[arg-type]
             else:
                 whole[made] = hook.compute_weight(stand_in)
-        weight: Tensor = whole[self.name.rpartition(".")[2]]
-        return weight
+        return _quantized(whole[leaf], quantizers)
 
 
 def _recipe_of(info: ParameterInfo) -> Recipe | None:
@@ -237,12 +238,11 @@ def _recipe_of(info: ParameterInfo) -> Recipe | None:
         if leaf in made_by._parameters:
             name = path.removesuffix(f"parametrizations.{tensor}") + tensor
             sources = {f"{path}.{key}": source for key, source in made_by._parameters.items() if source is not None}
-            return Recipe((made_by, *made_by), name, sources, dict(made_by.named_parameters()))
+            return Recipe(
+                (made_by, *made_by, *_fake_quantizers(owner, tensor)), name, sources, dict(made_by.named_parameters())
+            )
     if leaf not in owner._parameters:
         return None
-    if leaf == "weight" and (quantizer := owner._modules.get(_QUANTIZER)) is not None:
-        parameter = owner._parameters[leaf]
-        return Recipe((quantizer,), info.name, {info.name: parameter}, {leaf: parameter})  # type: ignore[dict-item]
     # One hook may go on with what another one makes: a mask on the direction of weight normalization.
     hooks = [hook for hook in owner._forward_pre_hooks.values() if _makes(hook)[1]]
     becomes = {source: made for made, sources in map(_makes, hooks) for source in sources}
@@ -250,6 +250,7 @@ def _recipe_of(info: ParameterInfo) -> Recipe | None:
     made = _end(leaf, becomes)
     inputs = {key: p for key, p in owner._parameters.items() if p is not None and _end(key, becomes) == made}
     makers = tuple(hook for hook in hooks if _end(_makes(hook)[0], becomes) == made)
+    makers += _fake_quantizers(owner, made)
     return Recipe(makers, start + made, {start + key: source for key, source in inputs.items()}, inputs)
 
 
@@ -261,6 +262,22 @@ def _makes(hook: Any) -> tuple[str, tuple[str, ...]]:
         name = hook.name if isinstance(hook, SpectralNorm) else hook._tensor_name
         return name, (f"{name}_orig",)
     return "", ()
+
+
+def _fake_quantizers(owner: nn.Module, name: str) -> tuple[nn.Module, ...]:
+    """The module that rounds a weight in the forward pass, by the names that torch.ao and torchao give it, or none."""
+    found = (owner._modules.get(f"{name}_{suffix}") for suffix in ("fake_quant", "fake_quantizer"))
+    return tuple(each for each in found if each is not None)
+
+
+def _quantized(weight: Tensor, quantizers: Iterable[nn.Module]) -> Tensor:
+    """The weight after fake quantization, with the scales that the last forward pass has left."""
+    for quantizer in map(copy.deepcopy, quantizers):  # it may keep statistics of what it sees
+        seen = getattr(getattr(quantizer, "activation_post_process", None), "min_val", None)
+        if seen is not None and seen.numel() and seen.isfinite().all():
+            quantizer.disable_observer()  # type: ignore[operator]
+        weight = quantizer.forward(weight)
+    return weight
 
 
 def _end(name: str, becomes: Mapping[str, str]) -> str:
@@ -291,16 +308,6 @@ def _parametrized(made_by: ParametrizationList, parameters: Mapping[str, Tensor]
         for module, mode in modes:
             module.training = mode
     return weight
-
-
-def _fake_quantized(quantizer: nn.Module, weight: Tensor) -> Tensor:
-    """What a layer of ``torch.ao.nn.qat`` uses, with the scale of the last forward pass; before one, of the weight."""
-    stand_in: Any = copy.deepcopy(quantizer)
-    lowest = getattr(getattr(stand_in, "activation_post_process", None), "min_val", None)
-    if lowest is not None and lowest.numel() and lowest.isfinite().all():
-        stand_in.disable_observer()
-    found: Tensor = stand_in(weight)
-    return found
 
 
 @contextmanager

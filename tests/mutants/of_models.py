@@ -5,6 +5,14 @@ from tests.mutants.mutant import mutants_of
 MUTANTS = [
     *mutants_of(
         "_used.py",
+        "tests/training/test_used_weights.py::test_fake_quantized_weights_are_measured_as_they_are_used_and_not_constrained",
+        ("quantizer.disable_observer()", "pass"),
+        ("in map(copy.deepcopy, quantizers)", "in quantizers"),
+        (" and not _fake_quantizers(owner, made)", ""),
+        ("if _fake_quantizers(info.owner, leaf):", "if False:"),
+    ),
+    *mutants_of(
+        "_used.py",
         "tests/training/test_pruned_weights.py::test_the_used_weight_is_constrained_and_what_is_masked_is_left_alone",
         ("piece.masked_fill_(is_gone, 0.0)", "pass"),
         ("piece.add_(values)", "pass"),

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ModelPruning
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.ao import quantization
+from torch.ao.nn import qat
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from lightning_regularize import Hyperball, WeightConstraint, WeightNormMonitor
@@ -424,3 +425,40 @@ def test_weights_in_training_for_integers_are_measured_as_they_are_rounded(how):
 def test_weights_in_training_for_integers_are_not_constrained(callback):
     with pytest.raises(MisconfigurationException, match=r"computed anew from 'net.[02].weight'"):
         make_trainer(callback, max_epochs=1).fit(ForIntegers("per tensor"), Batches())
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.ao.quantization is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("name", ["linear", "convolution", "pruned", "by torchao's name", "before its first pass"])
+def test_fake_quantized_weights_are_measured_as_they_are_used_and_not_constrained(name):
+    torch.manual_seed(0)
+    qconfig = quantization.get_default_qat_qconfig("x86")
+    options = {"bias": False, "qconfig": qconfig}
+    layer = qat.Conv2d(2, 3, 2, **options) if name == "convolution" else qat.Linear(4, 3, **options)
+    if name == "pruned":
+        prune.l1_unstructured(layer, "weight", amount=0.5)
+    if name == "by torchao's name":
+        layer.weight_fake_quantizer = layer.weight_fake_quant
+        layer.forward = lambda x: nn.functional.linear(x, layer.weight_fake_quantizer(layer.weight))
+        del layer.weight_fake_quant
+    used = []
+    quantizer = getattr(layer, "weight_fake_quant", None) or layer.weight_fake_quantizer
+    quantizer.register_forward_hook(lambda *args: used.append(args[2].detach().double()))
+    x = torch.randn(1, 2, 4, 4) if name == "convolution" else torch.randn(2, 4)
+    if name != "before its first pass":
+        layer(x)
+        with torch.no_grad():  # what the observer saw is not what the weight is now
+            layer.get_parameter("weight_orig" if name == "pruned" else "weight").mul_(0.5)
+    state = {key: value.clone() for key, value in quantizer.state_dict().items()}
+    norm = WeightNorm()
+    norm.update(layer)
+    assert all(torch.equal(value, state[key]) for key, value in quantizer.state_dict().items())
+    if name != "before its first pass":
+        quantizer.disable_observer()
+    used.clear()
+    layer(x)
+    assert norm.compute().item() == pytest.approx(used[0].norm().item(), rel=1e-6, abs=0)
+    stored = layer.get_parameter("weight_orig" if name == "pruned" else "weight")
+    assert norm.compute().item() != pytest.approx(stored.double().norm().item(), rel=1e-6, abs=0)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    with pytest.raises(MisconfigurationException, match=r"WeightConstraint.*cannot hold for parametrized weights"):
+        WeightConstraint(MaxNorm(0.1)).attach(optimizer, layer)
