@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lightning_regularize.group_settings import passes_through
 from lightning_regularize.groups import Grouping, check_keys, check_something_decays, first_match, rule_name
-from lightning_regularize.schedules import Constant, as_schedule
+from lightning_regularize.schedules import Constant, as_schedule, timescales_in
 from lightning_regularize.selection import matches, require_matches
 
 if TYPE_CHECKING:
@@ -163,6 +164,23 @@ class DecayRules:
         if needs_none or not any(decision.setting.factor for decision in decisions):
             return ""
         return method.refuse(optimizer) or method.refuse_sparse([decision.info for decision in decaying])
+
+    def untrue_timescale(
+        self, method: DecayMethod, optimizer: Optimizer, decisions: Sequence[Sequence[Decision]]
+    ) -> str:
+        """Why a Timescale does not hold for something in the groups of an optimizer; empty if each does."""
+        timed = {i for i, schedule in enumerate(self.schedules) if schedule is not None and timescales_in(schedule)}
+        is_added = method.adds_to_gradients
+        if not timed or not (is_added or method.uses_optimizer):
+            return ""
+        for group, of_group in zip(optimizer.param_groups, decisions, strict=True):
+            decays = any(decision.setting.factor and decision.setting.schedule in timed for decision in of_group)
+            if decays and (what := passes_through(optimizer, group, is_added=is_added)):
+                return (
+                    "WeightDecay: a Timescale counts on decay by lr * weight_decay, and here the decay passes through "
+                    f"{what}, so that weights remember for another time. Use method='decoupled'."
+                )
+        return ""
 
     def refuse_ratios(self, held: Sequence[tuple[float, Decision]], decisions: Sequence[Decision]) -> str:
         """Why the groups of the user leave nothing to decay, or nothing of what a rule is for; empty if they do not.

@@ -25,7 +25,6 @@ from lightning_regularize.callbacks._rounding import Rounding, measure_decay
 from lightning_regularize.callbacks._saved import NUMBER, Value
 from lightning_regularize.decay_methods import METHODS, DecayMethod, Target, check_method
 from lightning_regularize.decay_rules import NO_DECAY, DecayRules, Decision, Setting
-from lightning_regularize.group_settings import passes_through
 from lightning_regularize.groups import Grouping
 from lightning_regularize.schedules import Constant, Schedule, check_total_steps, timescales_in
 from lightning_regularize.selection import DEFAULT_EXCLUDE, FOREIGN, ParameterInfo, Rule, foreign_info
@@ -208,11 +207,7 @@ class WeightDecay(Regularizer):
                 self._check_optimizer(leaf, optimizer)
 
     def _check_optimizer(self, leaf: Optimizer, optimizer: Any) -> None:
-        """Refuse an optimizer whose weights cannot be made to decay as asked.
-
-        Raises:
-            MisconfigurationException: It has no weight decay, or its groups cannot be split.
-        """
+        """Refuse an optimizer without weight decay, or with groups that cannot be split, if they have to be."""
         self._checked.add(leaf)
         decisions = [decision for of_group in self._targets.of(leaf) for decision in of_group]
         has_decay = any("weight_decay" in group for group in leaf.param_groups)
@@ -222,21 +217,8 @@ class WeightDecay(Regularizer):
             reason = refusal(leaf, optimizer, is_foreign=is_foreign)
         if reason := reason or self.rules.refuse_optimizer(self.decay_method, leaf, decisions):
             raise MisconfigurationException(reason)
-        self._warn_of_timescales(leaf)
-
-    def _warn_of_timescales(self, leaf: Optimizer) -> None:
-        timed = {i for i, schedule in enumerate(self.rules.schedules) if timescales_in(schedule)}
-        is_added = self.decay_method.adds_to_gradients
-        for group, decisions in zip(leaf.param_groups, self._targets.of(leaf), strict=True) if timed else ():
-            if not any(decision.setting.factor and decision.setting.schedule in timed for decision in decisions):
-                continue
-            if (is_added or self.decay_method.uses_optimizer) and (
-                what := passes_through(leaf, group, is_added=is_added)
-            ):
-                self.warn(
-                    f"WeightDecay: a Timescale counts on decay by lr * weight_decay, and here the decay passes through "
-                    f"{what}, so that weights remember for another time. Use method='decoupled'."
-                )
+        if untrue := self.rules.untrue_timescale(self.decay_method, leaf, self._targets.of(leaf)):
+            self.warn(untrue)
 
     def _check_groups_decay(self, run: Run) -> None:
         if not self.decay_method.uses_optimizer:
@@ -324,6 +306,7 @@ class WeightDecay(Regularizer):
             self._check_optimizer(leaf, step.watch.optimizer)
             if leaf not in self._parts:  # where it was made after the check and before training began
                 self._install_parts(leaf)
+        self._targets.of(leaf)
         values, parts = groups.show(leaf, step.number, self.run.clock.epoch), self._parts.get(leaf)
         if parts is not None:
             parts.values = values
@@ -364,6 +347,7 @@ class WeightDecay(Regularizer):
 
     def _values(self, watch: Watch, leaf: Any, number: int) -> list[dict[int, Any]]:
         """The weight decay of factor 1 in each group of an optimizer, by schedule."""
+        self._targets.of(leaf)  # parameters may have been appended just now
         return self._groups_of(watch.optimizer).values(leaf, number, self.run.clock.epoch)
 
     def _find_decaying(self, step: Step) -> list[Target]:
@@ -371,7 +355,7 @@ class WeightDecay(Regularizer):
 
     def _log(self, watch: Watch) -> None:
         optimizer = watch.optimizer
-        self._targets.of(optimizer)  # parameters may have been appended just now
+        self._targets.of(optimizer)
         names, groups = self.rules.names, self._groups_of(watch.optimizer)
         of_groups = groups.by_schedule(optimizer, watch.steps, self.run.clock.epoch)
         labels = group_labels(optimizer, self.run.label(watch))

@@ -82,6 +82,32 @@ def test_two_rules_decay_as_targets_by_hand_with_every_method(method):
     assert not torch.equal(module.hidden.weight, constants.hidden.weight)
 
 
+class Appends(Regression):
+    """Gives its optimizer the last layer in the third batch, whose losses have no gradient."""
+
+    def __init__(self):
+        super().__init__(lambda parameters: SGD([self.hidden.weight], lr=0.1, weight_decay=0.1))
+
+    def on_train_batch_start(self, batch, batch_idx):
+        if batch_idx == 2:
+            self.optimizers().param_groups[0]["params"].append(self.output.weight)
+
+    def loss(self, batch):
+        return 0 * super().loss(batch)
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "stable"])
+def test_what_is_appended_in_mid_run_decays_by_its_own_rule_from_then_on(method):
+    module = Appends()
+    start = weights(module)
+    rules = {"output.*": 0.9, "*": 0.5}
+    train(module, WeightDecay(rules, method=method), max_epochs=1)
+    rate = 1.0 if method == "independent" else 0.1
+    for name, steps, decay in (("hidden.weight", 7, 0.5), ("output.weight", 5, 0.9)):
+        expected = start[name] * (1 - rate * decay) ** steps
+        torch.testing.assert_close(module.get_parameter(name).detach(), expected, rtol=1e-12, atol=1e-14)
+
+
 @pytest.mark.parametrize("weight_decay", [0.05, 0.0], ids=str)
 def test_none_keeps_what_the_optimizer_has(weight_decay):
     make = functools.partial(adamw, weight_decay=weight_decay)
