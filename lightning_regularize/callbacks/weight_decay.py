@@ -207,7 +207,11 @@ class WeightDecay(Regularizer):
                 self._check_optimizer(leaf, optimizer)
 
     def _check_optimizer(self, leaf: Optimizer, optimizer: Any) -> None:
-        """Refuse an optimizer without weight decay, or with groups that cannot be split, if they have to be."""
+        """Refuse an optimizer whose weights cannot be made to decay as asked.
+
+        Raises:
+            MisconfigurationException: It has no weight decay, or its groups cannot be split.
+        """
         self._checked.add(leaf)
         decisions = [decision for of_group in self._targets.of(leaf) for decision in of_group]
         has_decay = any("weight_decay" in group for group in leaf.param_groups)
@@ -264,10 +268,8 @@ class WeightDecay(Regularizer):
         return groups
 
     def _value_of(self, schedule: int, group: dict[str, Any], step: int, ratio: float) -> float | None:
-        found = self.rules.schedules[schedule]
-        if found is None:
-            return None
-        return ratio * self.run.clock.value(found, group, step) if ratio else 0.0
+        found, value = self.rules.schedules[schedule], self.run.clock.value
+        return None if found is None else ratio * value(found, group, step) if ratio else 0.0
 
     def _settings_of(self, optimizer: Any) -> list[list[Setting]]:
         return [[decision.setting for decision in decisions] for decisions in self._targets.of(optimizer)]
@@ -279,13 +281,10 @@ class WeightDecay(Regularizer):
             return
         hooks = hooks_of(leaf)
         if hooks.parts is not None:
-            raise MisconfigurationException(
-                f"Two WeightDecay act on one {type(leaf).__name__}: use one, with `factors`."
-            )
+            raise MisconfigurationException(f"Two WeightDecay act on a {type(leaf).__name__}: use one, with `factors`.")
         find = self._targets.find
-        hooks.parts = self._parts[leaf] = Parts(
-            lambda parameter: decision.setting if (decision := find(parameter)) else NO_DECAY
-        )
+        hooks.parts = Parts(lambda parameter: decision.setting if (decision := find(parameter)) else NO_DECAY)
+        self._parts[leaf] = hooks.parts
         if saved:
             hooks.parts.load_state_dict(saved)
 
