@@ -525,7 +525,7 @@ def test_an_anchor_that_does_not_fit_is_an_error_before_training(anchor, message
 @pytest.mark.parametrize(
     ("values", "error", "message"),
     [
-        (torch.full((4, 3), float("nan")), ValueError, r"finite floating-point numbers, .* 'hidden.weight' are not"),
+        (torch.full((4, 3), float("nan")), ValueError, r"of 'hidden.weight' should hold finite .* with NaN"),
         (torch.zeros(4, 3, dtype=torch.int64), ValueError, r"floating-point numbers, .*torch.int64"),
         (np.zeros((4, 3)), TypeError, "AnchorDecay: `anchor` should hold tensors, got ndarray for 'hidden.weight'"),
         (0.0, TypeError, "`anchor` should hold tensors, got float for 'hidden.weight'"),
