@@ -66,7 +66,7 @@ MUTANTS = [
     ),
     *mutants_of(
         "_steps/hooks.py",
-        "tests/steps/test_hooks.py::test_zero_redundancy_optimizer_on_two_processes",
+        "tests/training/test_rules.py::test_what_is_appended_in_mid_run_decays_by_its_own_rule_from_then_on",
         ("self._held.thaw()", "pass"),
     ),
     *mutants_of(
