@@ -28,6 +28,8 @@ from lightning_regularize.selection import ParameterInfo, matching, tensor_name
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+    from lightning_regularize._steps.targets import Targets
+
 
 class Piece(NamedTuple):
     """What this rank holds of a used weight.
@@ -172,9 +174,11 @@ def as_used(infos: Iterable[ParameterInfo]) -> Iterator[None]:
             piece.add_(values)
 
 
-def is_in_place(info: ParameterInfo) -> bool:
-    """Does the layer still hold the parameter under its name? A pruning mask or a parametrization moves it."""
-    return info.name.rpartition(".")[2] in info.owner._parameters
+def follow_moved(targets: Targets[Any], optimizer: Any) -> None:
+    """Learn anew what layers no longer hold under its name: a pruning mask or a parametrization moves it."""
+    infos = (target.info for of_group in targets.of(optimizer) for target in of_group)
+    if not all(info.name.rpartition(".")[2] in info.owner._parameters for info in infos):
+        targets.refresh()
 
 
 def is_computed_from(info: ParameterInfo) -> bool:

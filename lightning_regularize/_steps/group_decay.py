@@ -163,11 +163,11 @@ class GroupDecay:
         if found is None:
             found = self._leaves[leaf] = _Leaf(held_by(leaf))
         found.groups = groups = self._groups if leaf is self._optimizer() else user_groups(leaf)
-        is_known = found.held_version == found.held.version and len(found.largest_factors) == len(groups)
-        if not is_known or not found.held_version:
+        version = found.held.look(groups)  # parameters may have been appended just now
+        if found.held_version != version or len(found.largest_factors) != len(groups):
             found.largest_factors = self._largest_factors(leaf)
             found.shown = [max(factors.items(), default=(0, 0.0)) for factors in found.largest_factors]
-            found.held_version, found.position = found.held.version, ()
+            found.held_version, found.position = version, ()
         if self._value_of is None:
             found.values = [{0: group.get(_DECAY, 0.0)} for group in groups]
             return found

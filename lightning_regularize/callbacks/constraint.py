@@ -15,7 +15,7 @@ from lightning_regularize._steps.buckets import buckets, calls, put_back_, stack
 from lightning_regularize._steps.targets import Targets
 from lightning_regularize._trainer.names import MisconfigurationException
 from lightning_regularize._trainer.strategies import check_view, check_weights_are_the_optimizers
-from lightning_regularize._used import as_used, is_computed_from, is_in_place, pruning_mask
+from lightning_regularize._used import as_used, follow_moved, is_computed_from, pruning_mask
 from lightning_regularize.callbacks._arguments import named_errors
 from lightning_regularize.callbacks._base import Regularizer
 from lightning_regularize.callbacks._saved import POSITIVE, TENSOR
@@ -266,8 +266,7 @@ class WeightConstraint(Regularizer):
 
     def before_step(self, step: Step) -> None:
         """Refuse what cannot be constrained any more before weights change."""
-        if not all(is_in_place(t.info) for targets in self._targets.of(step.optimizer) for t in targets):
-            self._targets.refresh()
+        follow_moved(self._targets, step.optimizer)
         groups = self._acting(step)
         for target in [t for _, targets in groups for t in targets if t.projection is None]:
             self._begin_target(target)

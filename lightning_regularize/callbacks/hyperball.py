@@ -16,7 +16,7 @@ from lightning_regularize._steps.hooks import hooks_of
 from lightning_regularize._steps.targets import Targets
 from lightning_regularize._trainer.names import MisconfigurationException
 from lightning_regularize._trainer.strategies import check_not_flat, check_weights_are_the_optimizers
-from lightning_regularize._used import is_computed_from, is_in_place
+from lightning_regularize._used import follow_moved, is_computed_from
 from lightning_regularize.callbacks._base import Regularizer
 from lightning_regularize.callbacks._saved import POSITIVE
 from lightning_regularize.callbacks.anchor_decay import AnchorDecay
@@ -181,8 +181,7 @@ class Hyperball(Regularizer):
     def before_step(self, step: Step) -> None:
         self.on_gradients(step)  # LBFGS begins before there are gradients
         optimizer = step.optimizer
-        for target in [t for targets in self._targets.of(optimizer) for t in targets if not is_in_place(t.info)]:
-            self._targets.forget(target.info.parameter)
+        follow_moved(self._targets, optimizer)
         moving = []
         for group, targets in zip(optimizer.param_groups, self._targets.of(optimizer), strict=True):
             flags = will_move(optimizer, [target.info.parameter for target in targets])

@@ -305,7 +305,6 @@ class WeightDecay(Regularizer):
             self._check_optimizer(leaf, step.watch.optimizer)
             if leaf not in self._parts:  # where it was made after the check and before training began
                 self._install_parts(leaf)
-        self._targets.of(leaf)
         values, parts = groups.show(leaf, step.number, self.run.clock.epoch), self._parts.get(leaf)
         if parts is not None:
             parts.values = values
@@ -346,7 +345,6 @@ class WeightDecay(Regularizer):
 
     def _values(self, watch: Watch, leaf: Any, number: int) -> list[dict[int, Any]]:
         """The weight decay of factor 1 in each group of an optimizer, by schedule."""
-        self._targets.of(leaf)  # parameters may have been appended just now
         return self._groups_of(watch.optimizer).values(leaf, number, self.run.clock.epoch)
 
     def _find_decaying(self, step: Step) -> list[Target]:
@@ -354,7 +352,6 @@ class WeightDecay(Regularizer):
 
     def _log(self, watch: Watch) -> None:
         optimizer = watch.optimizer
-        self._targets.of(optimizer)
         names, groups = self.rules.names, self._groups_of(watch.optimizer)
         of_groups = groups.by_schedule(optimizer, watch.steps, self.run.clock.epoch)
         labels = group_labels(optimizer, self.run.label(watch))
