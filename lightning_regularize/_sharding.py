@@ -12,6 +12,7 @@ Everything that is peculiar to DTensor (FSDP2, tensor parallel), FSDP1 or DeepSp
 from __future__ import annotations
 
 import math
+import sys
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -44,7 +45,7 @@ def local_piece(tensor: Tensor) -> Tensor:
 def local_pieces(tensors: Iterable[Tensor]) -> list[Tensor]:
     """What :func:`local_piece` says of each; that none is spread, as almost always, is seen in a third of the time."""
     found = list(tensors)
-    if _PLAIN.issuperset(map(type, found)) and not any(hasattr(tensor, "ds_tensor") for tensor in found):
+    if _PLAIN.issuperset(map(type, found)) and not (_has_deepspeed() and any(map(_is_in_zero3, found))):
         return found
     return [local_piece(tensor) for tensor in found]
 
@@ -75,16 +76,30 @@ def gradients_of(parameters: Iterable[Tensor]) -> list[Tensor | None]:
 
 def settle_gradients_(parameters: Sequence[Tensor]) -> list[Tensor | None]:
     """What :func:`gradients_of` says, and from now on the parameters' own: what is added to them then counts once."""
-    gradients = gradients_of(parameters)
+    own = [parameter.grad for parameter in parameters]
+    if set(map(type, own)) == {Tensor}:  # as almost always
+        return own
+    gradients = list(map(gradient_of, parameters))
     for parameter, gradient in zip(parameters, gradients, strict=True):
         if gradient is not parameter.grad:
             parameter.grad = gradient
     return gradients
 
 
-def is_elsewhere(parameter: Tensor) -> bool:
-    """Has DeepSpeed's ZeRO-Infinity put the elements of ``parameter`` on a disk?"""
-    return hasattr(parameter, "ds_tensor") and parameter.ds_tensor.numel() != parameter.ds_tensor.ds_numel
+def are_elsewhere(parameters: Sequence[Tensor]) -> list[bool]:
+    """Has DeepSpeed's ZeRO-Infinity put the elements of a parameter on a disk? Asked of each."""
+    if not _has_deepspeed():
+        return [False] * len(parameters)
+    return [_is_in_zero3(p) and p.ds_tensor.numel() != p.ds_tensor.ds_numel for p in parameters]  # type: ignore[attr-defined]
+
+
+def _has_deepspeed() -> bool:
+    """Might tensors have what DeepSpeed adds to them? To look for it takes longer than most else."""
+    return "deepspeed" in sys.modules
+
+
+def _is_in_zero3(tensor: Tensor) -> bool:
+    return hasattr(tensor, "ds_tensor")
 
 
 def _of_zero3(piece: Tensor, parameter: Any) -> Tensor:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -21,6 +20,7 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
+from torch.utils.hooks import RemovableHandle
 
 from lightning_regularize._sharding import gathered, is_dtensor, local_tensor, piece_like
 from lightning_regularize.selection import ParameterInfo, matching, tensor_name
@@ -60,10 +60,6 @@ class UsedWeight:
     stored: ParameterInfo
     recipe: Recipe
 
-    @cached_property
-    def _leaf(self) -> str:
-        return self.stored.name.rpartition(".")[2]
-
     @property
     def is_computed(self) -> bool:
         """Does the layer compute it from other tensors?"""
@@ -75,17 +71,8 @@ class UsedWeight:
         return any(source.requires_grad for source in self.recipe.sources.values())
 
     @property
-    def is_stored(self) -> bool:
-        """Does the layer use the very elements of the parameter, neither computed nor unpacked?"""
-        return not self.is_computed and not _is_quantized(local_tensor(self.info.parameter))
-
-    @property
     def is_up_to_date(self) -> bool:
         """Is it computed as it was? Masks and parametrizations may come and go while training."""
-        owner = self.stored.owner
-        is_plain = not owner._forward_pre_hooks and not owner._modules  # one of which may be a fake quantizer
-        if is_plain and not self.is_computed and self._leaf in owner._parameters:
-            return True  # of most weights, and at once: each is asked for on every step that is logged
         now = _recipe_of(self.stored)
         return now is not None and now.makers == self.recipe.makers
 
@@ -157,12 +144,38 @@ def pruning_mask(info: ParameterInfo) -> Tensor | None:
     return None
 
 
+class Layers:
+    """The layers of some parameters. Of most they are plain, which is seen at once.
+
+    Args:
+        infos: What is known of the parameters.
+    """
+
+    def __init__(self, infos: Iterable[ParameterInfo]) -> None:
+        self.infos = list(infos)
+        self._places = [(info.owner, info.name.rpartition(".")[2]) for info in self.infos]
+        self._number = -1
+
+    def are_plain(self) -> bool:
+        """Does each hold its parameter under its name, and nothing that might compute something from it?"""
+        if self.may_mask():
+            return False
+        return all(leaf in owner._parameters and not owner._modules for owner, leaf in self._places)
+
+    def may_mask(self) -> bool:
+        """Has one of them a hook, which might be a pruning mask?"""
+        number = RemovableHandle.next_id  # which whoever adds a hook takes, and counts on
+        if number != self._number and not any(owner._forward_pre_hooks for owner, _ in self._places):
+            self._number = number
+        return number != self._number
+
+
 @contextmanager
 @torch.no_grad()
-def as_used(infos: Iterable[ParameterInfo]) -> Iterator[None]:
+def as_used(layers: Layers) -> Iterator[None]:
     """Parameters have zeros meanwhile where a pruning mask makes zeros of them; then they have their own again."""
     own = []
-    for info in infos:
+    for info in layers.infos if layers.may_mask() else ():
         if info.owner._forward_pre_hooks and (mask := pruning_mask(info)) is not None:
             piece, is_gone = local_tensor(info.parameter), piece_like(mask, info.parameter) == 0
             own.append((piece, piece.where(is_gone, 0.0)))

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from abc import ABC
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, final
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, SGD, Adam, NAdam
 
-from lightning_regularize._sharding import Sharding, local_piece, local_pieces, settle_gradients_
+from lightning_regularize._sharding import Sharding, local_pieces, settle_gradients_
 from lightning_regularize._steps.buckets import refreshed
 from lightning_regularize.decay import (
     change_stochastically_,
@@ -39,18 +40,18 @@ if TYPE_CHECKING:
     from lightning_regularize.selection import ParameterInfo
 
 
-class Target(NamedTuple):
-    """A parameter that decays in this step.
+class Alike(NamedTuple):
+    """Parameters that decay equally in this step.
 
     Args:
-        name: Canonical name.
-        parameter: With a gradient, as it was found.
-        group: The optimizer's group that it stands in.
+        names: Canonical names.
+        parameters: With gradients, as they were found.
+        group: The optimizer's group that they stand in.
         weight_decay: For this step, factors included.
     """
 
-    name: str
-    parameter: nn.Parameter
+    names: list[str]
+    parameters: list[nn.Parameter]
     group: dict[str, Any]
     weight_decay: float
 
@@ -64,6 +65,13 @@ class Target(NamedTuple):
         """What a coupled step adds of the weight to its gradient; an optimizer that maximizes subtracts that."""
         return -self.weight_decay if self.group.get("maximize") else self.weight_decay
 
+    def where(self, flags: Sequence[bool]) -> Alike:
+        """Those whose flag is set, mostly all."""
+        if all(flags):
+            return self
+        names, parameters = itertools.compress(self.names, flags), itertools.compress(self.parameters, flags)
+        return self._replace(names=list(names), parameters=list(parameters))
+
 
 def _call(change: Callable[..., None], tensors: Sequence[Tensor], *columns: Sequence[Tensor]) -> None:
     change(tensors, *columns)
@@ -76,6 +84,8 @@ class DecayMethod(ABC):  # noqa: B024 each method does one of three things, none
     """Does the optimizer decay, by its own ``weight_decay``? For all others that is set to 0."""
     adds_to_gradients = False
     """Does it act through the gradients?"""
+    acts_on_weights = True
+    """Does it change weights by itself, around the step?"""
     needs_rate = False
     """Does it need the learning rate? Some optimizers find their own."""
     knows_share = True
@@ -86,13 +96,13 @@ class DecayMethod(ABC):  # noqa: B024 each method does one of three things, none
     change: Callable[..., None] = staticmethod(_call)
     """Calls what changes tensors; a callback puts here what also measures how much of it rounding leaves."""
 
-    def on_gradients(self, targets: Sequence[Target], scale: Tensor | None, step: int) -> None:  # noqa: B027
+    def on_gradients(self, targets: Sequence[Alike], scale: Tensor | None, step: int) -> None:  # noqa: B027
         """Gradients are complete, and multiplied by ``scale``; by default nothing is to be done."""
 
-    def before(self, optimizer: Optimizer, targets: Sequence[Target], step: int) -> None:  # noqa: B027
+    def before(self, optimizer: Optimizer, targets: Sequence[Alike], step: int) -> None:  # noqa: B027
         """Weights are about to change; by default nothing is to be done."""
 
-    def after(self, optimizer: Optimizer, targets: Sequence[Target], step: int) -> None:  # noqa: B027
+    def after(self, optimizer: Optimizer, targets: Sequence[Alike], step: int) -> None:  # noqa: B027
         """Weights have changed; by default nothing is to be done."""
 
     def refuse(self, optimizer: Optimizer) -> str:
@@ -125,6 +135,7 @@ class ByOptimizer(DecayMethod):
     """The optimizer decays by itself; its groups are split while it steps."""
 
     uses_optimizer = True
+    acts_on_weights = False
 
     def refuse(self, optimizer: Optimizer) -> str:
         """LBFGS, Rprop and others have no weight decay."""
@@ -151,23 +162,22 @@ class Coupled(DecayMethod):
     seed: int = 0
 
     adds_to_gradients = True
+    acts_on_weights = False
 
     @torch.no_grad()
-    def on_gradients(self, targets: Sequence[Target], scale: Tensor | None, step: int) -> None:
+    def on_gradients(self, targets: Sequence[Alike], scale: Tensor | None, step: int) -> None:
         """Add the gradient of the penalty, multiplied as the gradients are."""
-        for alike in by_strength(targets):
-            # LBFGS may decay what has no gradient.
-            settled = settle_gradients_([target.parameter for target in alike])
-            found = [(target, g) for target, g in zip(alike, settled, strict=True) if g is not None]
-            weights = local_pieces([target.parameter for target, _ in found])
-            gradients = local_pieces([g for _, g in found])
-            value = alike[0].pull if scale is None else scale * alike[0].pull
+        for alike in targets:
+            settled = settle_gradients_(alike.parameters)
+            found = alike.where([gradient is not None for gradient in settled])  # LBFGS may decay what has none
+            weights, gradients = local_pieces(found.parameters), local_pieces([g for g in settled if g is not None])
+            value = alike.pull if scale is None else scale * alike.pull
             if not self.stochastic:
                 self.change(functools.partial(couple_, weight_decay=value), gradients, weights)
                 continue
-            for (target, _), gradient, weight in zip(found, gradients, weights, strict=True):
+            for name, gradient, weight in zip(found.names, gradients, weights, strict=True):
                 add = functools.partial(couple_, weights=weight.to(at_least_float32(weight)), weight_decay=value)
-                change_stochastically_(gradient, add, seed=noise_seed(self.seed, step, target.name))
+                change_stochastically_(gradient, add, seed=noise_seed(self.seed, step, name))
 
 
 @final
@@ -185,10 +195,10 @@ class Decoupled(DecayMethod):
 
     needs_rate = True
 
-    def before(self, optimizer: Optimizer, targets: Sequence[Target], step: int) -> None:
+    def before(self, optimizer: Optimizer, targets: Sequence[Alike], step: int) -> None:
         """Decay, as AdamW does before its update."""
         seed = (self.seed, step) if self.stochastic else None
-        _decay(self, [(alike[0].share, alike) for alike in by_strength(targets)], seed)
+        _decay(self, [(alike.share, alike) for alike in targets], seed)
 
 
 @final
@@ -208,10 +218,10 @@ class Independent(DecayMethod):
         """The learning rate does not matter."""
         return 1.0
 
-    def before(self, optimizer: Optimizer, targets: Sequence[Target], step: int) -> None:
+    def before(self, optimizer: Optimizer, targets: Sequence[Alike], step: int) -> None:
         """Decay by the weight decay itself."""
         seed = (self.seed, step) if self.stochastic else None
-        _decay(self, [(alike[0].weight_decay, alike) for alike in by_strength(targets)], seed)
+        _decay(self, [(alike.weight_decay, alike) for alike in targets], seed)
 
 
 @final
@@ -230,20 +240,20 @@ class Cautious(DecayMethod):
         self._copies: WeakKeyDictionary[Optimizer, list[Tensor]] = WeakKeyDictionary()
 
     @torch.no_grad()
-    def before(self, optimizer: Optimizer, targets: Sequence[Target], step: int) -> None:
+    def before(self, optimizer: Optimizer, targets: Sequence[Alike], step: int) -> None:
         """Remember the weights, in memory that is kept from step to step."""
-        lists = by_strength(targets)
-        _check_shares(alike[0].share for alike in lists)
-        weights = [weight for alike in lists for weight in _local_weights(alike)]
+        _check_shares(alike.share for alike in targets)
+        weights = local_pieces([parameter for alike in targets for parameter in alike.parameters])
         self._copies[optimizer] = refreshed(self._copies.get(optimizer, []), weights)
 
     @torch.no_grad()
-    def after(self, optimizer: Optimizer, targets: Sequence[Target], step: int) -> None:
+    def after(self, optimizer: Optimizer, targets: Sequence[Alike], step: int) -> None:
         """Decay what the update has moved towards zero."""
         copies = iter(self._copies.get(optimizer, ()))
-        for alike in by_strength(targets):
-            decay = functools.partial(decay_cautiously_, share=alike[0].share)
-            self.change(decay, _local_weights(alike), [next(copies) for _ in alike])
+        for alike in targets:
+            weights = local_pieces(alike.parameters)
+            decay = functools.partial(decay_cautiously_, share=alike.share)
+            self.change(decay, weights, list(itertools.islice(copies, len(weights))))
 
 
 @final
@@ -278,15 +288,14 @@ class Stable(DecayMethod):
             return ""
         return f"Stable weight decay is defined for SGD, Adam, AdamW and NAdam, not for {type(optimizer).__name__}."
 
-    def before(self, optimizer: Optimizer, targets: Sequence[Target], step: int) -> None:
+    def before(self, optimizer: Optimizer, targets: Sequence[Alike], step: int) -> None:
         """Decay by the share that fits the step to come."""
-        lists = by_strength(targets)
         if isinstance(optimizer, SGD):
-            _decay(self, [(alike[0].share * _steady_length(alike[0].group), alike) for alike in lists])
+            _decay(self, [(alike.share * _steady_length(alike.group), alike) for alike in targets])
         else:
-            _check_shares(alike[0].share for alike in lists)
+            _check_shares(alike.share for alike in targets)
             length = mean_length(optimizer, self.sharding)
-            _decay(self, [(alike[0].share * length, alike) for alike in lists])
+            _decay(self, [(alike.share * length, alike) for alike in targets])
 
 
 def will_move(optimizer: Optimizer, parameters: Sequence[Tensor]) -> list[bool]:
@@ -302,19 +311,6 @@ def _steady_length(group: Mapping[str, Any]) -> float:
     return float((1 - group["dampening"]) / (1 - momentum)) if momentum else 1.0
 
 
-def by_strength(targets: Sequence[Target]) -> list[list[Target]]:
-    """The targets in lists that share a group and a weight decay."""
-    found: dict[tuple[int, float], list[Target]] = {}
-    for target in targets:
-        found.setdefault((id(target.group), target.weight_decay), []).append(target)
-    return list(found.values())
-
-
-def _local_weights(targets: Sequence[Target]) -> list[Tensor]:
-    """To be called without gradients."""
-    return local_pieces([target.parameter for target in targets])
-
-
 def _check_shares(shares: Iterable[float | Tensor]) -> None:
     """Before any weight changes."""
     for share in shares:
@@ -324,17 +320,18 @@ def _check_shares(shares: Iterable[float | Tensor]) -> None:
 @torch.no_grad()
 def _decay(
     method: DecayMethod,
-    shares: Sequence[tuple[float | Tensor, Sequence[Target]]],
+    shares: Sequence[tuple[float | Tensor, Alike]],
     seed: tuple[int, int] | None = None,
 ) -> None:
     """Decay each list by its share; with a seed and a step, round at random, each tensor with noise of its own."""
     _check_shares(share for share, _ in shares)
-    for share, targets in shares:
+    for share, alike in shares:
+        weights = local_pieces(alike.parameters)
         if seed is None:
-            method.change(functools.partial(decay_, share=share), _local_weights(targets))
+            method.change(functools.partial(decay_, share=share), weights)
             continue
-        for target in targets:
-            decay_stochastic_(local_piece(target.parameter), share, seed=noise_seed(*seed, target.name))
+        for name, weight in zip(alike.names, weights, strict=True):
+            decay_stochastic_(weight, share, seed=noise_seed(*seed, name))
 
 
 METHODS: dict[str, type[DecayMethod]] = {

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, NAdam, RMSprop
 
 from lightning_regularize._sharding import Sharding
-from lightning_regularize.decay_methods import Cautious, Coupled, Decoupled, Independent, Stable, Target
+from lightning_regularize.decay_methods import Alike, Cautious, Coupled, Decoupled, Independent, Stable
 from tests.models import randn
 from tests.naming import printed
 from tests.properties import assert_same_bits
@@ -28,12 +28,11 @@ def gradients(weights, step):
 
 def targets(optimizer, weight_decay=WEIGHT_DECAY):
     """Everything with a gradient; the second group decays by half."""
-    return [
-        Target(f"{i}.{j}", parameter, group, weight_decay / (i + 1))
-        for i, group in enumerate(optimizer.param_groups)
-        for j, parameter in enumerate(group["params"])
-        if parameter.grad is not None
-    ]
+    lists = []
+    for i, group in enumerate(optimizer.param_groups):
+        moving = {f"{i}.{j}": p for j, p in enumerate(group["params"]) if p.grad is not None}
+        lists.append(Alike(list(moving), list(moving.values()), group, weight_decay / (i + 1)))
+    return lists
 
 
 def run(make_optimizer, method=None, dtype=torch.float64, steps=STEPS, weight_decay=WEIGHT_DECAY):
@@ -121,7 +120,7 @@ def test_stochastic_rounding_is_the_same_in_each_replica_and_another_for_each_se
 def noise_of(name, step):
     weight = nn.Parameter(torch.ones(1000, dtype=torch.bfloat16))
     optimizer = SGD([weight], lr=1.0)
-    Decoupled(stochastic=True).before(optimizer, [Target(name, weight, optimizer.param_groups[0], 1e-3)], step)
+    Decoupled(stochastic=True).before(optimizer, [Alike([name], [weight], optimizer.param_groups[0], 1e-3)], step)
     return weight.detach()
 
 
@@ -319,7 +318,7 @@ def test_no_weight_changes_if_the_share_of_another_is_too_large(method, make_opt
         weight.grad = torch.ones_like(weight)
     before = [weight.detach().clone() for weight in weights]
     too_large = [
-        Target(str(i), weight, group, weight_decay)
+        Alike([str(i)], [weight], group, weight_decay)
         for i, (weight, group, weight_decay) in enumerate(zip(weights, optimizer.param_groups, (0.1, 1.5), strict=True))
     ]
     with pytest.raises(ValueError, match=r"share in \[0, 1\]"):

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from lightning_regularize.decay_methods import Target, will_move
+from lightning_regularize.decay_methods import Alike, will_move
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
-    from torch import nn
     from torch.optim import Optimizer
 
     from lightning_regularize._steps.targets import Targets
@@ -26,8 +24,7 @@ class _Known:
     decisions: Sequence[Sequence[Decision]]
     groups: Sequence[dict[str, Any]]
     values: Sequence[Mapping[int, float]]
-    targets: list[Target]
-    parameters: list[nn.Parameter]
+    targets: list[Alike]
 
 
 class Decaying:
@@ -41,7 +38,7 @@ class Decaying:
         self._targets = targets
         self._known: WeakKeyDictionary[Optimizer, _Known] = WeakKeyDictionary()
 
-    def of(self, optimizer: Optimizer, values: Sequence[Mapping[int, float]]) -> list[Target]:
+    def of(self, optimizer: Optimizer, values: Sequence[Mapping[int, float]]) -> list[Alike]:
         """What decays in the step that begins: parameters with a gradient, as for the optimizers themselves.
 
         Args:
@@ -56,14 +53,18 @@ class Decaying:
             or known.values != values
             or any(group is not before for group, before in zip(groups, known.groups, strict=True))
         ):
-            targets = [
-                Target(decision.info.name, decision.info.parameter, group, decay)
-                for group, of_group, own in zip(groups, decisions, values, strict=True)
-                for decision in of_group
-                if (decay := decision.weight_decay(own))
-            ]
-            known = self._known[optimizer] = _Known(
-                decisions, list(groups), values, targets, [target.parameter for target in targets]
-            )
-        flags = will_move(optimizer, known.parameters)
-        return known.targets if all(flags) else list(itertools.compress(known.targets, flags))  # mostly all
+            of_groups = zip(groups, decisions, values, strict=True)
+            targets = [alike for group, of_group, own in of_groups for alike in _by_strength(group, of_group, own)]
+            known = self._known[optimizer] = _Known(decisions, list(groups), values, targets)
+        moving = [alike.where(will_move(optimizer, alike.parameters)) for alike in known.targets]
+        return [alike for alike in moving if alike.parameters]
+
+
+def _by_strength(group: dict[str, Any], decisions: Sequence[Decision], values: Mapping[int, float]) -> Iterator[Alike]:
+    """What decays in a group, in lists of one weight decay."""
+    found: dict[float, list[Decision]] = {}
+    for decision in decisions:
+        if decay := decision.weight_decay(values):
+            found.setdefault(decay, []).append(decision)
+    for decay, those in found.items():
+        yield Alike([each.info.name for each in those], [each.info.parameter for each in those], group, decay)

@@ -64,12 +64,9 @@ class LoggedValues:
         """The values of the parts that ``detail`` asks for, by key; ``taken`` are parts of other optimizers."""
         if self._monitor.detail == "total":
             return {}
-        part_of = table.parts(self._monitor.detail, watch.optimizer, self._run.label(watch))
-        parts = list(dict.fromkeys(part for part in part_of if part is not None))
+        parts, index = table.parts(self._monitor.detail, watch.optimizer, self._run.label(watch))
         if not parts:
             return {}
-        places: dict[str | None, int] = {part: i for i, part in enumerate(parts)}
-        index = [places.get(part, len(parts)) for part in part_of]  # the last is of no part
         of_parts = quantities.combined(sums, index, max(index) + 1, self._monitor.norm_type)
         parts = [f"{part} ({self._monitor.detail})" if _TOTAL.fullmatch(part) else part for part in parts]
         labels = [f"{self._run.label(watch)} {part}" if part in taken else part for part in parts]

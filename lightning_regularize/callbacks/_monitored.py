@@ -8,11 +8,11 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from lightning_regularize import group_settings
-from lightning_regularize._sharding import is_elsewhere, local_tensor
+from lightning_regularize._sharding import are_elsewhere, local_tensor
 from lightning_regularize._steps.targets import Targets, held_by
 from lightning_regularize._trainer.run import group_labels
 from lightning_regularize._trainer.strategies import deepspeed_keeper, held_parameters, torch_optimizer
-from lightning_regularize._used import Piece, used_weight
+from lightning_regularize._used import Layers, Piece, used_weight
 from lightning_regularize.callbacks.weight_decay import WeightDecay
 from lightning_regularize.decay_methods import will_move
 from lightning_regularize.quantities import module_of
@@ -50,6 +50,25 @@ class Row(NamedTuple):
         return Piece(local_tensor(self.parameter).new_empty(0), self.parameter, torch.Size([0]))
 
 
+class Parts(NamedTuple):
+    """Parts of the model.
+
+    Args:
+        names: Of each part.
+        numbers: The number of the part that each row belongs to; one too large for those that belong to none.
+    """
+
+    names: list[str]
+    numbers: list[int]
+
+    @classmethod
+    def of(cls, names: Sequence[str | None]) -> Parts:
+        """From the name of the part of each row; None for no part."""
+        known = [name for name in dict.fromkeys(names) if name is not None]
+        places: dict[str | None, int] = {name: i for i, name in enumerate(known)}
+        return cls(known, [places.get(name, len(known)) for name in names])
+
+
 class Table:
     """What is read of the weights of one optimizer, as long as nothing else is to be read.
 
@@ -60,24 +79,28 @@ class Table:
     def __init__(self, rows: Sequence[Row]) -> None:
         self.rows = rows
         self.names = [row.name for row in rows]
-        # Pieces that change with the parameter itself are made once: for 300 parameters that takes 2 ms.
-        changing = [row.stands_for_weight and not row.weight.is_stored for row in rows]
-        self._pieces = [None if anew else row.piece() for row, anew in zip(rows, changing, strict=True)]
-        self._modules = [module_of(row.weight.info.name) for row in rows]
+        # Of most rows the parameter itself, found once: for 300 parameters that takes 2 ms. All others are copies.
+        found = [None if row.stands_for_weight and row.weight.is_computed else row.piece() for row in rows]
+        self._pieces = [
+            None if row.stands_for_weight and piece is not None and piece.tensor is not row.parameter else piece
+            for row, piece in zip(rows, found, strict=True)
+        ]
+        self._parts: dict[str, Parts] = {}
 
     def pieces(self) -> list[Piece]:
         """What this rank holds of each row, as it is now."""
         return [row.piece() if known is None else known for row, known in zip(self.rows, self._pieces, strict=True)]
 
-    def parts(self, detail: str, optimizer: Any, label: str) -> list[str | None]:
-        """The part of the model that each row belongs to, of those that ``detail`` asks for; None for no part."""
-        if detail == "parameter":
-            return [row.weight.info.name for row in self.rows]
-        if detail == "module":
-            return list(self._modules)
-        of_groups = zip(group_labels(optimizer, label), held_parameters(optimizer), strict=True)
-        by_id = {id(p): name for name, parameters in of_groups for p in parameters}
-        return [by_id.get(id(row.parameter)) for row in self.rows]
+    def parts(self, detail: str, optimizer: Any, label: str) -> Parts:
+        """The parts of the model that ``detail`` asks for."""
+        if detail == "group":  # whose names may change
+            of_groups = zip(group_labels(optimizer, label), held_parameters(optimizer), strict=True)
+            by_id = {id(p): name for name, parameters in of_groups for p in parameters}
+            return Parts.of([by_id.get(id(row.parameter)) for row in self.rows])
+        if detail not in self._parts:
+            names = [row.weight.info.name for row in self.rows]
+            self._parts[detail] = Parts.of(names if detail == "parameter" else list(map(module_of, names)))
+        return self._parts[detail]
 
 
 class Monitored:
@@ -102,6 +125,8 @@ class Monitored:
     def _list(self) -> None:
         self._weights = list(self._targets)
         self._lazy = [weight for weight in self._weights if is_lazy(weight.info.parameter)]
+        self._parameters = [weight.info.parameter for weight in self._weights]
+        self._layers = Layers(weight.stored for weight in self._weights)
         self._sources = [source for weight in self._weights for source in weight.recipe.sources.values()]
 
     def of(self, watch: Watch) -> Table:
@@ -111,7 +136,11 @@ class Monitored:
         known = self._tables.get(watch.index)
         ready = [weight for weight in self._lazy if not is_lazy(weight.info.parameter)]
         is_known = known is not None and known[0] == state and not ready
-        if known is not None and is_known and all(weight.is_up_to_date for weight in self._weights):
+        if (
+            known is not None
+            and is_known
+            and (self._layers.are_plain() or all(weight.is_up_to_date for weight in self._weights))
+        ):
             return known[1]
         for leaf in watch.leaves:  # layers may have been replaced
             self._targets.of(leaf)
@@ -127,12 +156,12 @@ class Monitored:
     def _state(self, watch: Watch, versions: list[int]) -> Any:
         """What decides about the rows: what optimizers hold, and which parameters are trained and can be read."""
         are_trained = [source.requires_grad for source in self._sources]
-        are_elsewhere = [is_elsewhere(weight.info.parameter) for weight in self._weights]
-        return watch.leaves, versions, len(self._run.watches), are_trained, are_elsewhere
+        return watch.leaves, versions, len(self._run.watches), are_trained, are_elsewhere(self._parameters)
 
     def _rows(self, watch: Watch) -> list[Row]:
         trainable = [weight for weight in self._weights if weight.is_trainable and weight not in self._lazy]
-        readable = [weight for weight in trainable if not is_elsewhere(weight.info.parameter)]
+        elsewhere = are_elsewhere([weight.info.parameter for weight in trainable])
+        readable = [weight for weight, is_gone in zip(trainable, elsewhere, strict=True) if not is_gone]
         if len(readable) < len(trainable):
             self._monitor.warn(
                 "DeepSpeed has put parameters on a disk, where WeightNormMonitor cannot read them; it leaves them out."

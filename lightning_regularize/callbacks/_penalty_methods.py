@@ -23,7 +23,7 @@ from lightning_regularize._steps.buckets import HALF, buckets, calls
 from lightning_regularize._steps.clock import rate_of
 from lightning_regularize._trainer.names import MisconfigurationException
 from lightning_regularize._trainer.strategies import check_gradients_are_the_modules, check_weights_are_the_optimizers
-from lightning_regularize._used import as_used
+from lightning_regularize._used import Layers, as_used
 from lightning_regularize.decay import change_stochastically_, noise_seed
 from lightning_regularize.penalties import L2
 from lightning_regularize.selection import has_sparse_gradient, is_normalized
@@ -31,7 +31,7 @@ from lightning_regularize.step_sizes import differ_by_weight, knows, step_sizes,
 from lightning_regularize.units import at_least_float32, unit_buckets, unit_dims
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from contextlib import AbstractContextManager
 
     from torch import Tensor, nn
@@ -65,24 +65,26 @@ class Target(NamedTuple):
         return tensor if self.view is None or tuple(tensor.shape) == self.view else tensor.view(self.view)
 
 
-class Alike(NamedTuple):
+class Alike:
     """Targets of a group whose units lie in the same dims, which are penalized by one call."""
 
-    dim: tuple[int, ...] | None
-    targets: list[Target]
-    parameters: list[nn.Parameter]
-
-    @property
-    def parts(self) -> list[Part]:
-        """What the targets are of attention layers; empty where groups are not heads."""
-        return [target.part for target in self.targets if target.part is not None]
+    def __init__(self, dim: tuple[int, ...] | None, targets: list[Target]) -> None:
+        self.dim, self.targets = dim, targets
+        self.parameters = [target.parameter for target in targets]
+        self.parts = [target.part for target in targets]
+        """What each target is of an attention layer, where groups are heads; else None."""
+        self.is_joint = any(part is not None for part in self.parts)
+        """Do groups lie in several of the parameters?"""
+        self._have_views = any(target.view is not None for target in targets)
+        self._layers = Layers(target.info for target in targets)
 
     def where(self, flags: Sequence[bool]) -> Alike:
         """Those whose flag is set, mostly all."""
-        if all(flags):
-            return self
-        targets = list(itertools.compress(self.targets, flags))
-        return Alike(self.dim, targets, [target.parameter for target in targets])
+        return self if all(flags) else Alike(self.dim, list(itertools.compress(self.targets, flags)))
+
+    def where_in(self, numbers: Sequence[int]) -> Alike:
+        """Those with these numbers."""
+        return Alike(self.dim, [self.targets[i] for i in numbers])
 
     def with_gradients(self) -> Alike:
         """Those that a step moves."""
@@ -90,10 +92,12 @@ class Alike(NamedTuple):
 
     def as_used(self) -> AbstractContextManager[None]:
         """Meanwhile pruned elements of the parameters are zero, see :func:`~lightning_regularize._used.as_used`."""
-        return as_used(target.info for target in self.targets)
+        return as_used(self._layers)
 
     def as_units(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The parameters, or tensors of their shapes, see :meth:`Target.as_units`."""
+        if not self._have_views:
+            return list(tensors)
         return [target.as_units(tensor) for target, tensor in zip(self.targets, tensors, strict=True)]
 
 
@@ -102,7 +106,7 @@ def arranged(targets: Sequence[Target]) -> list[Alike]:
     by_dim: dict[tuple[int, ...] | None, list[Target]] = {}
     for target in targets:
         by_dim.setdefault(target.dim, []).append(target)
-    return [Alike(dim, alike, [target.parameter for target in alike]) for dim, alike in by_dim.items()]
+    return [Alike(dim, alike) for dim, alike in by_dim.items()]
 
 
 class Method(ABC):
@@ -159,12 +163,13 @@ class Gradient(Method):
                 settled = settle_gradients_(alike.parameters)
                 found = alike.where([gradient is not None for gradient in settled])
                 gradients = found.as_units([gradient for gradient in settled if gradient is not None])
+                weights = found.as_units(found.parameters)
+                add = functools.partial(_add_, penalty=penalty, strength=scaled, dim=found.dim)
                 with found.as_used():
                     if owner.rounds_at_random:
-                        _add_at_random_(owner, gradients, found.targets, scaled, found.dim, step.number)
-                        continue
-                    add = functools.partial(_add_, penalty=penalty, strength=scaled, dim=found.dim)
-                    owner.rounded.change(add, gradients, found.targets, together=bool(found.parts))
+                        _add_at_random_(owner, add, gradients, weights, found.targets, step.number)
+                    else:
+                        owner.rounded.change(add, gradients, weights, found.parts, together=found.is_joint)
 
     @torch.no_grad()
     def before_step(self, owner: PenaltyCallback, step: Step) -> None:
@@ -172,14 +177,14 @@ class Gradient(Method):
         for group, lists in owner.targets(step.optimizer) if owner.rounded.is_measured else ():
             strength = _strength(owner, group, step) if lists else 0.0
             for alike in (each.with_gradients() for each in lists):
-                numbers = owner.rounded.pick(alike.parameters, together=bool(alike.parts))
-                picked = [alike.targets[i] for i in numbers]
-                terms = [torch.zeros_like(t.as_units(t.parameter), dtype=torch.float32) for t in picked]
-                with alike.as_used():
-                    _add_(terms, picked, owner.penalty(), strength, alike.dim)
-                halves = [i for i, t in enumerate(picked) if t.parameter.dtype in HALF]
-                measured = [picked[i].parameter for i in halves]
-                owner.rounded.step(step.optimizer, group, measured, [terms[i] for i in halves])
+                picked = alike.where_in(owner.rounded.pick(alike.parameters, together=alike.is_joint))
+                weights = picked.as_units(picked.parameters)
+                terms = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
+                with picked.as_used():
+                    _add_(terms, weights, picked.parts, owner.penalty(), strength, alike.dim)
+                halves = [p.dtype in HALF for p in picked.parameters]
+                measured, of_measured = (list(itertools.compress(each, halves)) for each in (picked.parameters, terms))
+                owner.rounded.step(step.optimizer, group, measured, of_measured)
 
 
 class Proximal(Method):
@@ -224,10 +229,9 @@ class Proximal(Method):
                 if stepped.targets:
                     weights = stepped.as_units(stepped.parameters)
                     shrink = functools.partial(_shrink_, penalty=owner.penalty(), strength=strength, dim=alike.dim)
-                    parts = [target.part for target in stepped.targets]
                     known = [size for size in sizes if size is not None]
                     with stepped.as_used():
-                        owner.rounded.change(shrink, weights, known, parts, together=any(parts))
+                        owner.rounded.change(shrink, weights, known, stepped.parts, together=stepped.is_joint)
 
 
 def _strength(owner: PenaltyCallback, group: dict[str, Any], step: Step) -> float:
@@ -237,14 +241,14 @@ def _strength(owner: PenaltyCallback, group: dict[str, Any], step: Step) -> floa
 
 def _add_(
     gradients: Sequence[Tensor],
-    targets: Sequence[Target],
+    weights: Sequence[Tensor],
+    parts_or_none: Sequence[Part | None],
     penalty: Any,
     strength: Any,
     dim: tuple[int, ...] | None,
 ) -> None:
     """Add the gradient of a penalty, also of one that has to be given whole weights."""
-    weights = [target.as_units(target.parameter) for target in targets]
-    if parts := [target.part for target in targets if target.part is not None]:
+    if parts := [part for part in parts_or_none if part is not None]:
         add_joint_gradient_(penalty, parts, gradients, weights, strength)
         return
     if penalty.takes_pieces or not any(map(is_dtensor, weights)):
@@ -261,10 +265,10 @@ def _add_(
 
 def _add_at_random_(
     owner: PenaltyCallback,
+    add: Callable[..., None],
     gradients: Sequence[Tensor],
+    weights: Sequence[Tensor],
     targets: Sequence[Target],
-    strength: Any,
-    dim: tuple[int, ...] | None,
     step: int,
 ) -> None:
     """Add the gradient of a penalty, to gradients of half precision by rounding at random."""
@@ -274,12 +278,12 @@ def _add_at_random_(
     for numbers in together.values():
         those, found = [gradients[i] for i in numbers], [targets[i] for i in numbers]
         terms = [torch.zeros_like(each, dtype=torch.float32) if each.dtype in HALF else each for each in those]
-        _add_(terms, found, owner.penalty(), strength, dim)
+        add(terms, [weights[i] for i in numbers], [target.part for target in found])
         for target, gradient, term in zip(found, those, terms, strict=True):
             if term is not gradient:
                 seed = noise_seed(owner.seed, step, f"{type(owner).__name__}/{target.info.name}")
-                add = functools.partial(torch.Tensor.add_, other=local_piece(term))
-                change_stochastically_(local_piece(gradient), add, seed=seed)
+                add_term = functools.partial(torch.Tensor.add_, other=local_piece(term))
+                change_stochastically_(local_piece(gradient), add_term, seed=seed)
 
 
 def _shrink_whole_(penalty: Any, weight: Tensor, threshold: float | Tensor, dim: tuple[int, ...] | None) -> None:

@@ -14,7 +14,6 @@ from torch.optim import AdamW
 from lightning_regularize._sharding import local_piece, local_tensor
 from lightning_regularize._steps.buckets import HALF
 from lightning_regularize.decay import decay_
-from lightning_regularize.decay_methods import by_strength
 from lightning_regularize.step_sizes import knows, step_sizes
 
 if TYPE_CHECKING:
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
     from lightning_regularize._steps.hooks import Step
     from lightning_regularize.callbacks._base import Regularizer
-    from lightning_regularize.decay_methods import Target
+    from lightning_regularize.decay_methods import Alike
     from lightning_regularize.selection import ParameterInfo
 
 _TOLERANCE = 0.05  # what may be lost, or gained, of a strength before a warning says so
@@ -154,7 +153,9 @@ class Rounding:
 
     def pick(self, tensors: Sequence[Tensor], *, together: bool = False) -> list[int]:
         """The numbers of the tensors to measure: small ones of half precision, the same on all ranks; none mostly."""
-        halves = [i for i, tensor in enumerate(tensors) if tensor.dtype in HALF] if self.is_measured else []
+        if not self.is_measured:
+            return []
+        halves = [i for i, tensor in enumerate(tensors) if tensor.dtype in HALF]
         if together and halves:
             return list(range(len(tensors)))
         picked: list[int] = []
@@ -219,7 +220,7 @@ class Rounding:
 
 
 @torch.no_grad()
-def measure_decay(rounded: Rounding, step: Step, targets: Sequence[Target], *, by_optimizer: bool) -> None:
+def measure_decay(rounded: Rounding, step: Step, targets: Sequence[Alike], *, by_optimizer: bool) -> None:
     """Measure what an optimizer is going to round away of weight decay.
 
     Args:
@@ -229,13 +230,13 @@ def measure_decay(rounded: Rounding, step: Step, targets: Sequence[Target], *, b
         by_optimizer: Does the optimizer decay by itself? If not, its gradients hold the decay.
     """
     optimizer = step.optimizer
-    for alike in by_strength(targets):
-        picked = [alike[i] for i in rounded.pick([target.parameter for target in alike])]
-        weights, value, group = [target.parameter for target in picked], alike[0].weight_decay, alike[0].group
+    for alike in targets:
+        weights = [alike.parameters[i] for i in rounded.pick(alike.parameters)]
+        value, group = alike.weight_decay, alike.group
         if by_optimizer and not knows(optimizer):  # mostly it decays by itself, before its update
             if not group.get("fused"):  # which rounds once, with the noise of the gradient in it
                 copies = [local_piece(weight).clone() for weight in weights]
-                rounded.change(functools.partial(decay_, share=alike[0].share), copies)
+                rounded.change(functools.partial(decay_, share=alike.share), copies)
             continue
         is_decoupled = by_optimizer and (isinstance(optimizer, AdamW) or group.get("decoupled_weight_decay", False))
         own = {**group, "weight_decay": value} if by_optimizer else group

@@ -104,7 +104,7 @@ class Heads(WeightGroups):
     def check(self, groups: Sequence[Sequence[Alike]]) -> None:
         place: dict[str, int] = {}
         for i, lists in enumerate(groups):
-            for part in (part for alike in lists for part in alike.parts):
+            for part in (part for alike in lists for part in alike.parts if part is not None):
                 if place.setdefault(part.layer, i) != i:
                     raise ValueError(
                         f"the weights of the attention layer {part.layer!r} are in several parameter groups, and a "

@@ -15,7 +15,7 @@ from lightning_regularize._steps.buckets import buckets, calls, put_back_, stack
 from lightning_regularize._steps.targets import Targets
 from lightning_regularize._trainer.names import MisconfigurationException
 from lightning_regularize._trainer.strategies import check_view, check_weights_are_the_optimizers
-from lightning_regularize._used import as_used, follow_moved, is_computed_from, pruning_mask
+from lightning_regularize._used import Layers, as_used, follow_moved, is_computed_from, pruning_mask
 from lightning_regularize.callbacks._arguments import named_errors
 from lightning_regularize.callbacks._base import Regularizer
 from lightning_regularize.callbacks._saved import POSITIVE, TENSOR
@@ -236,7 +236,7 @@ class WeightConstraint(Regularizer):
             target.projection = type(self.projection)(radius, relative=False)  # type: ignore[call-arg]
         else:
             try:
-                with as_used([target.info]):
+                with as_used(Layers([target.info])):
                     target.projection = self.projection.at_start(weight)
             except ValueError as error:
                 raise ValueError(f"WeightConstraint: {name!r}: {error} `exclude=({name!r},)` leaves it out.") from error
@@ -320,7 +320,7 @@ class WeightConstraint(Regularizer):
         for those, mask in zip(_of_one_shape(held), are_zero, strict=True):
             put_back_(those, stacked(those).masked_fill_(mask, 0))
         for projection, targets in self._due.get(optimizer, ()):
-            with as_used(target.info for target in targets):
+            with as_used(Layers(target.info for target in targets)):
                 changed = _project_(projection, targets)
             self._bound = changed if self._bound is None else self._bound | changed.to(self._bound.device)
 

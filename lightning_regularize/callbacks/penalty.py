@@ -203,7 +203,7 @@ class PenaltyCallback(Regularizer):
                     value = functools.partial(penalty.value, strength=strength, dim=alike.dim)
                     whole = alike.where([not is_flat for is_flat in are_flat])
                     with whole.as_used():
-                        if parts := whole.parts:
+                        if parts := [part for part in whole.parts if part is not None]:
                             values += joint_value(penalty, parts, whole.parameters, strength)
                             continue
                         units = whole.as_units(whole.parameters)

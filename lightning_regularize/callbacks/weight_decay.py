@@ -23,7 +23,7 @@ from lightning_regularize.callbacks._arguments import named_errors
 from lightning_regularize.callbacks._base import Regularizer
 from lightning_regularize.callbacks._rounding import Rounding, measure_decay
 from lightning_regularize.callbacks._saved import NUMBER, Value
-from lightning_regularize.decay_methods import METHODS, DecayMethod, Target, check_method
+from lightning_regularize.decay_methods import METHODS, Alike, DecayMethod, check_method
 from lightning_regularize.decay_rules import NO_DECAY, DecayRules, Decision, Setting
 from lightning_regularize.groups import Grouping
 from lightning_regularize.schedules import Constant, Schedule, check_total_steps, timescales_in
@@ -175,7 +175,7 @@ class WeightDecay(Regularizer):
         self.decay_method = self._make_method(run)
         if self.decay_method.adds_to_gradients:
             check_gradients_are_the_modules(run.trainer, f"WeightDecay(method={self.method!r})")
-        elif not self.decay_method.uses_optimizer:
+        elif self.decay_method.acts_on_weights:
             check_weights_are_the_optimizers(run.trainer, f"WeightDecay(method={self.method!r})")
         if self.decay_method.needs_real_weights:
             decaying = [info for info in infos if self.rules.decide(info).setting.factor]
@@ -187,7 +187,7 @@ class WeightDecay(Regularizer):
         self._groups: WeakKeyDictionary[Any, GroupDecay] = WeakKeyDictionary()
         self._given: MutableMapping[Any, list[Given]] = WeakTensorKeyDictionary()
         self._decaying = Decaying(self._targets)
-        self._in_step: dict[Any, list[Target]] = {}  # between the beginning and the end of a step
+        self._in_step: dict[Any, list[Alike]] = {}  # between the beginning and the end of a step
         # Under automatic optimization a batch ends with the step, and LR schedulers set the next rate before that.
         self._shows_at_end = run.trainer is not None and run.module.automatic_optimization
         is_coupled = self.decay_method.adds_to_gradients
@@ -293,7 +293,8 @@ class WeightDecay(Regularizer):
     def on_gradients(self, step: Step) -> None:
         if self.decay_method.adds_to_gradients:
             self.rounded.begin_step(step)
-            self.decay_method.on_gradients(self._find_decaying(step), step.scale, step.number)
+            values = self._values(step.watch, step.optimizer, step.number)
+            self.decay_method.on_gradients(self._decaying.of(step.optimizer, values), step.scale, step.number)
         if self._twin is not None and self._twin.optimizer is step.optimizer:  # no hook comes later
             self._twin.update(self._values(step.watch, step.optimizer, step.number))
         if self.run.logs_now():
@@ -309,16 +310,17 @@ class WeightDecay(Regularizer):
         if parts is not None:
             parts.values = values
             hooks_of(leaf).parts = parts  # an optimizer that comes back has new hooks
-        if not self.decay_method.adds_to_gradients:
+        method = self.decay_method
+        if not method.adds_to_gradients:
             self.rounded.begin_step(step)
-        if self.rounded.is_measured and (self.decay_method.uses_optimizer or self.decay_method.adds_to_gradients):
-            measure_decay(self.rounded, step, self._find_decaying(step), by_optimizer=self.decay_method.uses_optimizer)
-        if not self.decay_method.uses_optimizer:
-            self._in_step[leaf] = self._find_decaying(step)
-            self.decay_method.before(leaf, self._in_step[leaf], step.number)
+        if method.acts_on_weights:
+            self._in_step[leaf] = self._decaying.of(leaf, values)
+            method.before(leaf, self._in_step[leaf], step.number)
+        elif self.rounded.is_measured:
+            measure_decay(self.rounded, step, self._decaying.of(leaf, values), by_optimizer=method.uses_optimizer)
 
     def after_step(self, step: Step, *, is_real: bool) -> None:
-        if not self.decay_method.uses_optimizer:
+        if self.decay_method.acts_on_weights:
             decaying = self._in_step.pop(step.optimizer, [])
             if is_real:
                 self.decay_method.after(step.optimizer, decaying, step.number)
@@ -346,9 +348,6 @@ class WeightDecay(Regularizer):
     def _values(self, watch: Watch, leaf: Any, number: int) -> list[dict[int, Any]]:
         """The weight decay of factor 1 in each group of an optimizer, by schedule."""
         return self._groups_of(watch.optimizer).values(leaf, number, self.run.clock.epoch)
-
-    def _find_decaying(self, step: Step) -> list[Target]:
-        return self._decaying.of(step.optimizer, self._values(step.watch, step.optimizer, step.number))
 
     def _log(self, watch: Watch) -> None:
         optimizer = watch.optimizer
