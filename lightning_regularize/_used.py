@@ -76,13 +76,12 @@ class UsedWeight:
         now = _recipe_of(self.stored)
         return now is not None and now.makers == self.recipe.makers
 
-    @torch.no_grad()
     def piece(self) -> Piece:
         """Its elements as they are now, of a computed weight a copy. All ranks take part where sources are spread."""
         parameter = self.info.parameter
         if not self.is_computed:
             return Piece(_unpacked(parameter), parameter, self.info.shape)
-        with _generators_put_back(parameter.device):
+        with torch.no_grad(), _generators_put_back(parameter.device):
             weight = self.recipe.compute(self.info.owner)
         if weight.shape != parameter.shape:
             return Piece(weight, weight, weight.shape)
@@ -335,6 +334,8 @@ def _generators_put_back(device: torch.device) -> Iterator[None]:
 
 def _unpacked(parameter: Tensor) -> Tensor:
     """The numbers that a quantized tensor stands for; any other tensor is its own."""
+    if type(parameter) in (Tensor, nn.Parameter) and not parameter.is_quantized:
+        return parameter
     piece = local_tensor(parameter)
     return piece.dequantize() if _is_quantized(piece) else parameter
 

@@ -126,7 +126,8 @@ class Monitored:
         self._weights = list(self._targets)
         self._lazy = [weight for weight in self._weights if is_lazy(weight.info.parameter)]
         self._parameters = [weight.info.parameter for weight in self._weights]
-        self._layers = Layers(weight.stored for weight in self._weights)
+        self._computed = [weight for weight in self._weights if weight.is_computed]
+        self._layers = Layers(weight.stored for weight in self._weights if not weight.is_computed)
         self._sources = [source for weight in self._weights for source in weight.recipe.sources.values()]
 
     def of(self, watch: Watch) -> Table:
@@ -136,22 +137,24 @@ class Monitored:
         known = self._tables.get(watch.index)
         ready = [weight for weight in self._lazy if not is_lazy(weight.info.parameter)]
         is_known = known is not None and known[0] == state and not ready
-        if (
-            known is not None
-            and is_known
-            and (self._layers.are_plain() or all(weight.is_up_to_date for weight in self._weights))
-        ):
+        if known is not None and is_known and not self._outdated():
             return known[1]
         for leaf in watch.leaves:  # layers may have been replaced
             self._targets.of(leaf)
-        if outdated := ready + [weight for weight in self._targets if not weight.is_up_to_date]:
+        self._list()
+        if outdated := ready + self._outdated():
             for weight in outdated:
                 self._targets.forget(weight.stored.parameter)
             self._targets.refresh()
-        self._list()
+            self._list()
         table = Table(self._rows(watch))
         self._tables[watch.index] = self._state(watch, versions), table
         return table
+
+    def _outdated(self) -> list[UsedWeight]:
+        """Weights that their layers compute otherwise than before."""
+        asked = self._computed if self._layers.are_plain() else self._weights
+        return [weight for weight in asked if not weight.is_up_to_date]
 
     def _state(self, watch: Watch, versions: list[int]) -> Any:
         """What decides about the rows: what optimizers hold, and which parameters are trained and can be read."""
