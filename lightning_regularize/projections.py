@@ -41,6 +41,7 @@ from lightning_regularize.sparse_projections import NM, TopShare
 from lightning_regularize.spectral_projections import Rank, SpectralBall
 from lightning_regularize.units import (
     at_least_float32,
+    check_dim,
     norm_dims,
     norms_of_units,
     sum_over_ranks,
@@ -94,6 +95,7 @@ class MaxNorm(Projection):
 
     def __post_init__(self) -> None:
         check_positive("max_norm", self.max_norm)
+        check_dim(self.dim)
 
     @torch.no_grad()
     def project_(self, weight: Tensors, *, dim: int | Sequence[int] | None = None) -> Tensor:
@@ -126,6 +128,9 @@ class UnitNorm(Projection):
     per_unit: ClassVar[bool] = True
     keeps_zeros: ClassVar[bool] = True
     takes_lists: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_dim(self.dim)
 
     @torch.no_grad()
     def project_(self, weight: Tensors, *, dim: int | Sequence[int] | None = None) -> Tensor:

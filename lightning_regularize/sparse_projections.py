@@ -13,7 +13,7 @@ from lightning_regularize._projection import Projection, any_of, check_number_or
 from lightning_regularize._sharding import copy_pieces_, gathered, is_dtensor
 from lightning_regularize._steps.buckets import Tensors, buckets, listed, put_back_, scratch, stacked
 from lightning_regularize.schedules import Schedule
-from lightning_regularize.units import at_least_float32, spread_of, unit_buckets, unit_dims
+from lightning_regularize.units import at_least_float32, check_dim, spread_of, unit_buckets, unit_dims
 
 __all__ = ["NM", "TopShare"]
 
@@ -61,6 +61,7 @@ class NM(Projection):
         check_positive_integer(self.m, "`m`")
         if self.n >= self.m:
             raise ValueError(f"`n` should be less than `m`, or all weights are zero, got n={self.n} and m={self.m}.")
+        check_dim(self.dim)
 
     def check_shape(self, shape: Sequence[int], dim: Sequence[int] | None) -> None:
         """Refuse a weight whose input dim ``m`` does not divide, see :meth:`Projection.check_shape`.

@@ -14,7 +14,7 @@ from lightning_regularize._projection import Projection, any_of, check_positive,
 from lightning_regularize._sharding import copy_pieces_, gathered
 from lightning_regularize._steps.buckets import Tensors, buckets, listed, stacked
 from lightning_regularize.schedules import Schedule
-from lightning_regularize.units import at_least_float32, in_float64, spread_of, unit_dims
+from lightning_regularize.units import at_least_float32, check_dim, in_float64, spread_of, unit_dims
 
 __all__ = ["Rank", "SpectralBall", "matrix_buckets", "put_matrices_back_", "with_singular_values"]
 
@@ -71,6 +71,7 @@ class SpectralBall(Projection):
     def __post_init__(self) -> None:
         check_positive("max_sigma", self.max_sigma)
         check_positive_integer(self.iterations, "`iterations`")
+        check_dim(self.dim)
 
     @torch.no_grad()
     def project_(
@@ -164,6 +165,7 @@ class Rank(Projection):
 
     def __post_init__(self) -> None:
         check_positive_integer(self.k, "`k`")
+        check_dim(self.dim)
 
     @torch.no_grad()
     def project_(self, weight: Tensors, *, dim: int | Sequence[int] | None = None) -> Tensor:

@@ -95,10 +95,10 @@ def norm_dims(
     if stated is not None:
         return shape, stated
     if "weight" not in name or len(shape) < 2:
+        needs = "a weight with at least 2 dims" if len(shape) < 2 else "a parameter that is called weight"
         raise ValueError(
-            f"A norm over the incoming weights of a unit needs a weight with at least 2 dims, got {name!r} of "
-            f'{type(owner).__name__} with shape {shape}. Leave it out, as by `exclude=("*{name}",)`, or say by `dim` '
-            "what a unit is."
+            f"A norm over the incoming weights of a unit needs {needs}, got {name!r} of {type(owner).__name__} with "
+            f'shape {shape}. Leave it out, as by `exclude=("*{name}",)`, or say by `dim` what a unit is.'
         )
     return shape, tuple(range(1, len(shape)))
 
@@ -224,7 +224,7 @@ def check_dim(dim: object) -> None:
         TypeError: ``dim`` is neither None, nor an integer, nor a sequence of integers.
         ValueError: It is an empty sequence.
     """
-    dims = dim if isinstance(dim, (list, tuple)) else () if dim is None else (dim,)
+    dims = dim if isinstance(dim, Sequence) and not isinstance(dim, str) else () if dim is None else (dim,)
     if not all(isinstance(each, int) and not isinstance(each, bool) for each in dims):
         raise TypeError(
             f"`dim` should be None, an integer, or a sequence of integers, got {dim!r}: it names the dims of a weight "

@@ -660,7 +660,7 @@ def test_a_relative_radius_is_that_of_the_whole_weight():
         (lambda: MaxNorm(1.0).project(torch.ones(3)), "`dim` should be given for a weight with less than 2 dims"),
         (lambda: UnitNorm().project(torch.tensor(1.0)), "`dim` should be given for a weight with less than 2 dims"),
         (lambda: MaxNorm(1.0, dim=2).project(torch.ones(3, 4)), r"shape \(3, 4\), each from -2 to 1, got 2"),
-        (lambda: MaxNorm(1.0, dim=()).project(torch.ones(3, 4)), r"each from -2 to 1, got \(\)"),
+        (lambda: MaxNorm(1.0).project(torch.ones(3, 4), dim=()), r"each from -2 to 1, got \(\)"),
         (lambda: UnitNorm(dim=(0, 0)).project(torch.ones(3, 4)), r"different dims .*, got \(0, 0\)"),
         (lambda: UnitNorm(dim=(1, -1)).project(torch.ones(3, 4)), r"different dims .*, got \(1, -1\)"),
         (lambda: SpectralBall(1.0, dim=-3).project(torch.ones(3, 4)), "each from -2 to 1, got -3"),

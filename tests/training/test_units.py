@@ -1,5 +1,6 @@
 """Are constraints and group penalties per output unit in layers that store their weights in another way?"""
 
+import functools
 import warnings
 
 import lightning.pytorch as L
@@ -237,6 +238,9 @@ def test_a_group_lasso_is_over_the_dim_that_is_given(dim, method):
 def test_a_dim_that_is_none_is_refused_at_once(dim, error, message):
     with pytest.raises(error, match=message):
         GroupLassoPenalty(0.1, dim=dim)
+    for make in (UnitNorm, functools.partial(MaxNorm, 1.0), functools.partial(SpectralBall, 1.0)):
+        with pytest.raises(error, match=message.removeprefix("GroupLassoPenalty: ")):
+            make(dim=dim)
 
 
 def test_a_dim_that_a_weight_lacks_names_the_weight():
