@@ -6,7 +6,6 @@ single key ``"*"``, by the names of parameters.
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -33,8 +32,9 @@ class Value(NamedTuple):
 Layout = Value | list[Any] | dict[str, Any]
 
 COUNT = Value("an integer of at least 0", lambda value: type(value) is int and value >= 0)
-NUMBER = Value("a finite number of at least 0", lambda value: is_number(value) and 0 <= value < math.inf)
-POSITIVE = Value("a positive and finite number", lambda value: is_number(value) and 0 < value < math.inf)
+_LARGEST = torch.finfo(torch.float32).max  # a larger number makes infinity of weights
+NUMBER = Value("a finite number of at least 0", lambda value: is_number(value) and 0 <= value <= _LARGEST)
+POSITIVE = Value("a positive and finite number", lambda value: is_number(value) and 0 < value <= _LARGEST)
 TENSOR = Value(
     "a dense tensor of finite floating-point numbers",
     lambda value: (

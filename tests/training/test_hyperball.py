@@ -374,9 +374,11 @@ def test_the_norm_of_the_checkpoint_counts_and_one_that_is_damaged_is_refused(tm
     torch.save(checkpoint, tmp_path / "doubled.ckpt")
     train(resumed := Regression(adam), Hyperball(), max_epochs=1, ckpt_path=tmp_path / "doubled.ckpt")
     assert norms(resumed) == pytest.approx(norms(module), rel=1e-12, abs=0)
-    next(state for key, state in checkpoint["callbacks"].items() if "Hyperball" in key)["radii"]["hidden.weight"] = 0.0
-    torch.save(checkpoint, tmp_path / "damaged.ckpt")
-    with pytest.raises(
-        ValueError, match=r"Hyperball: `radii\['hidden.weight'\]` in the checkpoint should be a positive"
-    ):
-        train(Regression(adam), Hyperball(), max_epochs=1, ckpt_path=tmp_path / "damaged.ckpt")
+    state = next(state for key, state in checkpoint["callbacks"].items() if "Hyperball" in key)
+    for damaged in (0.0, 1e300):
+        state["radii"]["hidden.weight"] = damaged
+        torch.save(checkpoint, tmp_path / "damaged.ckpt")
+        with pytest.raises(
+            ValueError, match=r"Hyperball: `radii\['hidden.weight'\]` in the checkpoint should be a positive"
+        ):
+            train(Regression(adam), Hyperball(), max_epochs=1, ckpt_path=tmp_path / "damaged.ckpt")
