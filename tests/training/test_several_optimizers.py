@@ -9,10 +9,12 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger
+from torch import nn
 from torch.optim.lr_scheduler import StepLR
 
 from lightning_regularize import WeightDecay
 from lightning_regularize.schedules import Cosine, FollowLR, FromLRScheduler, Linear, Warmup
+from lightning_regularize.selection import DEFAULT_EXCLUDE
 from tests.reading import read_csv
 from tests.training.support import (
     EXCLUDED,
@@ -367,3 +369,46 @@ def test_follow_lr_follows_the_rate_of_each_optimizer():
     witness = train(Annealing(), WeightDecay(FollowLR(0.2)), max_epochs=1)
     assert witness.decays("generator.hidden.weight", 0) == [0.2] * 7
     assert witness.decays("discriminator.hidden.weight", 1) == approx([0.2 * 0.5**k for k in range(7)])
+
+
+class TowerAndRest(Adversaries):
+    """One optimizer decays the tower; the other one has no weight decay, and all that it holds is excluded."""
+
+    def __init__(self, rest, make_rest, make_tower=adamw):
+        super().__init__()
+        self.tower, self.rest = Regression(), rest()
+        self.make_tower, self.make_rest = make_tower, make_rest
+
+    def configure_optimizers(self):
+        return [self.make_tower(self.tower), self.make_rest(self.rest.parameters())]
+
+    def training_step(self, batch, batch_idx):
+        of_tower, of_rest = self.optimizers()
+        self.step(of_tower, self.tower.loss(batch))
+        x = torch.tensor([0, 2]) if isinstance(self.rest, nn.Embedding) else torch.ones(2, 3)
+        self.step(of_rest, self.rest(x).square().sum())
+
+
+RESTS = {
+    "looked up": (lambda: nn.Embedding(4, 3, sparse=True), torch.optim.SparseAdam, (*DEFAULT_EXCLUDE, "embedding")),
+    "norm": (lambda: nn.LayerNorm(3), torch.optim.Rprop, DEFAULT_EXCLUDE),
+    "by name": (lambda: nn.Linear(3, 2), torch.optim.Rprop, (*DEFAULT_EXCLUDE, "rest.*")),
+}
+
+
+@pytest.mark.parametrize("method", ["optimizer", "decoupled", "coupled"])
+@pytest.mark.parametrize("rest", RESTS)
+def test_what_is_fully_excluded_needs_no_weight_decay(rest, method):
+    def both(make_tower):
+        torch.manual_seed(0)
+        return TowerAndRest(RESTS[rest][0], RESTS[rest][1], make_tower)
+
+    def by_hand(tower):
+        decaying, excluded = split(tower)
+        decay = {"weight_decay": 0.3}
+        return torch.optim.SGD([{**decaying, **decay}, excluded], lr=0.1)
+
+    module, twin = both(lambda tower: torch.optim.SGD(tower.parameters(), lr=0.1)), both(by_hand)
+    train(module, WeightDecay(0.3, exclude=RESTS[rest][2], method=method), max_epochs=1)
+    train(twin, max_epochs=1)
+    assert_same_weights(weights(module), weights(twin))
