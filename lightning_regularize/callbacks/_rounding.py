@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from lightning_regularize.decay_methods import Alike
     from lightning_regularize.selection import ParameterInfo
 
-_TOLERANCE = 0.05  # what may be lost, or gained, of a strength before a warning says so
+TOLERANCE = 0.05  # what may be lost, or gained, of a strength before a warning says so
 _STEPS = (0, 1, 4, 7, 12)  # measured first; not all of the first ones, since weights stay where nothing moves them
 _EVERY = 50  # then one step of so many is measured
 _MOST = 2**22  # elements measured in one call, at least one tensor: each costs up to ten numbers of memory
@@ -204,12 +204,12 @@ class Rounding:
         if run.trainer is not None:
             off = [run.largest(number) for number in off]
         largest = max(off)
-        if largest <= _TOLERANCE:
+        if largest <= TOLERANCE:
             return
         self._is_done = True
         changed = "when it is added to half-precision gradients" if self._adds_to_gradients else "with the weights"
         found = zip((changed, "in the optimizer's step of the weights"), off[1:], strict=True)
-        places = [place for place, number in found if number > _TOLERANCE / 2.1]  # which one of them is
+        places = [place for place, number in found if number > TOLERANCE / 2.1]  # which one of them is
         remedy = self._remedy if not self._adds_to_gradients or places == [changed] else ""
         if self._adds_to_gradients and len(places) == 2:
             remedy = "; rounding='stochastic' helps with the gradients alone"

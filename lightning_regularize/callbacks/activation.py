@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_regularize import activations
+from lightning_regularize._steps.buckets import HALF
 from lightning_regularize._trainer.names import MisconfigurationException
 from lightning_regularize._trainer.strategies import check_activations_are_whole
 from lightning_regularize.callbacks._base import Regularizer
 from lightning_regularize.callbacks._modules import check_module_rules, matches_module
+from lightning_regularize.callbacks._rounding import TOLERANCE
 from lightning_regularize.schedules import Schedule, as_schedule, check_total_steps
 from lightning_regularize.selection import canonical
 
@@ -70,6 +72,8 @@ class ActivationPenalty(Regularizer):
     Nothing is kept, and nothing is computed, outside of training. In training one view of each output is kept as long
     as autograd keeps it, under activation checkpointing no longer than that. The output should not be changed in place
     by what follows: name ``"type:ReLU"`` and not the layer before a ``ReLU(inplace=True)``, or PyTorch raises an error.
+
+    In half precision a strength that is lost beside large gradients is told at the end of training.
 
     The mean over ranks, times the strength, is logged as ``penalty/activation`` whenever Lightning logs, summed over
     the batches that are accumulated as the loss is, of several callbacks as ``penalty/activation 1`` and so on.
@@ -142,6 +146,8 @@ class ActivationPenalty(Regularizer):
         self._is_checked = self._epoch_is_checked = False
         self._share, self._is_measured = 0.0, False
         self._scale: Tensor | None = None
+        # What was to be added to half-precision gradients, squared, and how much of it was, once it was rounded.
+        self._rounded: dict[torch.device, Tensor] = {}
         self._find(run)
 
     def _find(self, run: Run) -> None:
@@ -242,7 +248,14 @@ class ActivationPenalty(Regularizer):
         term = activations.gradient(outputs, self.norm) * self._share
         if self._scale is not None:
             term = term * self._scale.to(term.device)
-        return gradient + term.to(gradient.dtype)
+        total = gradient + term.to(gradient.dtype)
+        if gradient.dtype in HALF and (self._is_measured or not self._is_checked):
+            with torch.no_grad():
+                asked = term.float()
+                row = torch.stack([asked.square().sum(), ((total.float() - gradient.float()) * asked).sum()])
+                row = row.where(row.isfinite().all(), 0.0)  # a GradScaler skips some steps
+                self._rounded[row.device] = self._rounded.get(row.device, 0.0) + row
+        return total
 
     def on_gradients(self, step: Step) -> None:
         values, self._values = self._values, []
@@ -288,6 +301,19 @@ class ActivationPenalty(Regularizer):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         super().on_train_batch_end(trainer, pl_module, *args)
         self._is_in_batch = False
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
+        if self.run is None:
+            return
+        asked, found = sum((row.cpu() for row in self._rounded.values()), torch.zeros(2)).tolist()
+        lost = self.run.largest(abs(1 - found / asked) if asked else 0.0)  # all ranks take part
+        if lost > TOLERANCE:
+            self.warn(
+                f"ActivationPenalty is off by {lost:.0%} of its strength here: it is rounded when it is added to "
+                "half-precision gradients of the activations. Use float32 for the modules that `include` names, or a "
+                "larger strength."
+            )
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Once an epoch has passed it is known what does not run, and what the loss does not depend on."""

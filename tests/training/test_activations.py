@@ -333,6 +333,33 @@ def test_half_precision_activations(norm):
     assert_same_weights(found, fit(InBfloat16(norm), precision="bf16-mixed"), atol=0.02)  # two to three digits
 
 
+class Large(Net):
+    """Its gradients are large, and its dtype is that of the precision."""
+
+    def __init__(self):
+        super().__init__()
+        self.float()
+
+    def loss(self, batch):
+        return 1e3 * self(batch[0].to(self.first.weight.dtype)).float().sum()
+
+
+LOST = "ActivationPenalty is off by 1?[0-9]+% of its strength here: it is rounded when it is added"
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed", "16-true"])
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_strength_that_half_precision_rounds_away_is_told_once(norm, precision):
+    with pytest.warns(UserWarning, match=LOST) as caught:
+        fit(Large(), ActivationPenalty(1e-4, include=("act", "last"), norm=norm), precision=precision)
+    assert sum("ActivationPenalty is off by" in str(each.message) for each in caught) == 1
+
+
+@pytest.mark.parametrize(("precision", "strength"), [("32-true", 1e-4), ("bf16-true", 1e4), ("bf16-mixed", 1e4)])
+def test_a_strength_that_is_added_is_not(precision, strength):
+    fit(Large(), ActivationPenalty(strength, include=("act",)), precision=precision)
+
+
 # torch/_dynamo/variables/builder.py looks for a gradient of what a graph break leaves
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize("where", ["module", "layer"])
