@@ -1,10 +1,14 @@
-"""Is an argument a number, and in range? Is a value of a class that is known by name?"""
+"""Is an argument a number, and in range? Is a value of a class that is known by name? Who refuses it?"""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import numbers
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 def check_is_number(name: str, value: object) -> None:
@@ -107,3 +111,20 @@ def is_named(thing: object, *names: str) -> bool:
         (True, False)
     """
     return any(cls.__name__ in names for cls in type(thing).__mro__)
+
+
+@contextlib.contextmanager
+def named_errors(name: str) -> Iterator[None]:
+    """Errors begin with the name of the class, as the user knows it: a Trainer has several callbacks.
+
+    Raises:
+        TypeError: Instead of one.
+        ValueError: Instead of one.
+    """
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        if str(error).startswith(name):
+            raise
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{name}: {error}") from error

@@ -66,7 +66,10 @@ class ChainedOptimizer(Optimizer):
     def __init__(self, module: nn.Module, optimizers: Mapping[Any, Callable[[Any], Optimizer]]) -> None:
         check_factories(optimizers)
         infos = parameter_infos(module)
-        require_matches(optimizers, infos, argument="optimizers")
+        try:
+            require_matches(optimizers, infos, argument="optimizers")
+        except ValueError as error:
+            raise ValueError(f"ChainedOptimizer: {error}") from error
         trainable = [info for info in infos if info.parameter.requires_grad]
         if not trainable:
             raise ValueError(f"ChainedOptimizer: {type(module).__name__} has no trainable parameters.")

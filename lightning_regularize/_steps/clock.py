@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import ref
 
+from lightning_regularize._checks import named_errors
 from lightning_regularize._steps.hooks import UnsupportedOptimizerError
 from lightning_regularize.schedules import Position, depends_on_step_alone, value_at
 
@@ -35,10 +36,12 @@ class Clock:
 
     Args:
         total_steps: Steps of each optimizer in the whole run; infinite if unknown.
+        owner: The class whose schedules are read, with which messages begin.
     """
 
-    def __init__(self, total_steps: float = math.inf) -> None:
+    def __init__(self, total_steps: float = math.inf, owner: str = "") -> None:
         self.total_steps = total_steps
+        self._owner = owner
         self.epoch = 0
         """The number of epochs that are complete; the training loop keeps it."""
         self.steps_per_epoch = math.inf
@@ -79,8 +82,16 @@ class Clock:
 
         Raises:
             UnsupportedOptimizerError: The schedule follows the learning rate, and the optimizer chooses that by itself.
+            TypeError: The schedule is a function of something else than a position.
             ValueError: The schedule gives no number that one can train with.
         """
+        try:
+            return self._value(schedule, group, step)
+        except (TypeError, ValueError):
+            with named_errors(self._owner):
+                raise
+
+    def _value(self, schedule: ScheduleLike, group: dict[str, Any], step: int) -> float:
         ahead = self._ahead.get(id(schedule))
         if ahead is None or ahead.total_steps != self.total_steps:
             ahead = self._look_ahead(schedule, step)

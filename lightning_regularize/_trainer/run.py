@@ -41,7 +41,7 @@ class TrainerRun(Run):
     """
 
     def __init__(self, trainer: pl.Trainer, module: pl.LightningModule, work: Work) -> None:
-        super().__init__(module, Clock())
+        super().__init__(module, Clock(owner=type(work).__name__))
         self.trainer, self.lightning_module, self._work = trainer, module, work
         self._steps: list[int] = []
         self._deepspeed = getattr(trainer.strategy, "deepspeed_engine", None)

@@ -141,7 +141,7 @@ def check_not_flat(sharding: Sharding, parameters: list[nn.Parameter], owner: st
         )
 
 
-def check_view(name: str, parameter: Tensor, view: tuple[int, ...]) -> None:
+def check_view(name: str, parameter: Tensor, view: tuple[int, ...], owner: str) -> None:
     """Refuse a grouped ConvTranspose that has no view by groups: cut by a rank boundary, or not contiguous.
 
     Raises:
@@ -151,6 +151,6 @@ def check_view(name: str, parameter: Tensor, view: tuple[int, ...]) -> None:
         parameter.detach().view(view)
     except RuntimeError as error:
         raise MisconfigurationException(
-            f"{name!r} of shape {tuple(parameter.shape)} cannot be viewed by groups, as {view}: ranks cut through "
-            "them, or it is not contiguous. Leave it out by `exclude`, or do not shard it."
+            f"{owner}: {name!r} of shape {tuple(parameter.shape)} cannot be viewed by groups, as {view}: ranks cut "
+            "through them, or it is not contiguous. Leave it out by `exclude`, or do not shard it."
         ) from error

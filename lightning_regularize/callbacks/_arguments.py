@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import inspect
@@ -15,6 +14,7 @@ from weakref import WeakSet
 
 import torch
 
+from lightning_regularize._checks import named_errors
 from lightning_regularize._trainer.names import classes_named
 from lightning_regularize.groups import rule_key, rule_name
 from lightning_regularize.schedules import Constant, Schedule
@@ -116,23 +116,6 @@ class Described(*classes_named("Callback")):  # type: ignore[misc]
         plain = (bool, int, float, str, type(None))
         texts = self.argument_texts()
         return {name: values[name] if isinstance(values[name], plain) else text for name, text in texts.items()}
-
-
-@contextlib.contextmanager
-def named_errors(name: str) -> Iterator[None]:
-    """Errors begin with the name of the class, as the user knows it: a Trainer has several callbacks.
-
-    Raises:
-        TypeError: Instead of one.
-        ValueError: Instead of one.
-    """
-    try:
-        yield
-    except (TypeError, ValueError) as error:
-        if str(error).startswith(name):
-            raise
-        kind = TypeError if isinstance(error, TypeError) else ValueError
-        raise kind(f"{name}: {error}") from error
 
 
 def _naming(init: Callable[..., None]) -> Callable[..., None]:

@@ -35,14 +35,15 @@ T = TypeVar("T")
 
 
 def _misconfiguration(method: Callable[P, T]) -> Callable[P, T]:
-    """What the engine cannot work with, a Trainer calls a misconfiguration."""
+    """What the engine cannot work with, a Trainer calls a misconfiguration, and it has several callbacks."""
 
     @functools.wraps(method)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
         try:
             return method(*args, **kwargs)
         except UnsupportedOptimizerError as error:
-            raise MisconfigurationException(str(error)) from error
+            name, message = type(args[0]).__name__, str(error)
+            raise MisconfigurationException(message if name in message else f"{name}: {message}") from error
 
     return call
 
@@ -287,7 +288,7 @@ class Regularizer(Selective, Work):
         horizon = check_total_steps(total_steps) or self.arguments.get("total_steps") or math.inf
         self._check_horizon(horizon, ValueError, "give `total_steps`")
         self._let_go()
-        self.run = run = LoopRun(optimizer, module, Clock(horizon), self, position)
+        self.run = run = LoopRun(optimizer, module, Clock(horizon, type(self).__name__), self, position)
         try:
             check_holds(module, run)
             run.clock.note_rates(run.optimizers)

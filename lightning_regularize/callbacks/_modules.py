@@ -21,8 +21,14 @@ def check_module_rules(include: object) -> tuple[str | type, ...]:
     Raises:
         TypeError: ``include`` is no sequence of globs, "type:Name" and classes.
     """
-    if not is_list(include) or not all(isinstance(rule, (str, type)) for rule in include):
-        raise TypeError(f"`include` should be a sequence of globs, 'type:Name' or module classes, got {include!r}.")
+    expected = f"`include` should be a sequence of globs, 'type:Name' or module classes, got {include!r}"
+    if isinstance(include, (str, type)):
+        raise TypeError(f"{expected}; one alone is ({getattr(include, '__name__', repr(include))},).")
+    if not is_list(include):
+        raise TypeError(f"{expected}.")
+    for rule in include:
+        if not isinstance(rule, (str, type)):
+            raise TypeError(f"{expected}; of a module give its name or its class, {type(rule).__name__}.")
     return tuple(include)
 
 

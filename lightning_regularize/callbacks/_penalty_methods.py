@@ -207,7 +207,7 @@ class Proximal(Method):
     def check_optimizer(self, owner: PenaltyCallback, optimizer: Optimizer) -> None:
         for group, penalized in owner.targets(optimizer):
             if penalized and not knows(optimizer):
-                raise MisconfigurationException(unknown_metric(optimizer))
+                raise MisconfigurationException(f"{type(owner).__name__}: {unknown_metric(optimizer)}")
             if penalized and not owner.penalty().takes_metric and differ_by_weight(optimizer):
                 raise MisconfigurationException(
                     f"{type(owner).__name__}(method='proximal') of {owner.penalty()} needs one step size for all "

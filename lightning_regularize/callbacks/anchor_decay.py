@@ -347,7 +347,9 @@ def _check_anchor(anchor: Mapping[str, Tensor], infos: Sequence[ParameterInfo]) 
         if found is not None and not isinstance(found, torch.Tensor):
             raise TypeError(f"AnchorDecay: `anchor` should hold tensors, got {type(found).__name__} for {info.name!r}.")
         if found is None or tuple(found.shape) != tuple(info.shape):
-            what = "lacks it" if found is None else f"has shape {tuple(found.shape)}"
+            names = ", ".join(map(repr, itertools.islice(anchor, 3)))
+            what = "lacks it" + (f"; its names are such as {names}" if names else "")
+            what = what if found is None else f"has shape {tuple(found.shape)}"
             raise ValueError(
                 f"AnchorDecay: `anchor` should have a tensor of shape {tuple(info.shape)} for {info.name!r}, but "
                 f"{what}. Complete it, or leave the parameter out by `exclude`."

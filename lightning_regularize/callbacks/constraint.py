@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from lightning_regularize._checks import check_positive_integer, name_of
+from lightning_regularize._checks import check_positive_integer, name_of, named_errors
 from lightning_regularize._projection import schedules_of
 from lightning_regularize._sharding import local_piece
 from lightning_regularize._steps.buckets import buckets, calls, put_back_, stacked
@@ -16,7 +16,6 @@ from lightning_regularize._steps.targets import Targets
 from lightning_regularize._trainer.names import MisconfigurationException
 from lightning_regularize._trainer.strategies import check_view, check_weights_are_the_optimizers
 from lightning_regularize._used import Layers, as_used, follow_moved, is_computed_from, pruning_mask
-from lightning_regularize.callbacks._arguments import named_errors
 from lightning_regularize.callbacks._base import Regularizer
 from lightning_regularize.callbacks._saved import POSITIVE, TENSOR
 from lightning_regularize.projections import Box, Function, MaxNorm, NonNegative, Projection, SpectralBall, TopShare
@@ -129,15 +128,22 @@ class WeightConstraint(Regularizer):
     ) -> None:
         super().__init__(locals())
         if isinstance(projection, type) or not (isinstance(projection, Projection) or callable(projection)):
+            a_class = isinstance(projection, type)
             raise TypeError(
                 "`projection` should be one of lightning_regularize.projections, or a function from a weight to a "
                 f"tensor of its shape, such as MaxNorm(3.0), got {projection!r}."
+                + (f" A class is not a projection yet: write {projection.__name__}(...)." if a_class else "")
             )
         self.projection = projection if isinstance(projection, Projection) else Function(projection)
         self._scheduled = schedules_of(self.projection)
         self.every_n_steps = check_positive_integer(every_n_steps, "`every_n_steps`")
-        with named_errors(f"`freeze_zeros` should be a step or a fraction of the run, got {freeze_zeros!r}"):
+        try:
             self._freeze = Constant(0.0) if freeze_zeros is None else Steps([0.0, 1.0], boundaries=[freeze_zeros])
+        except (TypeError, ValueError) as error:
+            raise type(error)(
+                f"`freeze_zeros` should be a step or a fraction of the run, got {freeze_zeros!r}. Write an integer for "
+                "a step, a float in [0, 1] for a fraction, or None."
+            ) from error
         self.total_steps = check_total_steps(total_steps)
 
     state_layouts: ClassVar[dict[str, Layout]] = {"radii": {"*": POSITIVE}, "vectors": {"*": TENSOR}}
@@ -182,8 +188,8 @@ class WeightConstraint(Regularizer):
         if not is_elementwise and self._sharding.is_flat(info.parameter):
             needs = "whole weights" if isinstance(self.projection, (TopShare, Function)) else "norms of whole units"
             raise MisconfigurationException(
-                f"{type(self.projection).__name__} needs {needs}, and FSDP1 cuts weights anywhere: use "
-                "ModelParallelStrategy with fully_shard (FSDP2), or Box or NonNegative, which act on each weight."
+                f"WeightConstraint: {type(self.projection).__name__} needs {needs}, and FSDP1 cuts weights anywhere: "
+                "use ModelParallelStrategy with fully_shard (FSDP2), or Box or NonNegative, which act on each weight."
             )
         view, dim = tuple(info.shape), None
         if self.projection.per_unit:
@@ -193,7 +199,7 @@ class WeightConstraint(Regularizer):
                 self.projection.check_shape(view, dim)
         elif is_elementwise:
             view = tuple(info.parameter.shape)  # a piece will do
-        check_view(info.name, info.parameter, view)
+        check_view(info.name, info.parameter, view, "WeightConstraint")
         target = _Target(info, view, dim)
         if self._has_begun and info.parameter.requires_grad:
             self._begin_target(target)
@@ -243,6 +249,11 @@ class WeightConstraint(Regularizer):
         if isinstance(target.projection, SpectralBall):
             saved = self._saved.get("vectors", {}).get(name)
             start = target.projection.warm_start(weight.view(target.view), dim=target.dim)
+            if saved is not None and saved.shape != start.shape:
+                raise ValueError(
+                    f"WeightConstraint: `vectors[{name!r}]` in the checkpoint should have shape {tuple(start.shape)}, "
+                    f"got {tuple(saved.shape)}."
+                )
             target.vector = start if saved is None else saved.to(start)
         if isinstance(target.projection, Function):  # called before any weight changes
             with named_errors(f"WeightConstraint: {name!r}"):

@@ -16,6 +16,7 @@ from torch import nn
 from torch._dynamo.utils import guard_failures
 from torch.nn.modules.dropout import _DropoutNd
 
+from lightning_regularize._checks import named_errors
 from lightning_regularize._trainer.names import MisconfigurationException
 from lightning_regularize.callbacks._base import Regularizer
 from lightning_regularize.callbacks._modules import check_module_rules, is_list, matches_module
@@ -275,7 +276,8 @@ class DropoutSchedule(Regularizer):
         """What the schedule has in store, checked before training; without an end, its first value."""
         last = 0 if math.isinf(total_steps) else max(int(total_steps) - 1, 0)
         steps = [*range(0, last, max(last // _SAMPLES, 1)), last]
-        return [_check_rate(value_at(self.schedule, Position(step=s, total_steps=total_steps))) for s in steps]
+        with named_errors("DropoutSchedule"):
+            return [_check_rate(value_at(self.schedule, Position(step=s, total_steps=total_steps))) for s in steps]
 
     @property
     def _is_unending(self) -> bool:

@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 import torch
 
 from lightning_regularize import group_settings
-from lightning_regularize._checks import check_number, check_positive_integer, is_number
+from lightning_regularize._checks import check_number, check_positive_integer, is_number, named_errors
 from lightning_regularize._reading import Reading
 from lightning_regularize._sharding import gradients_of
 from lightning_regularize._trainer import loggers
 from lightning_regularize._trainer.run import logs_now
 from lightning_regularize._trainer.strategies import check_not_flat, hides_gradients
 from lightning_regularize._used import used_weights
-from lightning_regularize.callbacks._arguments import named_errors
 from lightning_regularize.callbacks._base import Regularizer
 from lightning_regularize.callbacks._logged import NONFINITE, LoggedValues
 from lightning_regularize.callbacks._monitored import Monitored, settings_of
@@ -363,7 +362,12 @@ class WeightNormMonitor(Regularizer):
             for row, found, is_known in zip(rows, settings, sums["known"].tolist(), strict=True)
             if not is_known and not row.weight.is_computed and found["lr"] * found["weight_decay"] > 0
         }
-        if rules := ", ".join(sorted(unknown - {"SGD"})):  # of which the gradient has to be among the quantities
+        if "SGD" in unknown and "gradient" not in self.quantities:
+            self.warn(
+                "WeightNormMonitor: what is expected of weights that SGD decays depends on their gradients. Only "
+                "measured values of them are logged: add 'gradient' to `quantities`."
+            )
+        if rules := ", ".join(sorted(unknown - {"SGD"})):
             self.warn(
                 f"WeightNormMonitor: no expected values are known for weights that {rules} decays. Only measured "
                 "values of them are logged."

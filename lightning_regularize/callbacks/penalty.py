@@ -159,7 +159,7 @@ class PenaltyCallback(Regularizer):
                 f"{type(self).__name__} does not know what the units of {info.name!r} are: {error}"
             ) from error
         if target is not None and target.view is not None:
-            check_view(info.name, info.parameter, target.view)
+            check_view(info.name, info.parameter, target.view, type(self).__name__)
         return target
 
     def targets(self, optimizer: Optimizer) -> Iterator[tuple[dict[str, Any], list[Alike]]]:

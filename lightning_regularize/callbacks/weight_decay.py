@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary, WeakSet
 
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lightning_regularize._checks import check_rounding, is_named
+from lightning_regularize._checks import check_rounding, is_named, named_errors
 from lightning_regularize._steps.decaying import Decaying
 from lightning_regularize._steps.group_decay import Given, GroupDecay
 from lightning_regularize._steps.hooks import ATTRIBUTE, Step, hooks_of
@@ -19,7 +19,6 @@ from lightning_regularize._trainer.deepspeed import ZeroTwin
 from lightning_regularize._trainer.names import MisconfigurationException
 from lightning_regularize._trainer.run import group_labels
 from lightning_regularize._trainer.strategies import check_gradients_are_the_modules, check_weights_are_the_optimizers
-from lightning_regularize.callbacks._arguments import named_errors
 from lightning_regularize.callbacks._base import Regularizer
 from lightning_regularize.callbacks._rounding import Rounding, measure_decay
 from lightning_regularize.callbacks._saved import NUMBER, Value
@@ -220,7 +219,7 @@ class WeightDecay(Regularizer):
             is_foreign = leaf is not optimizer and all(decision.info.name == FOREIGN for decision in decisions)
             reason = refusal(leaf, optimizer, is_foreign=is_foreign)
         if reason := reason or self.rules.refuse_optimizer(self.decay_method, leaf, decisions):
-            raise MisconfigurationException(reason)
+            raise MisconfigurationException(f"WeightDecay: {reason}")
         if untrue := self.rules.untrue_timescale(self.decay_method, leaf, self._targets.of(leaf)):
             self.warn(untrue)
 
@@ -234,7 +233,7 @@ class WeightDecay(Regularizer):
             for decision in decisions
         ]
         if reason := self.rules.refuse_ratios(held, list(self._targets)):
-            raise MisconfigurationException(reason)
+            raise MisconfigurationException(f"WeightDecay: {reason}")
 
     def _make_method(self, run: Run) -> DecayMethod:
         kind = METHODS[self.method]

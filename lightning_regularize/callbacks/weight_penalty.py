@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal, final
 import torch
 from torch.nn.parameter import is_lazy
 
+from lightning_regularize._checks import named_errors
 from lightning_regularize._sharding import gathered
-from lightning_regularize.callbacks._arguments import named_errors
 from lightning_regularize.callbacks.penalty import PenaltyCallback
 from lightning_regularize.penalties import ByAutograd, Function, Penalty
 from lightning_regularize.selection import DEFAULT_EXCLUDE

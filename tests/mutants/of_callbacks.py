@@ -46,6 +46,11 @@ MUTANTS = [
     ),
     *mutants_of(
         "callbacks/penalty.py",
+        "tests/training/test_penalties.py::test_frozen_weights_are_not_in_the_logged_value",
+        ("alike.where([p.requires_grad for p in alike.parameters])", "alike"),
+    ),
+    *mutants_of(
+        "callbacks/penalty.py",
         "tests/training/test_penalties.py::test_a_step_that_overflows_moves_nothing",
         ("if is_real and self.is_due(step):", "if self.is_due(step):"),
     ),

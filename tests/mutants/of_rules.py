@@ -152,7 +152,7 @@ MUTANTS = [
         ("return 1 + sum(c._number < self._number and", "return 1 + sum("),
     ),
     *mutants_of(
-        "callbacks/_arguments.py",
+        "_checks.py",
         "tests/training/test_messages.py::test_a_bad_argument_is_told_with_what_to_write",
         ("if str(error).startswith(name):", "if False:"),
     ),

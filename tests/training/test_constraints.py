@@ -605,7 +605,9 @@ def constrain_cut_groups(rank, world_size):
     trainer = make_trainer(
         WeightConstraint(MaxNorm(0.5), include=("up.*weight",)), strategy=strategy, devices=world_size, max_epochs=1
     )
-    with pytest.raises(MisconfigurationException, match=r"cannot be viewed by groups, .*: ranks cut through them"):
+    with pytest.raises(
+        MisconfigurationException, match=r"^WeightConstraint: .* cannot be viewed by groups, .*: ranks cut through them"
+    ):
         trainer.fit(CutGroups(adam, rank, world_size))
 
 
@@ -629,7 +631,7 @@ def constrain_under_fsdp1(rank, world_size, projection, message):
     [
         (
             MaxNorm(0.5),
-            "MaxNorm needs norms of whole units, and FSDP1 cuts weights anywhere: use ModelParallelStrategy",
+            "WeightConstraint: MaxNorm needs norms of whole units, and FSDP1 cuts weights anywhere: use ModelParallel",
         ),
         (FrobeniusBall(0.5), "FrobeniusBall needs norms of whole units"),
         (NonNegative(), None),

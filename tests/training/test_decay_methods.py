@@ -513,9 +513,10 @@ def test_what_a_checkpoint_does_not_tell_is_said(callback, message, tmp_path):
     ("anchor", "message"),
     [
         ({}, r"AnchorDecay: `anchor` should have a tensor of shape \(4, 3\) for 'hidden.weight', but lacks it"),
+        ({"net.hidden.weight": torch.zeros(4, 3)}, r"but lacks it; its names are such as 'net.hidden.weight'"),
         ({"hidden.weight": torch.zeros(3, 4)}, r"but has shape \(3, 4\). Complete it, or leave .* out by `exclude`"),
     ],
-    ids=["incomplete", "other shape"],
+    ids=["incomplete", "other names", "other shape"],
 )
 def test_an_anchor_that_does_not_fit_is_an_error_before_training(anchor, message):
     with pytest.raises(ValueError, match=message):

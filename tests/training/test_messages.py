@@ -15,7 +15,9 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, StepLR
 
 from lightning_regularize import (
+    ActivationPenalty,
     AnchorDecay,
+    ChainedOptimizer,
     ConstrainedDecay,
     DropoutSchedule,
     ElasticNetPenalty,
@@ -146,6 +148,30 @@ ARGUMENTS = {
     "a rate of 1": (lambda: DropoutSchedule(1.0), "^DropoutSchedule: A dropout rate should be in"),
     "both are 0": (lambda: ElasticNetPenalty(0.0, 0.0), "ElasticNetPenalty: "),
     "no projection": (lambda: WeightConstraint(3.0), r"WeightConstraint: `projection` .* such as MaxNorm\(3\.0\)"),
+    "a class of projections": (
+        lambda: WeightConstraint(MaxNorm),
+        r"WeightConstraint: `projection` .* A class is not a projection yet: write MaxNorm\(\.\.\.\)\.$",
+    ),
+    "zeros frozen at the end": (
+        lambda: WeightConstraint(MaxNorm(3.0), freeze_zeros="end"),
+        r"WeightConstraint: `freeze_zeros` should be .*, got 'end'\. Write an integer for a step, a float in \[0, 1\]",
+    ),
+    "one module's name": (
+        lambda: DropoutSchedule(0.1, include="drop"),
+        r"DropoutSchedule: `include` should be .*, got 'drop'; one alone is \('drop',\)\.$",
+    ),
+    "one module's class": (
+        lambda: ActivationPenalty(0.1, include=nn.ReLU),
+        r"ActivationPenalty: `include` should be .*; one alone is \(ReLU,\)\.$",
+    ),
+    "a module among names": (
+        lambda: ActivationPenalty(0.1, include=[nn.ReLU()]),
+        r"ActivationPenalty: `include` should be .*; of a module give its name or its class, ReLU\.$",
+    ),
+    "a rule of several optimizers": (
+        lambda: ChainedOptimizer(nn.Linear(2, 2), {"x.*": SGD, "*": SGD}),
+        r"ChainedOptimizer: `optimizers`: 'x\.\*' matches no parameter",
+    ),
 }
 
 
@@ -171,7 +197,8 @@ def test_a_function_of_the_step_is_told_before_weights_change(callback, function
     module.drop = nn.Dropout(0.1)
     before = copy.deepcopy(module.state_dict())
     with pytest.raises(
-        TypeError, match=r"should take a `Position`, and failed with one: .*`lambda at: \.\.\. at\.step"
+        TypeError,
+        match=rf"^{callback.__name__}: .* should take a `Position`, and failed with one: .*`lambda at: \.\.\. at\.step",
     ):
         make_trainer(callback(function), max_epochs=1).fit(module, Batches())
     torch.testing.assert_close(module.state_dict(), before, rtol=0, atol=0)

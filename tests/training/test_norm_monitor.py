@@ -323,7 +323,8 @@ def test_theory_of_sgd_takes_the_gradient_where_it_is_measured():
     gradient = logged["gradient_norm/hidden.weight"][0] * logged["weight_norm/hidden.weight"][0]
     expected = (0.01 * gradient**2 / (2 * 0.5 * 0.1)) ** 0.25
     assert logged["weight_norm/hidden.weight/expected"][0] == pytest.approx(expected, rel=1e-6, abs=0)
-    without = fit(WeightNormMonitor(expected=True), module=Regression(make)).logged()
+    with pytest.warns(UserWarning, match="SGD decays depends on their gradients.* add 'gradient' to `quantities`"):
+        without = fit(WeightNormMonitor(expected=True), module=Regression(make)).logged()
     assert not any("expected" in key for key in without)
 
 

@@ -513,6 +513,14 @@ def test_the_value_is_logged_of_the_weights_that_the_step_finds(penalty, key, va
     assert read_csv(logger)[key] == pytest.approx(expected, rel=1e-6, abs=0)
 
 
+def test_frozen_weights_are_not_in_the_logged_value(tmp_path):
+    logger, module = CSVLogger(tmp_path), Regression(sgd)
+    module.output.weight.requires_grad_(False)
+    expected = weights(module)["hidden.weight"].abs().sum().item()
+    make_trainer(L1Penalty(1.0), logger=logger, max_steps=1).fit(module, Batches())
+    assert read_csv(logger)["penalty/l1"] == pytest.approx({0: expected}, rel=1e-6, abs=0)
+
+
 def test_the_value_is_logged_when_lightning_logs(tmp_path):
     logger = CSVLogger(tmp_path)
     train(Regression(sgd), L1Penalty(Steps([0.1, 0.2], [5])), logger=logger, log_every_n_steps=5)
