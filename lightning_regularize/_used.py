@@ -11,24 +11,30 @@ from __future__ import annotations
 import copy
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils.hooks import RemovableHandle
 
+from lightning_regularize._checks import is_named
 from lightning_regularize._sharding import gathered, is_dtensor, local_tensor, piece_like
 from lightning_regularize.selection import ParameterInfo, matching, tensor_name
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from lightning_regularize._steps.targets import Targets
+
+# Parameters of bitsandbytes, whose elements are not those of the weight, or not those that the layer multiplies by.
+_PACKED = ("Params4bit", "Int8Params")
 
 
 class Piece(NamedTuple):
@@ -69,6 +75,26 @@ class UsedWeight:
     def is_trainable(self) -> bool:
         """Is any of the parameters that it is computed from trained?"""
         return any(source.requires_grad for source in self.recipe.sources.values())
+
+    @cached_property
+    def unknown_because(self) -> str:
+        """Why it cannot be told from outside what the layer uses, as the end of a sentence; empty of most weights."""
+        owner, leaf = self.stored.owner, self.info.name.rpartition(".")[2]
+        if is_named(self.stored.parameter, *_PACKED):
+            return f"which {type(self.stored.parameter).__name__} packs in a way of its own"
+        if not self.is_computed:
+            return ""
+        if _fake_quantizers(owner, leaf) and "bn" in owner._modules:
+            return f"which {type(owner).__name__} scales by its batch norm before it rounds them"
+        made_and_read = [_makes(hook) for hook in self.recipe.makers]
+        made_later = {made for made, _ in made_and_read}
+        for made, read in made_and_read:
+            if made_later.intersection(read):
+                return "which their layers compute from what a hook that comes later left in the forward pass before"
+            made_later.discard(made)
+        if any(leaf in _makes(hook)[1] for hook in owner._forward_pre_hooks.values()):
+            return "from which a hook computes another one"
+        return ""
 
     @property
     def is_up_to_date(self) -> bool:
@@ -126,6 +152,15 @@ def select_used(infos: Sequence[ParameterInfo], *, include: Sequence[Any], exclu
     used = {id(weight.info): weight for weight in used_weights(infos)}
     chosen = matching([weight.info for weight in used.values()], include=include, exclude=exclude)
     return [used[id(info)] for info in chosen if used[id(info)].is_trainable]
+
+
+def without_unknown(weights: Sequence[UsedWeight], warn: Callable[[str], None], who: str) -> list[UsedWeight]:
+    """Weights without those of which it cannot be told what their layers use; a warning names the first of these."""
+    unknown = [weight for weight in weights if weight.unknown_because]
+    if unknown:
+        name, why = unknown[0].info.name, unknown[0].unknown_because
+        warn(f"{who} leaves out {len(unknown)} weights such as {name!r}, {why}: what is used cannot be told.")
+    return [weight for weight in weights if not weight.unknown_because]
 
 
 def pruning_mask(info: ParameterInfo) -> Tensor | None:
@@ -193,15 +228,26 @@ def follow_moved(targets: Targets[Any], optimizer: Any) -> None:
         targets.refresh()
 
 
-def is_computed_from(info: ParameterInfo) -> bool:
-    """Does the layer compute what it uses from this parameter? Told by names of torch's, which others use as well."""
+def why_not_held(info: ParameterInfo) -> str:
+    """For which weights a constraint on this parameter does not hold, and what to do, as the end of a sentence.
+
+    Told by names of torch's, which others use as well. Empty if the layer uses the parameter as it is.
+    """
     path, _, leaf = info.name.rpartition(".")
-    if ".parametrizations." in f".{path}.":
-        return True
-    if _fake_quantizers(info.owner, leaf):
-        return True
     stem, _, suffix = leaf.rpartition("_")
-    return suffix in ("orig", "g", "v") and hasattr(info.owner, stem) and stem not in info.owner._parameters
+    is_source = suffix in ("orig", "g", "v") and hasattr(info.owner, stem) and stem not in info.owner._parameters
+    if is_source or ".parametrizations." in f".{path}." or _fake_quantizers(info.owner, leaf):
+        return (
+            f"parametrized weights, which are computed anew from {info.name!r}: leave it out by `exclude`, or take the "
+            "parametrization away."
+        )
+    return f"packed weights such as {info.name!r}: leave it out by `exclude`." if is_packed(info) else ""
+
+
+def is_packed(info: ParameterInfo) -> bool:
+    """Does the parameter stand for other numbers than its elements, those of a quantized weight?"""
+    parameter: Any = info.parameter
+    return is_named(parameter, *_PACKED) or (not is_lazy(parameter) and _is_quantized(local_tensor(parameter)))
 
 
 # How a weight is computed
@@ -288,11 +334,15 @@ def _fake_quantizers(owner: nn.Module, name: str) -> tuple[nn.Module, ...]:
 
 def _quantized(weight: Tensor, quantizers: Iterable[nn.Module]) -> Tensor:
     """The weight after fake quantization, with the scales that the last forward pass has left."""
-    for quantizer in map(copy.deepcopy, quantizers):  # it may keep statistics of what it sees
+    for own in quantizers:
+        parameters = dict(own.named_parameters())  # such as a scale that is learned
+        # It may keep statistics of what it sees; torch cannot copy gradients that ranks hold pieces of.
+        quantizer = copy.deepcopy(own, {id(parameter): parameter for parameter in parameters.values()})
         seen = getattr(getattr(quantizer, "activation_post_process", None), "min_val", None)
         if seen is not None and seen.numel() and seen.isfinite().all():
             quantizer.disable_observer()  # type: ignore[operator]
-        weight = quantizer.forward(weight)
+        whole = {name: gathered(parameter).clone() for name, parameter in parameters.items()}
+        weight = functional_call(quantizer, whole, weight)
     return weight
 
 

@@ -6,6 +6,7 @@ weight are reduced in ``update``, which all ranks should therefore call.
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -16,7 +17,7 @@ from torchmetrics.wrappers.abstract import WrapperMetric
 from lightning_regularize._checks import check_number
 from lightning_regularize._rows import dense_pieces
 from lightning_regularize._sharding import Sharding
-from lightning_regularize._used import Piece, select_used
+from lightning_regularize._used import Piece, select_used, without_unknown
 from lightning_regularize.norms import check_norm_type, combine, counts_at_most, norms
 from lightning_regularize.selection import check_rules, parameter_infos
 
@@ -72,7 +73,7 @@ class WeightNorm(Metric):
 
     def update(self, module: nn.Module) -> None:
         """Measure a module; under FSDP1 the wrapped one."""
-        pieces, sharding = _pieces(module, self.include, self.exclude)
+        pieces, sharding = _pieces(type(self).__name__, module, self.include, self.exclude)
         like = [piece.like for piece in pieces]
         found = norms([piece.tensor for piece in pieces], self.norm_type, sharding=sharding, parameters=like)
         self.value = self.value.new_tensor(combine(found.tolist(), self.norm_type))
@@ -127,7 +128,7 @@ class Sparsity(Metric):
 
     def update(self, module: nn.Module) -> None:
         """Measure a module; under FSDP1 the wrapped one."""
-        pieces, sharding = _pieces(module, self.include, self.exclude)
+        pieces, sharding = _pieces(type(self).__name__, module, self.include, self.exclude)
         counts = counts_at_most(dense_pieces([piece.tensor for piece in pieces]), self.threshold)
         found = sharding.reduce(counts, [piece.like for piece in pieces])
         elements = sum(piece.shape.numel() for piece in pieces)
@@ -198,13 +199,16 @@ class GeneralizationGap(WrapperMetric):
         return self._plot(val, ax)
 
 
-def _pieces(module: nn.Module, include: Sequence[Rule], exclude: Sequence[Rule]) -> tuple[list[Piece], Sharding]:
+def _pieces(
+    owner: str, module: nn.Module, include: Sequence[Rule], exclude: Sequence[Rule]
+) -> tuple[list[Piece], Sharding]:
     """What this rank holds of the weights that the layers of a module use, and how they are spread over ranks.
 
     Raises:
         ValueError: One is computed from flat pieces.
     """
-    weights = select_used(parameter_infos(module), include=include, exclude=exclude)
+    selected = select_used(parameter_infos(module), include=include, exclude=exclude)
+    weights = without_unknown(selected, warnings.warn, owner)
     sharding = Sharding(module)
     for weight in weights:
         if weight.is_computed and sharding.is_flat(weight.info.parameter):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import csv
 import difflib
+import functools
 import math
 import os
 import re
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 
 from lightning_regularize._checks import check_positive_integer
 from lightning_regularize._sharding import is_dtensor
-from lightning_regularize._used import used_weights
+from lightning_regularize._used import used_weights, without_unknown
 from lightning_regularize.schedules import Schedule, ScheduleLike, simulate
 from lightning_regularize.selection import parameter_infos
 
@@ -396,7 +397,8 @@ def _readable_kind(count: int, *, own_figure: bool) -> Literal["lines", "grid", 
 
 def _used_by(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     # The weights that layers use, without those that are packed in some way that cannot be told.
-    for weight in used_weights(parameter_infos(module)):
+    weights = used_weights(parameter_infos(module))
+    for weight in without_unknown(weights, functools.partial(warnings.warn, stacklevel=5), "plot_histograms"):
         name, is_float = weight.info.name, weight.info.parameter.is_floating_point()
         for source in weight.recipe.sources.values():
             _check_readable(name, source)

@@ -89,6 +89,7 @@ class Targets(Generic[T]):
     Args:
         look: What the module holds now; asked again only when an optimizer holds something else than before.
         learn: What there is to know about a parameter, or None if the callback leaves it alone; asked once for each.
+            An error that it raises about a frozen parameter is raised when that is trained.
         move: Likewise for a known one that is in another place of the module now; by default it is learned anew.
         learn_foreign: Likewise for a parameter of an optimizer that the module does not hold.
         arrange: What is made of the targets of a group, until that holds something else; by default they are listed.
@@ -107,11 +108,14 @@ class Targets(Generic[T]):
         self._arrange = arrange
         self._known: dict[int, tuple[ParameterInfo, T | None]] = {}
         self._of: WeakKeyDictionary[Any, tuple[int, list[Any]]] = WeakKeyDictionary()
+        self._not_learned: list[Tensor] = []  # frozen parameters about which there was an error
         self.refresh()
 
     def of(self, optimizer: Any) -> list[Any]:
         """For each group of ``optimizer``, whose groups should be the user's, the targets among what it holds."""
         version = held_by(optimizer).look(optimizer.param_groups)
+        if any(parameter.requires_grad for parameter in self._not_learned):
+            self.refresh()
         known = self._of.get(optimizer)
         if known is None or known[0] != version:
             held = [group["params"] for group in optimizer.param_groups]
@@ -128,6 +132,9 @@ class Targets(Generic[T]):
 
     def refresh(self) -> None:
         """Walk the module: learn what is new, and forget what is gone."""
+        for parameter in self._not_learned:
+            self._known.pop(id(parameter), None)
+        self._not_learned = []
         self._known = {id(info.parameter): (info, self._learned(info)) for info in self._look()}
         self._of.clear()
 
@@ -135,9 +142,15 @@ class Targets(Generic[T]):
         before, target = self._known.get(id(info.parameter), (None, None))
         if before is not None and (before.name, before.owner) == (info.name, info.owner):
             return target
-        if target is not None and self._move is not None:
-            return self._move(info, target)
-        return self._learn(info)
+        try:
+            if target is not None and self._move is not None:
+                return self._move(info, target)
+            return self._learn(info)
+        except Exception:
+            if info.parameter.requires_grad:
+                raise
+            self._not_learned.append(info.parameter)
+            return None
 
     def forget(self, parameter: Tensor) -> None:
         """Learn ``parameter`` anew when it is next seen."""

@@ -12,7 +12,7 @@ from lightning_regularize._sharding import are_elsewhere, local_tensor
 from lightning_regularize._steps.targets import Targets, held_by
 from lightning_regularize._trainer.run import group_labels
 from lightning_regularize._trainer.strategies import deepspeed_keeper, held_parameters, torch_optimizer
-from lightning_regularize._used import Layers, Piece, used_weight
+from lightning_regularize._used import Layers, Piece, used_weight, without_unknown
 from lightning_regularize.callbacks.weight_decay import WeightDecay
 from lightning_regularize.decay_methods import will_move
 from lightning_regularize.quantities import module_of
@@ -175,6 +175,7 @@ class Monitored:
                 "parameters that FSDP1 or ZeRO-3 has cut into flat pieces; use FSDP2."
             )
             readable = [weight for weight in readable if weight.info.name not in cut]
+        readable = without_unknown(readable, self._monitor.warn, "WeightNormMonitor")
         if len(self._run.watches) > 1:
             held = {id(p) for leaf in watch.leaves for group in leaf.param_groups for p in group["params"]}
             readable = [weight for weight in readable if id(weight.info.parameter) in held]

@@ -113,8 +113,12 @@ class Method(ABC):
     """A way in which a penalty acts on a step."""
 
     @abstractmethod
-    def check(self, run: Run, owner: PenaltyCallback, infos: Sequence[ParameterInfo]) -> None:
-        """Refuse a strategy or weights with which it cannot work."""
+    def check(self, run: Run, owner: PenaltyCallback) -> None:
+        """Refuse a strategy with which it cannot work."""
+
+    @abstractmethod
+    def check_weight(self, owner: PenaltyCallback, info: ParameterInfo) -> None:
+        """Refuse a weight on which it cannot act."""
 
     @abstractmethod
     def check_optimizer(self, owner: PenaltyCallback, optimizer: Optimizer) -> None:
@@ -133,16 +137,18 @@ class Method(ABC):
 class Gradient(Method):
     """The gradient of the penalty is added to that of the loss."""
 
-    def check(self, run: Run, owner: PenaltyCallback, infos: Sequence[ParameterInfo]) -> None:
-        if not isinstance(owner.penalty(), L2):
-            owner.check_real(infos, f"{type(owner).__name__}(method='gradient')")
-        if found := [info.name for info in infos if has_sparse_gradient(info)]:
-            raise MisconfigurationException(
-                f"{type(owner).__name__}(method='gradient') pulls at every weight, and {found} have sparse gradients, "
-                'for the rows that were looked up: leave them out by `exclude=(*DEFAULT_EXCLUDE, "embedding")`, use '
-                "`sparse=False`, or method='proximal'."
-            )
+    def check(self, run: Run, owner: PenaltyCallback) -> None:
         check_gradients_are_the_modules(run.trainer, type(owner).__name__)
+
+    def check_weight(self, owner: PenaltyCallback, info: ParameterInfo) -> None:
+        if not isinstance(owner.penalty(), L2):
+            owner.check_real(info, f"{type(owner).__name__}(method='gradient')")
+        if has_sparse_gradient(info):
+            raise MisconfigurationException(
+                f"{type(owner).__name__}(method='gradient') pulls at every weight, and {[info.name]} have sparse "
+                "gradients, for the rows that were looked up: leave them out by "
+                "`exclude=(*DEFAULT_EXCLUDE, \"embedding\")`, use `sparse=False`, or method='proximal'."
+            )
 
     def check_optimizer(self, owner: PenaltyCallback, optimizer: Optimizer) -> None:
         if any(group.get("maximize") and penalized for group, penalized in owner.targets(optimizer)):
@@ -190,18 +196,19 @@ class Gradient(Method):
 class Proximal(Method):
     """After the step the proximal map of the penalty is applied, in the metric of the optimizer."""
 
-    def check(self, run: Run, owner: PenaltyCallback, infos: Sequence[ParameterInfo]) -> None:
+    def check(self, run: Run, owner: PenaltyCallback) -> None:
+        check_weights_are_the_optimizers(run.trainer, f"{type(owner).__name__}(method='proximal')")
+        if not isinstance(owner.penalty(), L2):
+            owner.warn_if_moved_later(run, "zeros do not last")
+
+    def check_weight(self, owner: PenaltyCallback, info: ParameterInfo) -> None:
         name = f"{type(owner).__name__}(method='proximal')"
-        check_weights_are_the_optimizers(run.trainer, name)
-        owner.check_real(infos, name)
-        if isinstance(owner.penalty(), L2):
-            return
-        owner.warn_if_moved_later(run, "zeros do not last")
-        if found := [info.name for info in infos if is_normalized(info)]:
+        owner.check_real(info, name)
+        if is_normalized(info) and not isinstance(owner.penalty(), L2):
             raise MisconfigurationException(
-                f"{name} makes weights exactly zero, where weight and spectral "
-                f"normalization divide zero by zero, and on the scale of {found} the model does not depend: leave "
-                "them out by `exclude`, or use method='gradient'."
+                f"{name} makes weights exactly zero, where weight and spectral normalization divide zero by zero, and "
+                f"on the scale of {[info.name]} the model does not depend: leave them out by `exclude`, or use "
+                "method='gradient'."
             )
 
     def check_optimizer(self, owner: PenaltyCallback, optimizer: Optimizer) -> None:

@@ -142,16 +142,16 @@ class Selective(Described):
                 f"what they are. If they are in another dim, say by `{argument}` which dims hold the incoming weights."
             )
 
-    def check_real(self, infos: Sequence[ParameterInfo], owner: str = "") -> None:
-        """Refuse complex weights, which have neither a sign nor an order.
+    def check_real(self, info: ParameterInfo, owner: str = "") -> None:
+        """Refuse a complex weight, which has neither a sign nor an order.
 
         Raises:
-            MisconfigurationException: There is one.
+            MisconfigurationException: It is one.
         """
-        if found := [info.name for info in infos if info.parameter.is_complex()]:
+        if info.parameter.is_complex():
             raise MisconfigurationException(
-                f"{owner or type(self).__name__} is made for real weights, and {found} are complex: leave them out by "
-                "`exclude`, or let the parameter be real and take `torch.view_as_complex` of it."
+                f"{owner or type(self).__name__} is made for real weights, and {[info.name]} are complex: leave them "
+                "out by `exclude`, or let the parameter be real and take `torch.view_as_complex` of it."
             )
 
 

@@ -160,13 +160,6 @@ class AnchorDecay(Regularizer):
         infos = self.select(run, "nothing to pull")
         if self.anchor != "init":
             _check_anchor(self.anchor, infos)
-        if self.method == "selective":
-            self.check_real(infos, "AnchorDecay(method='selective')")
-            if half := [info.name for info in infos if info.parameter.dtype in HALF]:
-                raise MisconfigurationException(
-                    "AnchorDecay(method='selective') needs the distance that a step adds, and rounds it away in "
-                    f"{half} of half precision: use float32 weights with precision='bf16-mixed'."
-                )
         self._largest_importance = 1.0
         if self.importance is not None:
             self._largest_importance = _check_importance(self.importance, infos)
@@ -190,6 +183,13 @@ class AnchorDecay(Regularizer):
     def _learn(self, info: ParameterInfo) -> _Target | None:
         if not self.selects(info) or (self.importance is not None and info.name not in self.importance):
             return None
+        if self.method == "selective":
+            self.check_real(info, "AnchorDecay(method='selective')")
+            if info.parameter.dtype in HALF:
+                raise MisconfigurationException(
+                    "AnchorDecay(method='selective') needs the distance that a step adds, and rounds it away in "
+                    f"{info.name!r} of {info.parameter.dtype}: use float32 weights with precision='bf16-mixed'."
+                )
         if self._phase == "before":
             return _Target(info, None)
         is_new = self._phase == "training"

@@ -123,7 +123,6 @@ class ConstrainedDecay(Regularizer):
     def check(self, run: Run) -> None:
         check_weights_are_the_optimizers(run.trainer, "ConstrainedDecay")
         infos = self.select(run, "nothing to constrain")
-        self.check_real(infos)
         self.warn_if_no_effect(run, infos)
         self.rounded = Rounding(self, infos, who="ConstrainedDecay", is_constant=False)
         self._sharding, self._has_looked_for_decay = run.sharding(), False
@@ -132,6 +131,7 @@ class ConstrainedDecay(Regularizer):
     def _learn(self, info: ParameterInfo) -> _Target | None:
         if not self.selects(info):
             return None
+        self.check_real(info)
         return _Target(info)
 
     def _move(self, info: ParameterInfo, target: _Target) -> _Target | None:

@@ -15,7 +15,7 @@ from lightning_regularize._steps.buckets import buckets, calls, put_back_, stack
 from lightning_regularize._steps.targets import Targets
 from lightning_regularize._trainer.names import MisconfigurationException
 from lightning_regularize._trainer.strategies import check_view, check_weights_are_the_optimizers
-from lightning_regularize._used import Layers, as_used, follow_moved, is_computed_from, pruning_mask
+from lightning_regularize._used import Layers, as_used, follow_moved, pruning_mask, why_not_held
 from lightning_regularize.callbacks._base import Regularizer
 from lightning_regularize.callbacks._saved import POSITIVE, TENSOR
 from lightning_regularize.projections import Box, Function, MaxNorm, NonNegative, Projection, SpectralBall, TopShare
@@ -164,7 +164,6 @@ class WeightConstraint(Regularizer):
     def check(self, run: Run) -> None:
         check_weights_are_the_optimizers(run.trainer, "WeightConstraint")
         infos = self.select(run, "nothing to constrain")
-        self.check_real(infos)
         self.warn_if_no_effect(run, infos)
         if run.trainer is None:  # only a Trainer says when a batch ends
             self.warn_if_moved_later(run, "the constraint does not hold behind it")
@@ -179,11 +178,9 @@ class WeightConstraint(Regularizer):
     def _learn(self, info: ParameterInfo) -> _Target | None:
         if not self.selects(info):
             return None
-        if is_computed_from(info) and (pruning_mask(info) is None or not self.projection.keeps_zeros):
-            raise MisconfigurationException(
-                f"WeightConstraint({type(self.projection).__name__}) cannot hold for parametrized weights, which are "
-                f"computed anew from {info.name!r}: leave it out by `exclude`, or take the parametrization away."
-            )
+        self.check_real(info)
+        if (why := why_not_held(info)) and (pruning_mask(info) is None or not self.projection.keeps_zeros):
+            raise MisconfigurationException(f"WeightConstraint({type(self.projection).__name__}) cannot hold for {why}")
         is_elementwise = isinstance(self.projection, (Box, NonNegative))
         if not is_elementwise and self._sharding.is_flat(info.parameter):
             needs = "whole weights" if isinstance(self.projection, (TopShare, Function)) else "norms of whole units"

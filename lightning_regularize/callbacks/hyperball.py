@@ -16,7 +16,7 @@ from lightning_regularize._steps.hooks import hooks_of
 from lightning_regularize._steps.targets import Targets
 from lightning_regularize._trainer.names import MisconfigurationException
 from lightning_regularize._trainer.strategies import check_not_flat, check_weights_are_the_optimizers
-from lightning_regularize._used import follow_moved, is_computed_from
+from lightning_regularize._used import follow_moved, why_not_held
 from lightning_regularize.callbacks._base import Regularizer
 from lightning_regularize.callbacks._saved import POSITIVE
 from lightning_regularize.callbacks.anchor_decay import AnchorDecay
@@ -93,7 +93,6 @@ class Hyperball(Regularizer):
         check_weights_are_the_optimizers(run.trainer, "Hyperball")
         check_not_flat(run.sharding(), list(run.root.parameters()), "Hyperball")
         infos = self.select(run, "nothing to turn")
-        self.check_real(infos)
         self.warn_if_no_effect(run, infos)
         self.warn_if_moved_later(run, "norms are not kept")
         self._sharding, self._has_begun = run.sharding(), False
@@ -108,11 +107,9 @@ class Hyperball(Regularizer):
     def _learn(self, info: ParameterInfo) -> _Target | None:
         if not self.selects(info):
             return None
-        if is_computed_from(info):
-            raise MisconfigurationException(
-                f"Hyperball cannot keep the norm of parametrized weights, which are computed anew from {info.name!r}: "
-                "leave it out by `exclude`, or take the parametrization away."
-            )
+        self.check_real(info)
+        if why := why_not_held(info):
+            raise MisconfigurationException(f"Hyperball cannot keep the norm of {why}")
         if info.parameter.dtype in HALF:
             raise MisconfigurationException(
                 f"Hyperball needs the difference that a step makes, and rounds it away in {info.name!r} of "

@@ -67,7 +67,8 @@ class WeightNormMonitor(Regularizer):
     ``weight_norm/net.0.weight``. With several optimizers each has its own total, ``weight_norm/optimizer0 total``.
     Of a layer that is pruned or parametrized (weight norm, spectral norm, ...) the weight that it uses is measured,
     under its own name. Such a weight has no gradient: gradient quantities are of the parameters that it is computed
-    from, together. Effective decay and timescale are of the largest of them, and theory expects nothing of it.
+    from, together. Effective decay and timescale are of the largest of them, and theory expects nothing of it. If it
+    cannot be told which weight a layer uses, it is left out with a warning.
 
     All go to all loggers on the step axis of ``train_loss``, totals also to ``trainer.callback_metrics``. Only
     trainable parameters count, and only what is asked for is computed, on the steps that are logged.

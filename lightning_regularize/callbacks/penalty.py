@@ -19,6 +19,7 @@ from lightning_regularize._steps.targets import Targets
 from lightning_regularize._steps.watch import stepping_optimizers
 from lightning_regularize._trainer.names import MisconfigurationException
 from lightning_regularize._trainer.strategies import check_view
+from lightning_regularize._used import is_packed
 from lightning_regularize.callbacks._base import Regularizer
 from lightning_regularize.callbacks._penalty_methods import Alike, Gradient, Method, Proximal, Target, arranged
 from lightning_regularize.callbacks._rounding import Rounding
@@ -99,7 +100,7 @@ class PenaltyCallback(Regularizer):
         needs_shapes = self.penalty().per_unit
         infos = self.select(run, "nothing to pull at", initialized=needs_shapes)
         self._sharding = run.sharding()
-        self._method.check(run, self, infos)
+        self._method.check(run, self)
         self._targets: Targets[Target] = Targets(self._look, self._learn, arrange=arranged)
         is_proximal = self.method == "proximal"
         remedy = "a larger strength" if is_proximal else "rounding='stochastic', which is right in the mean"
@@ -120,6 +121,11 @@ class PenaltyCallback(Regularizer):
             with self._misconfigurations():
                 self.groups.check(groups)
         self.warn_if_no_effect(run, infos)
+        if packed := [info.name for info in infos if info.parameter.requires_grad and is_packed(info)]:
+            self.warn(
+                f"{type(self).__name__} acts on the stored numbers of {packed[0]!r}, a packed weight, and not on those "
+                "that its layer uses: leave it out by `exclude` if that is not meant."
+            )
 
     def _look(self) -> list[ParameterInfo]:
         infos: list[ParameterInfo] = self.run.infos()
@@ -143,6 +149,7 @@ class PenaltyCallback(Regularizer):
     def _learn(self, info: ParameterInfo) -> Target | None:
         if not self.selects(info):
             return None
+        self._method.check_weight(self, info)
         penalty = self.penalty()
         needs = "the norms of whole units" if penalty.per_unit else "" if penalty.takes_pieces else "whole weights"
         if needs and self._sharding.is_flat(info.parameter):

@@ -177,8 +177,9 @@ class WeightDecay(Regularizer):
         elif self.decay_method.acts_on_weights:
             check_weights_are_the_optimizers(run.trainer, f"WeightDecay(method={self.method!r})")
         if self.decay_method.needs_real_weights:
-            decaying = [info for info in infos if self.rules.decide(info).setting.factor]
-            self.check_real(decaying, f"WeightDecay(method={self.method!r})")
+            for info in infos:
+                if info.parameter.requires_grad and self.rules.decide(info).setting.factor:
+                    self.check_real(info, f"WeightDecay(method={self.method!r})")
         self._targets: Targets[Decision] = Targets(
             run.infos, self._learn, lambda parameter: self._learn(foreign_info(parameter))
         )

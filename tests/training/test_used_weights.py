@@ -1,6 +1,5 @@
 """Is what layers use measured, where that is not what the optimizer holds? Under one process, DDP and FSDP2."""
 
-import copy
 import functools
 import warnings
 
@@ -13,6 +12,8 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.ao import quantization
 from torch.ao.nn import qat
+from torch.ao.quantization._learnable_fake_quantize import _LearnableFakeQuantize
+from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from lightning_regularize import Hyperball, WeightConstraint, WeightNormMonitor
@@ -85,8 +86,6 @@ class Computed(Regression):
 
     def configure_model(self):
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
-            from torch.distributed.fsdp import fully_shard
-
             for layer in (self.hidden, self.norm, self.output):
                 fully_shard(layer, mesh=self.device_mesh["data_parallel"])
 
@@ -372,50 +371,85 @@ class ForIntegers(L.LightningModule):
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(0)
             self.net = nn.Sequential(nn.Conv2d(3, 4, (1, 2)), nn.Flatten(), nn.Linear(8, 2))
-        coarse = quantization.FakeQuantize.with_args(
-            observer=quantization.MinMaxObserver, quant_min=-8, quant_max=7, dtype=torch.qint8
-        )
-        qconfigs = {
-            "per channel": quantization.get_default_qat_qconfig("x86"),
-            "per tensor": quantization.QConfig(quantization.default_fake_quant, quantization.default_weight_fake_quant),
-            "coarse": quantization.QConfig(nn.Identity, coarse),
-        }
-        self.net.qconfig = qconfigs[how]
+        self.net.qconfig = QCONFIGS[how]()
         quantization.prepare_qat(self.net.train(), inplace=True)
+        for module in self.net.modules():
+            if isinstance(module, _LearnableFakeQuantize):
+                module.enable_param_learning()
+        self.used = {0: [], 2: []}
+
+    def configure_model(self):
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            for i in self.used:
+                fully_shard(self.net[i], mesh=self.device_mesh["data_parallel"])
 
     def training_step(self, batch, batch_idx):
-        return (self.net(torch.ones(4, 3, 1, 3)) - torch.tensor([1.0, -1.0])).square().mean()
+        handles = [
+            self.net[i].weight_fake_quant.register_forward_hook(functools.partial(self.note, i)) for i in self.used
+        ]
+        loss = (self.net(torch.ones(4, 3, 1, 3)) - torch.tensor([1.0, -1.0])).square().mean()
+        for handle in handles:
+            handle.remove()
+        return loss
+
+    def note(self, i, quantizer, inputs, rounded):
+        self.used[i].append(rounded.detach().double().norm().item())
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.3)
 
-    def used(self):
-        layers = [self.net[0], self.net[2]]
-        quantizers = [copy.deepcopy(layer.weight_fake_quant) for layer in layers]
-        for quantizer in quantizers:
-            quantizer.disable_observer()
-        with torch.no_grad():
-            return [q(layer.weight).double() for q, layer in zip(quantizers, layers, strict=True)]
+
+def coarse(quantizer, **options):
+    options |= {"observer": quantization.MinMaxObserver, "quant_min": -8, "quant_max": 7}
+    return quantization.QConfig(nn.Identity, quantizer.with_args(dtype=torch.qint8, **options))
+
+
+QCONFIGS = {
+    "per channel": lambda: quantization.get_default_qat_qconfig("x86"),
+    "per tensor": lambda: quantization.QConfig(quantization.default_fake_quant, quantization.default_weight_fake_quant),
+    "coarse": lambda: coarse(quantization.FakeQuantize),
+    "learned": lambda: coarse(_LearnableFakeQuantize, scale=0.1),
+}
+
+
+def fit_for_integers(how, **options):
+    module, logger = ForIntegers(how), Kept()
+    monitor = WeightNormMonitor(detail="parameter", include=("*.weight",))
+    make_trainer(monitor, logger=logger, max_epochs=1, **options).fit(module, Batches())
+    return logger.logged(), module
+
+
+def assert_rounded_weights_are_logged(logged, used):
+    for i, norms in used.items():
+        found = logged[f"weight_norm/net.{i}.weight"]
+        assert len(norms) == 7
+        assert found == pytest.approx(dict(enumerate(norms)), rel=1e-6, abs=0)
 
 
 @pytest.mark.filterwarnings("ignore:.*(quantization|reduce_range|torch.ao).*")
-@pytest.mark.parametrize("how", ["per channel", "per tensor", "coarse"])
+@pytest.mark.parametrize("how", QCONFIGS)
 def test_weights_in_training_for_integers_are_measured_as_they_are_rounded(how):
-    module, logger, expected = ForIntegers(how), Kept(), []
-
-    class BeforeTheStep(L.Callback):
-        def on_before_optimizer_step(self, trainer, module, optimizer):
-            expected.append([weight.norm().item() for weight in module.used()])
-
-    monitor = WeightNormMonitor(detail="parameter", include=("*.weight",))
-    trainer = make_trainer(monitor, BeforeTheStep(), logger=logger, max_epochs=1)
-    trainer.fit(module, Batches())
-    for i, name in enumerate(("net.0.weight", "net.2.weight")):
-        assert list(logger.logged()[f"weight_norm/{name}"].values()) == pytest.approx(
-            [norms[i] for norms in expected], rel=1e-6, abs=0
-        )
+    logged, module = fit_for_integers(how)
+    assert_rounded_weights_are_logged(logged, module.used)
     stored = module.net[0].weight.double().norm().item()
     assert abs(stored - WeightNorm(include=("net.0.weight",))(module).item()) > 1e-5
+
+
+def for_integers_on_two(rank, world_size, strategy):
+    warnings.simplefilter("ignore")
+    make = {"ddp": lambda: "ddp", "fsdp2": lambda: ModelParallelStrategy(world_size, 1, process_group_backend="gloo")}
+    found = []
+    for how in QCONFIGS if strategy == "fsdp2" else ["per channel"]:
+        logged, module = fit_for_integers(how, devices=world_size, strategy=make[strategy]())
+        found.append((logged, module.used))
+    return found
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_weights_in_training_for_integers_are_measured_on_two_processes(strategy):
+    first, _ = run_distributed(for_integers_on_two, strategy)
+    for logged, used in first:
+        assert_rounded_weights_are_logged(logged, used)
 
 
 @pytest.mark.filterwarnings("ignore:.*(quantization|reduce_range|torch.ao).*")
