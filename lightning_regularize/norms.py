@@ -116,15 +116,19 @@ def spectral_norm(matrix: Tensor) -> Tensor:
         matrix = matrix.float()
     if not matrix.numel():
         return matrix.new_zeros((), dtype=wide(matrix.device))
-    if min(matrix.shape) > 2 * _STEPS:
-        matrix = _bidiagonal(matrix)
+    # Squares of elements leave the range of float32 long before the elements.
+    scale = torch.linalg.vector_norm(matrix, math.inf).clamp_min(torch.finfo(matrix.dtype).tiny)
+    matrix = _bidiagonal(matrix, scale) if min(matrix.shape) > 2 * _STEPS else matrix / scale
     finite = matrix.isfinite().all()  # the decomposition raises otherwise
-    found = torch.linalg.svdvals(torch.where(finite, matrix, 0.0))[0]
-    return torch.where(finite, found, math.nan).to(wide(matrix.device))
+    found = torch.linalg.svdvals(torch.where(finite, matrix, 0.0))[0].to(wide(matrix.device))
+    return torch.where(finite, found * scale.to(found), math.nan)
 
 
-def _bidiagonal(matrix: Tensor) -> Tensor:
-    r"""The matrix :math:`U^H A V` of the bidiagonalization, of which the largest singular value is nearly that of A."""
+def _bidiagonal(matrix: Tensor, scale: Tensor) -> Tensor:
+    r"""The matrix :math:`U^H A V` of the bidiagonalization, of which the largest singular value is nearly that of A.
+
+    It is that of ``matrix / scale``, of which no copy is made.
+    """
     numbers = torch.Generator().manual_seed(0)
     start = torch.randn(matrix.shape[1], generator=numbers, dtype=matrix.dtype, device="cpu")
     tiny = torch.finfo(matrix.dtype).tiny
@@ -132,12 +136,12 @@ def _bidiagonal(matrix: Tensor) -> Tensor:
     result = matrix.new_zeros(_STEPS, _STEPS + 1, dtype=matrix.real.dtype)
     right[0] = start / start.norm()
     for i in range(_STEPS):
-        u = matrix @ right[i]
+        u = matrix @ (right[i] / scale)
         # Orthogonal to all before: rounding destroys what theory says of the last alone.
         u -= left[:i].T @ (left[:i].conj() @ u)
         result[i, i] = u.norm()
         left[i] = u / result[i, i].clamp_min(tiny)
-        v = matrix.mH @ left[i]
+        v = matrix.mH @ (left[i] / scale)
         v -= right[: i + 1].T @ (right[: i + 1].conj() @ v)
         result[i, i + 1] = v.norm()
         right[i + 1] = v / result[i, i + 1].clamp_min(tiny)

@@ -229,6 +229,15 @@ def test_spectral_norm_equals_the_largest_singular_value(shape):
     )
 
 
+@pytest.mark.parametrize("size", [1e38, 1e-30], ids=str)
+@pytest.mark.parametrize("shape", [(3, 5), (200, 100)], ids=str)
+def test_spectral_norm_of_elements_whose_squares_leave_the_range_of_float32(shape, size):
+    matrix = randn(*shape).clamp(-3, 3) * size
+    assert spectral_norm(matrix).item() == pytest.approx(
+        torch.linalg.svdvals(matrix.double())[0].item(), rel=1e-3, abs=0
+    )
+
+
 @pytest.mark.parametrize("shape", [(3, 5), (200, 100), (100, 200)], ids=str)
 def test_spectral_norm_of_a_complex_matrix(shape):
     matrix = torch.complex(randn(*shape), randn(*shape, seed=1))
