@@ -83,7 +83,8 @@ class WeightConstraint(Regularizer):
 
     A weight with a pruning mask of torch's is projected as the layer uses it, and the masked elements of the stored one
     stay as they are, if the projection keeps zeros: all but ``Box``, ``SpectralBall``, ``Rank`` and functions do.
-    These, and weights that a layer computes in any other way, are refused, also when that begins in mid-run.
+    These, packed weights, and weights that a layer computes in any other way, are refused, also when that begins in
+    mid-run; frozen ones are refused when they are trained.
 
     Args:
         projection: One of :mod:`lightning_regularize.projections`, whose bounds may be schedules; a
