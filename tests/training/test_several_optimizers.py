@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.optim.lr_scheduler import StepLR
 
-from lightning_regularize import WeightDecay
+from lightning_regularize import L1Penalty, WeightDecay
 from lightning_regularize.schedules import Cosine, FollowLR, FromLRScheduler, Linear, Warmup
 from lightning_regularize.selection import DEFAULT_EXCLUDE
 from tests.reading import read_csv
@@ -316,6 +316,16 @@ def test_logged_values_are_what_the_steps_use(module_class, method, tmp_path):
     }
     assert found["weight_decay/optimizer0 pg1"] == approx({k: k / 20 for k in range(21)})
     assert found["weight_decay/optimizer1 pg1"] == approx({k: i / 20 for i, k in enumerate(batches)})
+
+
+def test_each_step_is_logged_with_one_batch_per_epoch(tmp_path):
+    logger = CSVLogger(tmp_path)
+    callbacks = [WeightDecay(Linear(0.0, 1.0), total_steps=5), L1Penalty(Linear(0.0, 1.0), total_steps=5)]
+    train(Alternating(), *callbacks, logger=logger, max_epochs=5, limit_train_batches=1)
+    found = read_csv(logger)
+    for i in (0, 1):
+        assert found[f"weight_decay/optimizer{i} pg1"] == approx({k: k / 4 for k in range(5)})
+        assert list(found[f"penalty/l1 optimizer{i}"]) == list(range(5))
 
 
 @pytest.mark.parametrize("monitor_is_first", [True, False], ids=["monitor first", "monitor last"])
