@@ -115,6 +115,8 @@ def _of_group(group: DecayingGroup, total_steps: float, steps_per_epoch: float) 
         )
     if not group.is_decoupled or group.is_fused:
         return  # what rounds is the sum with the gradient, whose noise carries the decay
+    # Nothing is measured yet, and perhaps no callback will: only what no weight can escape is said. A callback that
+    # decays measures the rest while it trains, see `callbacks/_rounding.py`.
     for dtype in sorted(group.dtypes, key=str):
         threshold = theory.decay_rounding_threshold(dtype)
         if group.lr * group.weight_decay <= threshold:

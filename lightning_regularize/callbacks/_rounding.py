@@ -5,36 +5,40 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.optim import AdamW
+from torch.optim import SGD, AdamW, Optimizer
 
 from lightning_regularize._sharding import local_piece, local_tensor
 from lightning_regularize._steps.buckets import HALF
+from lightning_regularize._steps.hooks import ATTRIBUTE
 from lightning_regularize.decay import decay_
 from lightning_regularize.step_sizes import knows, step_sizes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from torch.optim import Optimizer
-
     from lightning_regularize._steps.hooks import Step
     from lightning_regularize.callbacks._base import Regularizer
     from lightning_regularize.decay_methods import Alike
     from lightning_regularize.selection import ParameterInfo
 
-TOLERANCE = 0.05  # what may be lost, or gained, of a strength before a warning says so
+TOLERANCE = 0.03  # what may be lost, or gained, before a warning says so: 5 % in all, of which few steps are seen
 _STEPS = (0, 1, 4, 7, 12)  # measured first; not all of the first ones, since weights stay where nothing moves them
 _EVERY = 50  # then one step of so many is measured
-_MOST = 2**22  # elements measured in one call, at least one tensor: each costs up to ten numbers of memory
+_MOST = 2**20  # elements measured in one call, at least one tensor: each costs up to fifteen numbers of memory
+_WIDE = {"mps": torch.float32}  # float64 elsewhere, so that a strength is seen that float32 rounds away as well
+_KEPT = 2**16  # elements of a tensor whose sums over the steps are kept
 _LOOP = 500  # steps after which a loop of unknown length is judged, since nobody says that it has ended
+_OF_EVERY_OPTIMIZER = frozenset({*vars(SGD([torch.zeros(1)])), ATTRIBUTE})
+_NUMBERS = (int, float, str, type(None))
 
 
 class Rounding:
-    """Measures, in a few steps, what happens to half-precision tensors beside the same in float32.
+    """Measures, in a few steps, what happens to half-precision tensors beside the same in float64.
 
     Nothing waits for the device before :meth:`judge`.
 
@@ -45,6 +49,7 @@ class Rounding:
         is_constant: Is the strength the same in all steps? If not, it is judged when training ends.
         adds_to_gradients: Does it act through gradients? Then the optimizer rounds it once more, in its own step.
         remedy: What helps beside float32 weights: ", or ...". For what goes through gradients, it helps in their sum.
+        catches_up: Is what one step loses asked for again in the next ones? Then a loss and a gain do not cancel.
     """
 
     def __init__(
@@ -56,17 +61,19 @@ class Rounding:
         is_constant: bool,
         adds_to_gradients: bool = False,
         remedy: str = "",
+        catches_up: bool = False,
     ) -> None:
         self._owner, self._who, self._remedy, self._is_constant = owner, who, remedy, is_constant
-        self._adds_to_gradients = adds_to_gradients
+        self._adds_to_gradients, self._catches_up = adds_to_gradients, catches_up
         self._is_done = not any(info.parameter.dtype in HALF for info in infos)
         self._is_judged = False
         self._first: int | None = None
         self._has_peaked = False  # has a learning rate been near its peak?
         self._calls = 0
-        # Of each list of tensors that change together: how far they should have gone, and what of that is off.
-        self._totals: dict[tuple[str, int, int, torch.device], Tensor] = {}
+        # Of each tensor that changes: how far its elements should have gone in all, and how far off they are.
+        self._totals: dict[tuple[str, int, int, int, int], Tensor] = {}
         self._optimizer = 0
+        self._stands_for = 1  # a step that is measured stands for those since the one before it
         self.is_measured = False
         """Is the step under way one to measure?"""
 
@@ -84,6 +91,7 @@ class Rounding:
                 self.judge()
                 return
         self.is_measured = seen in _STEPS or seen % _EVERY == 0
+        self._stands_for = seen - max([k for k in (*_STEPS, seen - _EVERY) if 0 <= k < seen], default=-1)
         if self.is_measured and not self._has_peaked:
             positions = [run.clock.position(group, step.number) for group in step.optimizer.param_groups]
             self._has_peaked = not all(at.lr < 0.5 * at.peak_lr for at in positions)  # NaN where none is known
@@ -106,13 +114,13 @@ class Rounding:
         if not picked:
             change(tensors, *columns)
             return
-        before = [local_tensor(tensors[i]).float() for i in picked]
-        wide = [tensors[i].detach().float() for i in picked]
+        before = [_widened(local_tensor(tensors[i])) for i in picked]
+        wide = [_widened(tensors[i].detach()) for i in picked]
         change(wide, *[[_widened(column[i]) for i in picked] for column in columns])
         change(tensors, *columns)
         asked = [local_tensor(w) - b for w, b in zip(wide, before, strict=True)]
-        errors = [local_tensor(tensors[i]).float() - local_tensor(w) for i, w in zip(picked, wide, strict=True)]
-        self._add("change", asked, errors)
+        errors = [local_tensor(tensors[i]) - local_tensor(w) for i, w in zip(picked, wide, strict=True)]
+        self._add("change", asked, errors, each_step_counts=self._catches_up)
 
     @torch.no_grad()
     def step(
@@ -126,30 +134,44 @@ class Rounding:
     ) -> None:
         """Measure what the step that begins is going to round away, by the same step of copies in both precisions.
 
+        Of an optimizer that :mod:`~lightning_regularize.step_sizes` does not know, a step without ``terms`` shows what
+        they do in one step. Momentum makes more of them later, so that the warning may come too soon.
+
         Args:
-            optimizer: One that :mod:`~lightning_regularize.step_sizes` knows; of others nothing is measured.
+            optimizer: Of one that is not known nothing is measured, unless copies of its weights can make its step.
             group: The group of all ``weights``, with the settings for them.
             weights: Parameters of half precision with gradients.
             terms: What of each gradient is the owner's, in float32, or of each weight where that decays by itself.
             is_decoupled: Does the optimizer subtract ``terms``, times its rate, without having them in its averages?
         """
-        if not weights or not knows(optimizer):
+        is_known = knows(optimizer)
+        if not weights or not (is_known or _can_be_copied(optimizer)):
             return
-        in_half, rounded = _step_of_copies(optimizer, group, weights, torch.Tensor.clone)
-        in_float32, wide = _step_of_copies(optimizer, group, weights, _in_float32)
-        if is_decoupled:
-            lengths = [group["lr"] for _ in wide]
+        try:
+            in_half, rounded = _step_of_copies(optimizer, group, weights, torch.Tensor.clone)
+            in_wide, wide = _step_of_copies(optimizer, group, weights, _widened_copy)
+            without = wide if is_known else _step_of_copies(optimizer, group, weights, _widened_copy, terms)[1]
+        except Exception:
+            if is_known:
+                raise
+            return  # it needs what copies do not have
+        if is_known:
+            if is_decoupled:
+                lengths = [group["lr"] for _ in wide]
+            else:
+                lengths = [size.lengths() for size in step_sizes(in_wide, group, wide) if size is not None]
+            asked = [-(n * local_tensor(t).view_as(w)) for n, t, w in zip(lengths, terms, wide, strict=True)]
         else:
-            lengths = [size.lengths() for size in step_sizes(in_float32, group, wide) if size is not None]
-        asked = [-(n * local_tensor(t).view_as(w)) for n, t, w in zip(lengths, terms, wide, strict=True)]
-        self._add("step", asked, [r.float() - w for r, w in zip(rounded, wide, strict=True)])
+            asked = [w - o for w, o in zip(wide, without, strict=True)]
+        self._add("step", asked, [r - w for r, w in zip(rounded, wide, strict=True)])
         # Averages of gradients are rounded as well: in bfloat16 that of Adam's squares stands still with beta 0.999.
         for name in () if is_decoupled else _averages(optimizer.state[weights[0]]):
             start = [local_tensor(optimizer.state[weight][name]).float() for weight in weights]
-            ends = [in_float32.state[w][name] for w in wide]
+            ends = [in_wide.state[w][name] for w in wide]
             asked = [end - average for end, average in zip(ends, start, strict=True)]
             found = [in_half.state[r][name].float() for r in rounded]
-            self._add("step", asked, [f - end for f, end in zip(found, ends, strict=True)])
+            errors = [f - end for f, end in zip(found, ends, strict=True)]
+            self._add("step", asked, errors, each_step_counts=True)  # an average comes back to where it was
 
     def pick(self, tensors: Sequence[Tensor], *, together: bool = False) -> list[int]:
         """The numbers of the tensors to measure: small ones of half precision, the same on all ranks; none mostly."""
@@ -167,15 +189,24 @@ class Rounding:
             picked.append(i)
         return picked
 
-    def _add(self, what: str, asked: Sequence[Tensor], errors: Sequence[Tensor]) -> None:
-        """Sum up, of each tensor, the length of what was asked, and the error along that."""
+    def _add(
+        self, what: str, asked: Sequence[Tensor], errors: Sequence[Tensor], *, each_step_counts: bool = False
+    ) -> None:
+        """Add to what was asked of each tensor, and to the errors of that, what this step stands for.
+
+        Elements are added up: where weights swing about zero, little of the way of many steps is left, and an error
+        that is the same in all of them counts for more. Where ``each_step_counts``, lengths are added up instead, and
+        what one step gains does not make up for what another loses.
+        """
         self._calls += 1
-        for ask, error in zip(asked, errors, strict=True):
-            length = torch.linalg.vector_norm(ask)
-            row = torch.stack([length, (error * (ask / length)).sum()])
-            row = row.where(row.isfinite().all(), 0.0)  # nothing was asked, or a GradScaler skips the step
-            total = self._totals.setdefault((what, self._optimizer, self._calls, row.device), torch.zeros_like(row))
-            total += row
+        for i, pair in enumerate(zip(asked, errors, strict=True)):
+            rows = torch.stack([each.flatten()[:_KEPT].float() for each in pair]).mul_(self._stands_for)
+            if each_step_counts:
+                length = torch.linalg.vector_norm(rows[0])
+                rows = torch.stack([length, (rows[1] * (rows[0] / length)).sum().abs()])[:, None]
+            rows = rows.where(rows.isfinite().all(), 0.0)  # nothing was asked, or a GradScaler skips the step
+            key = (what, self._optimizer, self._calls, i, rows.numel())  # its size, if one before it has no gradient
+            self._totals[key] = self._totals[key].add_(rows) if key in self._totals else rows
 
     # -- judging -------------------------------------------------------------------------------------------------------
 
@@ -192,13 +223,14 @@ class Rounding:
             self._is_done = True
 
     def _warn_if_lost(self) -> None:
-        """Warn if the strength is another one by more than 5 %; with a Trainer all ranks should take part."""
+        """Warn if the strength of a tensor is another one; with a Trainer all ranks should take part."""
         run = self._owner.run
         worst: dict[str, float] = {"change": 0.0, "step": 0.0}
-        for (what, *_), total in self._totals.items():
-            length, error = total.tolist()
-            if length and abs(error / length) > abs(worst[what]):
-                worst[what] = error / length
+        for (what, *_), (asked, error) in self._totals.items():
+            length = torch.linalg.vector_norm(asked)
+            share = (error * (asked / length)).sum().div_(length).item()
+            if abs(share) > abs(worst[what]):  # NaN if nothing was asked
+                worst[what] = share
         both = abs((1 + worst["change"]) * (1 + worst["step"]) - 1)
         off = [min(number, 1.0) for number in (both, abs(worst["change"]), abs(worst["step"]))]
         if run.trainer is not None:
@@ -245,31 +277,61 @@ def measure_decay(rounded: Rounding, step: Step, targets: Sequence[Alike], *, by
 
 
 def _widened(entry: Any) -> Any:
-    return entry.detach().float() if isinstance(entry, Tensor) and entry.dtype in HALF else entry
+    """A tensor of half precision, in float64; another entry as it is."""
+    if not isinstance(entry, Tensor) or entry.dtype not in HALF:
+        return entry
+    return entry.detach().to(_WIDE.get(entry.device.type, torch.float64))
 
 
 def _averages(state: Mapping[str, Any]) -> list[str]:
     return [name for name, value in state.items() if isinstance(value, Tensor) and value.dtype in HALF]
 
 
-def _in_float32(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.dtype in HALF else tensor.clone()
+def _widened_copy(tensor: Tensor) -> Tensor:
+    """A copy in float64, of counts of steps in their own type."""
+    is_wide = tensor.dtype not in HALF and (tensor.dim() == 0 or not tensor.is_floating_point())
+    return tensor.to(tensor.dtype if is_wide else _WIDE.get(tensor.device.type, torch.float64), copy=True)
+
+
+def _can_be_copied(optimizer: Optimizer) -> bool:
+    """Can copies of weights make a step without touching anything else? Only if all it keeps is numbers and tensors."""
+    own = [value for key, value in vars(optimizer).items() if key not in _OF_EVERY_OPTIMIZER and not callable(value)]
+    settings = [value for group in optimizer.param_groups for key, value in group.items() if key != "params"]
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    is_alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+    return (
+        is_alone
+        and all(isinstance(value, _NUMBERS) for value in own)
+        and all(isinstance(value, (*_NUMBERS, tuple)) for value in settings)
+        and all(isinstance(value, (*_NUMBERS, Tensor)) for value in states)
+    )
 
 
 def _step_of_copies(
-    optimizer: Optimizer, group: dict[str, Any], weights: Sequence[Tensor], copy: Callable[[Tensor], Tensor]
+    optimizer: Optimizer,
+    group: dict[str, Any],
+    weights: Sequence[Tensor],
+    copy: Callable[[Tensor], Tensor],
+    less: Sequence[Tensor] | None = None,
 ) -> tuple[Optimizer, list[Tensor]]:
-    """What torch's own step makes of copies of some weights, of their gradients and their state."""
-    kind: Any = next(base for base in type(optimizer).__mro__ if base.__module__.startswith("torch.optim."))
+    """What the optimizer's own step makes of copies of some weights, of their state, and of their gradients less some.
+
+    Of a subclass of an optimizer of torch it is the step of that.
+    """
+    bases = [base for base in type(optimizer).__mro__ if base.__module__.startswith("torch.optim.")]
+    kind: Any = bases[0] if bases[0] is not Optimizer else type(optimizer)
     copies = [copy(local_tensor(weight)) for weight in weights]
-    twin: Optimizer = kind([{**group, "params": copies}], lr=group["lr"])
-    for weight, own in zip(weights, copies, strict=True):
+    twin: Optimizer = object.__new__(kind)
+    state: Any = defaultdict(dict)
+    held = {key: value for key, value in vars(optimizer).items() if not callable(value)}  # methods may be bound to it
+    vars(twin).update({**held, "param_groups": [{**group, "params": copies}], "state": state})
+    for i, (weight, own) in enumerate(zip(weights, copies, strict=True)):
         own.grad_dtype = None  # since torch 2.10 a gradient may be of another type, if the weight allows it
         own.grad = None if weight.grad is None else copy(local_tensor(weight.grad))
-        state = optimizer.state.get(weight, {})
-        twin.state[own] = {k: copy(local_tensor(v)) if isinstance(v, Tensor) else v for k, v in state.items()}
-    for name in ("grad_scale", "found_inf"):  # where a GradScaler leaves it to a fused step to unscale
-        if hasattr(optimizer, name):
-            setattr(twin, name, getattr(optimizer, name))
-    inspect.unwrap(kind.step)(twin)  # without the hooks that torch lets anyone add to all optimizers
+        if own.grad is not None and less is not None:
+            own.grad.sub_(local_tensor(less[i]).view_as(own))
+        found = optimizer.state.get(weight, {})
+        state[own].update({k: copy(local_tensor(v)) if isinstance(v, Tensor) else v for k, v in found.items()})
+    with torch.random.fork_rng([own.device for own in copies if own.is_cuda]):  # what it draws is not drawn twice
+        inspect.unwrap(kind.step)(twin)  # without the hooks that torch lets anyone add to all optimizers
     return twin, copies

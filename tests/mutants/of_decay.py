@@ -132,7 +132,20 @@ MUTANTS = [
         "tests/training/test_lost_strength.py::"
         "test_what_is_below_the_spacing_of_numbers_is_warned_of_and_what_is_above_is_there",
         # The step of the optimizer is measured, and not only what is added to gradients.
-        ("if not weights or not knows(optimizer):", "if True:"),
+        ("if not weights or not (is_known or _can_be_copied(optimizer)):", "if True:"),
+    ),
+    *mutants_of(
+        "callbacks/_rounding.py",
+        "tests/training/test_lost_strength.py::test_what_is_lost_late_or_in_part_is_warned_of_after_500_steps",
+        # A step that is measured stands for those before it.
+        ("self._stands_for = seen - max([k for k in (*_STEPS, seen - _EVERY) if 0 <= k < seen], default=-1)", "pass"),
+        # What swings is added up by element.
+        ("            if each_step_counts:\n", "            if True:\n"),
+    ),
+    *mutants_of(
+        "callbacks/_rounding.py",
+        "tests/training/test_lost_strength.py::test_an_optimizer_that_keeps_more_than_its_state_is_stepped_once",
+        ("        is_alone\n        and all(", "        True\n        or all("),
     ),
     *mutants_of(
         "decay_methods.py",

@@ -1,6 +1,7 @@
 """Is what is added to half-precision gradients right in the mean, or is the user told that it is lost?"""
 
 import functools
+import math
 import warnings
 
 import lightning.pytorch as L
@@ -21,6 +22,7 @@ from lightning_regularize import (
     WeightDecay,
     WeightPenalty,
 )
+from lightning_regularize.penalties import Spectral
 from tests.distributed import run_distributed
 from tests.models import randn
 from tests.training.support import QUIET, SaveAfter, assert_identical_weights, train, weights
@@ -228,6 +230,7 @@ def test_what_is_rounded_at_random_is_lost_in_the_step_at_most(make):
 # -- what is left after some hundred steps ---------------------------------------------------------------------------
 
 zeros = {"weight": torch.zeros(32, 32)}
+IMPORTANCE = {"weight": torch.linspace(0, 1, 1024).view(32, 32)}
 PROXIMAL = {
     name: functools.partial(kind, method="proximal")
     for name, kind in (("l1", L1Penalty), ("l2", L2Penalty), ("group lasso", GroupLassoPenalty))
@@ -332,6 +335,100 @@ def test_in_between_it_is_as_in_float32_or_warned_of(make, make_optimizer, spaci
 def test_after_500_steps_as_well(make, make_optimizer, spacings):
     left, messages = left_of(make, make_optimizer, torch.bfloat16, spacings, steps=500)
     assert messages or left == pytest.approx(1, rel=0.05, abs=0)
+
+
+@pytest.mark.parametrize(
+    ("make", "make_optimizer", "spacings"),
+    [
+        # Weights of little importance stay, while the others arrive in the first steps.
+        (functools.partial(AnchorDecay, anchor=zeros, importance=IMPORTANCE), SGD, 5.0),
+        # Strong in the first steps, of which most are measured, and lost in all others.
+        (lambda a: WeightDecay(lambda at: a * (20 if at.step < 13 else 0.3), method="decoupled"), SGD, 1.0),
+        # Singular vectors take turns, and little of each step's way is left.
+        (functools.partial(WeightPenalty, Spectral()), momentum, 0.008),
+        # What a step loses the multiplier makes up for in the next ones, and more.
+        (lambda _: ConstrainedDecay("start", factor=0.999), SGD, 1.0),
+    ],
+    ids=["importances", "shrinking", "spectral", "constrained"],
+)
+def test_what_is_lost_late_or_in_part_is_warned_of_after_500_steps(make, make_optimizer, spacings):
+    left, messages = left_of(make, make_optimizer, torch.bfloat16, spacings, steps=500)
+    assert left != pytest.approx(1, rel=0.05, abs=0)
+    assert messages
+
+
+@rows({name: SHRINKING[name] for name in ("optimizer, SGD", "decoupled", "anchor", "l2, gradient", "l2, proximal")})
+def test_what_float32_loses_as_well_is_warned_of(make, make_optimizer):
+    left, messages = left_of(make, make_optimizer, torch.bfloat16, 1e-6)
+    assert math.isnan(left) or left == 0  # nothing has changed, in float32 either, or at least in bfloat16
+    assert "off by up to 100%" in messages[0]
+
+
+def test_a_small_parameter_beside_a_large_one_is_warned_of():
+    """The large one's weights are small, and move; the small one's are large, and stay."""
+    model = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(2, 2, bias=False)).bfloat16()
+    nn.init.constant_(model[1].weight, 100.0)
+    optimizer = SGD(model.parameters(), lr=2.0**-3)
+    attachment = L1Penalty(2.0**-5).attach(optimizer, model)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    optimizer.step()
+    with pytest.warns(UserWarning, match="off by up to 100%"):
+        attachment.remove()
+    assert [torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)] == [False, True]
+
+
+class Own(torch.optim.Optimizer):
+    """Heavy-ball momentum, with noise of size 0; ``log`` is what it keeps beside its state, if not None."""
+
+    def __init__(self, params, lr, log=None):
+        super().__init__(params, {"lr": lr})
+        if log is not None:
+            self.log = log
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for weight in group["params"]:
+                velocity = self.state[weight].setdefault("velocity", torch.zeros_like(weight))
+                velocity.mul_(0.9).add_(weight.grad).add_(torch.randn_like(weight), alpha=0.0)
+                weight.add_(velocity, alpha=-group["lr"])
+        if hasattr(self, "log"):
+            self.log.append(None)
+
+
+@pytest.mark.parametrize("make", [ADDED["l1"], ADDED["l2"], ADDED["coupled"]], ids=["l1", "l2", "coupled"])
+@pytest.mark.parametrize("make_optimizer", [Own, torch.optim.Adafactor], ids=["own", "Adafactor"])
+def test_the_step_of_other_optimizers_is_measured(make, make_optimizer):
+    left, messages = left_of(make, make_optimizer, torch.bfloat16, 0.02)
+    assert left < 0.95
+    assert "in the optimizer's step of the weights" in messages[0]
+
+
+@pytest.mark.parametrize("make", [ADDED["l1"], ADDED["l2"], ADDED["coupled"]], ids=["l1", "l2", "coupled"])
+def test_other_optimizers_are_not_warned_of_without_a_reason(make):
+    left, messages = left_of(make, Own, torch.float16, 30.0)
+    assert left == pytest.approx(1, rel=0.05, abs=0)
+    assert not messages
+
+
+def test_an_optimizer_that_keeps_more_than_its_state_is_stepped_once():
+    log = []
+    run(ADDED["l2"], functools.partial(Own, log=log), torch.bfloat16, 1e-3, steps=5)
+    assert len(log) == 5
+
+
+def test_what_an_optimizer_draws_at_random_is_drawn_once():
+    weight = nn.Parameter(torch.ones(32, 32, dtype=torch.bfloat16))
+    layer, optimizer, states = nn.Linear(32, 32, bias=False), Own([weight], lr=0.1), []
+    layer.weight, weight.grad = weight, torch.ones_like(weight)
+    for attach in (lambda: None, lambda: L2Penalty(1.0).attach(optimizer, layer)):
+        attach()
+        torch.manual_seed(0)
+        optimizer.step()
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
 
 
 @pytest.mark.parametrize(
