@@ -81,6 +81,8 @@ def _records(path):
         if rest_of_block < 7 or kind == 0:  # padding
             position += rest_of_block
             continue
+        if position + 7 + length > len(data):  # it is still being written
+            return
         pending += data[position + 7 : position + 7 + length]
         position += 7 + length
         if kind in (1, 4):  # whole, or the last fragment
