@@ -188,3 +188,30 @@ def test_several_of_one_kind_are_told_apart_as_the_page_says():
         )
     for example in re.findall(r"`([^`<]*(?:optimizer0|l1 \d)[^`]*)`", PAGE):
         assert example == "optimizer0" or example in {*steps, "penalty/l1 1", "penalty/l1 2"}
+
+
+class Iterating(Validated):
+    """Takes its batches itself, so that Lightning does not know their size, and logs nothing."""
+
+    def training_step(self, dataloader_iter):
+        batch, _, _ = next(dataloader_iter)
+        return self.loss(batch)
+
+
+ITERATED = {
+    "weight_decay": lambda: lr.WeightDecay(0.1),
+    "penalty/l1": lambda: lr.L1Penalty(0.1),
+    "penalty/activation": lambda: lr.ActivationPenalty(0.1, include=("hidden",)),
+    "dropout/p": lambda: lr.DropoutSchedule(0.1),
+    "weight_norm/total": lambda: lr.WeightNormMonitor(),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*`dataloader_iter`")  # Lightning calls it experimental
+@pytest.mark.parametrize("key", ITERATED)
+def test_a_module_that_takes_its_batches_itself_is_logged_too(key):
+    logger = TensorBoardLogger()
+    trainer = make_trainer(ITERATED[key](), logger=logger, max_epochs=2, log_every_n_steps=3)
+    trainer.fit(Iterating(), Batches(4))
+    assert logger.steps[key] == [2, 5]
+    assert key in trainer.callback_metrics

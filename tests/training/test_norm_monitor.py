@@ -599,12 +599,12 @@ def empty_parameter(module):
 
 def huge_weights(module):
     """Squares of float32 are infinite, and so are sums of more than three of these weights."""
-    module.huge = nn.Parameter(torch.full((1000,), 1e38))
+    module.huge = nn.Parameter(torch.full((100, 10), 1e38))
 
 
 def tiny_weights(module):
     """Squares of float32 are 0."""
-    module.tiny = nn.Parameter(torch.full((1000,), 1e-30))
+    module.tiny = nn.Parameter(torch.full((100, 10), 1e-30))
 
 
 @pytest.mark.parametrize("change", [zero_output, empty_parameter, huge_weights, tiny_weights])
@@ -650,7 +650,7 @@ def test_a_change_of_huge_weights_is_measured():
             pl_module.huge.data.mul_(1.5)
 
     monitor = WeightNormMonitor(quantities=("ratio", "angle"), include=("*huge",))
-    module.huge.grad = torch.zeros(1000)
+    module.huge.grad = torch.zeros_like(module.huge)
     logged = fit(monitor, Step(), module=module, steps=1).logged()
     assert logged["angle/total"][0] == pytest.approx(0, rel=0, abs=1e-7)
 
