@@ -192,6 +192,8 @@ class ActivationPenalty(Regularizer):
     ) -> None:
         """Modules may have been replaced at the beginning of an epoch."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if self.run is None:
+            return
         if batch_idx == 0:
             self._find(self.run)
         self._is_in_batch = True
@@ -317,7 +319,7 @@ class ActivationPenalty(Regularizer):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Once an epoch has passed it is known what does not run, and what the loss does not depend on."""
-        if self._epoch_is_checked:
+        if self.run is None or self._epoch_is_checked:
             return
         self._epoch_is_checked = True
         names = dict.fromkeys(name for names in self._names.values() for name in names)

@@ -339,10 +339,12 @@ class WeightConstraint(Regularizer):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Once an epoch the device is asked whether anything was changed at all."""
-        if self._is_checked or self._bound is None or self._scheduled:  # which may not bind before the end
+        if self.run is None or self._is_checked or self._scheduled:  # which may not bind before the end
             return
-        self._is_checked = True
-        if not self.run.largest(float(self._bound)):
+        # All ranks ask, also one that steps none of the weights, as some do under ZeroRedundancyOptimizer.
+        bound = self.run.largest(-1.0 if self._bound is None else float(self._bound))
+        self._is_checked = bound >= 0
+        if bound == 0:
             norm = "At torch's default initialization the norm of a unit's incoming weights is about 0.58."
             hint = norm if isinstance(self.projection, MaxNorm) else "The weights lie inside by themselves."
             self.warn(

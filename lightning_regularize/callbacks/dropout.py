@@ -194,7 +194,8 @@ class DropoutSchedule(Regularizer):
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         """Before the forward pass, so that it drops at the rate of the step it belongs to."""
         super().on_train_batch_start(trainer, pl_module, *args)
-        self._set_rates()
+        if self.run is not None:
+            self._set_rates()
 
     def on_gradients(self, step: Step) -> None:
         """A function that is compiled cannot be found, but it is compiled anew for a new rate."""

@@ -98,7 +98,18 @@ MUTANTS = [
         "callbacks/constraint.py",
         "tests/training/test_constraints.py::test_a_constraint_that_binds_says_nothing",
         ("changed if self._bound is None else self._bound | changed.to(self._bound.device)", "changed"),
-        ("if not self.run.largest(float(self._bound)):", "if True:"),
+        ("if bound == 0:", "if True:"),
+        ("-1.0 if self._bound is None", "0.0 if self._bound is None"),
+    ),
+    *mutants_of(
+        "callbacks/constraint.py",
+        "tests/training/test_distributed.py::test_a_constraint_of_one_weight_under_zero_redundancy_optimizer",
+        ("if self.run is None or self._is_checked", "if self._bound is None or self._is_checked"),
+    ),
+    *mutants_of(
+        "callbacks/constraint.py",
+        "tests/training/test_lifecycle.py::test_what_is_added_in_mid_run_does_nothing_before_the_next_fit",
+        ("if self.run is None or self._is_checked", "if self._is_checked"),
     ),
     *mutants_of(
         "callbacks/constraint.py",

@@ -485,8 +485,10 @@ def test_a_constraint_that_never_binds_says_so_once():
     assert sum("changed no weight" in str(warning.message) for warning in caught) == 1
 
 
-def test_a_constraint_that_binds_says_nothing():
-    train(Regression(sgd), WeightConstraint(MaxNorm(0.3)), max_epochs=2)  # a warning would be an error
+@pytest.mark.parametrize("every_n_steps", [1, 10])  # an epoch has 7
+def test_a_constraint_that_binds_says_nothing(every_n_steps):
+    constraint = WeightConstraint(MaxNorm(0.3), every_n_steps=every_n_steps)
+    train(Regression(sgd), constraint, max_epochs=2)  # a warning would be an error
 
 
 PARAMETRIZED = {

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 
 from lightning_regularize import L1Penalty, WeightConstraint, WeightDecay
-from lightning_regularize.projections import Box
+from lightning_regularize.projections import Box, MaxNorm
 from lightning_regularize.schedules import Cosine
 from tests.distributed import run_distributed
 from tests.training.matrix import (
@@ -227,6 +227,24 @@ def test_zero_redundancy_optimizer(method, tmp_path):
     resumed = run_distributed(fit_redundant, method, None, tmp_path / "step=3.ckpt")
     for found in uninterrupted + resumed:
         for name, weight in weights.found.items():
+            assert found[name] == pytest.approx(weight, rel=0, abs=1e-12), name
+
+
+def fit_one_constrained_weight(rank, world_size):
+    weights = Weights()
+    constraint = WeightConstraint(MaxNorm(0.3), include=("hidden.weight",))
+    options = {"devices": 2, "strategy": "ddp"} if world_size == 2 else {}
+    column, kind = ("ddp", Redundant) if world_size == 2 else ("single", Network)
+    trainer = make_trainer(constraint, weights, max_epochs=2, **options)
+    trainer.fit(kind().build(COLUMNS[column]), Share(rank, world_size))
+    return weights.found
+
+
+def test_a_constraint_of_one_weight_under_zero_redundancy_optimizer():
+    """One process steps it. The other one has nothing to project, and still takes part in collectives."""
+    expected = fit_one_constrained_weight(0, 1)
+    for found in run_distributed(fit_one_constrained_weight, timeout=20):
+        for name, weight in expected.items():
             assert found[name] == pytest.approx(weight, rel=0, abs=1e-12), name
 
 

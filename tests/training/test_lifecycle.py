@@ -151,6 +151,29 @@ def test_after_a_fit(name, make_scheduler, tmp_path):
     assert attributes(module) == attributes(twin)
 
 
+class Add(L.Callback):
+    """Adds another callback to the Trainer when the second epoch begins."""
+
+    def __init__(self, callback):
+        self.callback = callback
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == 1:
+            trainer.callbacks.append(self.callback)
+
+
+@DECAYS_AS_WELL
+@pytest.mark.parametrize("name", CALLBACKS)
+def test_what_is_added_in_mid_run_does_nothing_before_the_next_fit(name, tmp_path):
+    """Lightning calls the hooks of the rest of the run, and has called none of those that begin it."""
+    module, twin, callback = TwoLosses(), TwoLosses(), CALLBACKS[name]()
+    for each, callbacks in ((module, [Add(callback)]), (twin, [])):
+        trainer = make_trainer(*callbacks, max_epochs=3, logger=CSVLogger(tmp_path), num_sanity_val_steps=0)
+        trainer.fit(each, Batches(), Batches(2))
+    assert_identical_weights(weights(module), weights(twin))
+    make_trainer(callback, max_epochs=1, logger=CSVLogger(tmp_path)).fit(TwoLosses(), Batches(), Batches(2))
+
+
 class FromHere(L.Callback):
     """Makes another device the default, as ``torch.set_default_device`` does in a script."""
 
