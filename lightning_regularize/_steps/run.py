@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from lightning_regularize._checks import is_named
 from lightning_regularize._sharding import Sharding, reshard
 from lightning_regularize._steps.watch import Watch, add_follower, remove_follower
 from lightning_regularize.selection import ParameterInfo, parameter_infos
@@ -16,7 +18,7 @@ from lightning_regularize.selection import ParameterInfo, parameter_infos
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from torch import nn
+    from torch import Tensor, nn
 
     from lightning_regularize._steps.clock import Clock
     from lightning_regularize._steps.hooks import Work
@@ -83,6 +85,22 @@ class Run(ABC):
     def sharding(self) -> Sharding:
         """How the parameters are spread over ranks."""
         return Sharding(self.root)
+
+    def from_who_steps(self, states: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
+        """Tensors that belong to parameters, as the rank has them that steps the parameter; all ranks take part.
+
+        Under ZeroRedundancyOptimizer each parameter is stepped by one rank, elsewhere by all alike.
+        """
+        if not states or not any(is_named(watch.optimizer, "ZeroRedundancyOptimizer") for watch in self.watches):
+            return list(states)
+        leaves = [leaf for watch in self.watches for leaf in watch.leaves]
+        own = {id(p) for leaf in leaves for group in leaf.param_groups for p in group["params"]}
+        mine = [s if id(p) in own else torch.full_like(s, -math.inf) for s, p in zip(states, parameters, strict=True)]
+        found = torch.cat([each.flatten().double() for each in mine])
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        pieces = torch.split(found, [state.numel() for state in states])
+        shared = [piece.view_as(state).to(state) for piece, state in zip(pieces, states, strict=True)]
+        return [state.where(each == -math.inf, each) for state, each in zip(states, shared, strict=True)]
 
     def label(self, watch: Watch) -> str:
         """The prefix of the logged keys of one optimizer among several; empty if there is one."""

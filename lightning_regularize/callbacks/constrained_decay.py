@@ -223,5 +223,7 @@ class ConstrainedDecay(Regularizer):
 
     def save(self) -> dict[str, Any]:
         """Multiplier, bound, smoothed square norm and its growth of each matrix, as numbers by name."""
-        rows = {t.info.name: t.state.tolist() for t in self._targets if t.state is not None}
+        begun = {t.info: t.state for t in self._targets if t.state is not None}
+        states = self.run.from_who_steps(list(begun.values()), [info.parameter for info in begun])
+        rows = {info.name: state.tolist() for info, state in zip(begun, states, strict=True)}
         return {"matrices": {key: {name: row[i] for name, row in rows.items()} for i, key in enumerate(_STATE)}}

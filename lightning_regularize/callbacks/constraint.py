@@ -355,5 +355,6 @@ class WeightConstraint(Regularizer):
         """The radii that were relative to the weights at the start, and the directions of power iterations."""
         named = {target.info.name: target for target in self._targets}
         radii = {name: t.projection.radius for name, t in named.items() if hasattr(t.projection, "radius")}  # type: ignore[union-attr]
-        vectors = {name: t.vector.cpu() for name, t in named.items() if t.vector is not None}
-        return {"radii": radii, "vectors": vectors}
+        kept = {name: t.vector for name, t in named.items() if t.vector is not None}
+        vectors = self.run.from_who_steps(list(kept.values()), [named[name].info.parameter for name in kept])
+        return {"radii": radii, "vectors": {name: v.cpu() for name, v in zip(kept, vectors, strict=True)}}

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 
-from lightning_regularize import L1Penalty, WeightConstraint, WeightDecay
+from lightning_regularize import ConstrainedDecay, L1Penalty, WeightConstraint, WeightDecay
 from lightning_regularize.projections import Box, MaxNorm
 from lightning_regularize.schedules import Cosine
 from tests.distributed import run_distributed
@@ -204,10 +204,15 @@ class Redundant(Network):
         return ZeroRedundancyOptimizer(self.parameters(), torch.optim.AdamW, lr=0.05)
 
 
+def features_of(method):
+    if method == "with a state of their own":
+        return [WeightDecay(0.0), ConstrainedDecay(factor=0.5, bound="start")]
+    return [WeightDecay(Cosine(0.1, 0.9), factors={"output.*": 0.5}, method=method), L1Penalty(0.05)]
+
+
 def fit_redundant(rank, world_size, method, path=None, resume=None):
     """Two epochs; after the first the state is saved, which all processes put together."""
-    weights, module = Weights(), Redundant().build(COLUMNS["ddp"])
-    features = [WeightDecay(Cosine(0.1, 0.9), factors={"output.*": 0.5}, method=method), L1Penalty(0.05)]
+    weights, module, features = Weights(), Redundant().build(COLUMNS["ddp"]), features_of(method)
     saves = [] if path is None else [ModelCheckpoint(path.parent, path.name, every_n_train_steps=3, save_top_k=-1)]
     options = {"devices": 2, "strategy": "ddp", "enable_checkpointing": bool(saves)}
     trainer = make_trainer(*features, weights, *saves, max_epochs=2, **options)
@@ -217,12 +222,11 @@ def fit_redundant(rank, world_size, method, path=None, resume=None):
     return weights.found
 
 
-@pytest.mark.parametrize("method", ["optimizer", "decoupled"])
+@pytest.mark.parametrize("method", ["optimizer", "decoupled", "with a state of their own"])
 def test_zero_redundancy_optimizer(method, tmp_path):
     """The optimizer inside of it steps, with other dictionaries as groups; its state holds None for other ranks."""
     module, weights = Network().build(COLUMNS["single"]), Weights()
-    features = [WeightDecay(Cosine(0.1, 0.9), factors={"output.*": 0.5}, method=method), L1Penalty(0.05)]
-    make_trainer(*features, weights, max_epochs=2).fit(module, Share())
+    make_trainer(*features_of(method), weights, max_epochs=2).fit(module, Share())
     uninterrupted = run_distributed(fit_redundant, method, tmp_path / "{step}")
     resumed = run_distributed(fit_redundant, method, None, tmp_path / "step=3.ckpt")
     for found in uninterrupted + resumed:
