@@ -144,6 +144,13 @@ def test_metrics_and_plots_leave_it_out_with_a_warning(how):
     assert "layer.weight" not in {ax.get_title() for ax in axes}
 
 
+def test_four_bits_that_are_stored_as_wider_numbers_are_not_drawn():
+    pytest.importorskip("matplotlib")
+    with pytest.warns(UserWarning, match=r"leaves out 1 weights such as 'layer.weight', which Params4bit packs"):
+        _, axes = plot_histograms(Net(four_bit))
+    assert {ax.get_title() for ax in axes} == {"head.weight", "head.bias", "layer.bias"}
+
+
 @pytest.mark.parametrize(
     "callback", [WeightConstraint(MaxNorm(0.3)), Hyperball()], ids=lambda each: type(each).__name__
 )
