@@ -18,9 +18,13 @@ MUTANTS = [
     ),
     *mutants_of(
         "_used.py",
+        "tests/training/test_used_weights.py::test_the_used_weight_is_logged",
+        ("            made_later.discard(made)\n", ""),
+    ),
+    *mutants_of(
+        "_used.py",
         "tests/training/test_unknown_weights.py::test_it_is_left_out_with_one_warning",
         ("if made_later.intersection(read):", "if False:"),
-        ("            made_later.discard(made)\n", ""),
         (' and "bn" in owner._modules:', " and False:"),
         ("if is_named(self.stored.parameter, *_PACKED):", "if False:"),
         ("if any(leaf in _makes(hook)[1] for hook in owner._forward_pre_hooks.values()):", "if False:"),

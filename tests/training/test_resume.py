@@ -338,7 +338,7 @@ DAMAGED = [  # a callback, where its state is damaged, and by what
     *[(BALL, ("radii", "?"), value) for value in (math.nan, math.inf, -1.0, 0.0, "1", None, 1e300)],
     (WeightConstraint(SpectralBall(1.0)), ("vectors", "?"), torch.ones(7)),
     *[(BALL, ("radii",), value) for value in (1.0, [1.0])],
-    (WeightConstraint(SpectralBall(1.0)), ("vectors", "?"), torch.tensor([math.nan])),
+    (WeightConstraint(SpectralBall(1.0)), ("vectors", "?"), torch.full((3,), math.nan)),
     (WeightConstraint(SpectralBall(1.0)), ("vectors", "?"), [1.0]),
     *[(ConstrainedDecay("start"), ("matrices", "multiplier", "?"), value) for value in (math.nan, -1.0, 1e9, "1")],
     *[(ConstrainedDecay("start"), ("matrices", "bound", "?"), value) for value in (math.nan, -1.0, None)],

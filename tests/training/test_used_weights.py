@@ -56,6 +56,13 @@ def pruned_twice(layer):
     prune.ln_structured(layer, "weight", amount=1, n=2, dim=0)
 
 
+def masked_before_weight_norm(layer):
+    """The older one goes on with what the mask makes in the same forward pass."""
+    nn.utils.weight_norm(layer)
+    prune.l1_unstructured(layer, "weight_v", amount=0.3)
+    layer._forward_pre_hooks.move_to_end(next(iter(layer._forward_pre_hooks)))
+
+
 def spectral_norm_and_doubled(layer):
     parametrizations.spectral_norm(layer)
     parametrize.register_parametrization(layer, "weight", Doubled())
@@ -69,6 +76,7 @@ COMPUTED = {
     "orthogonal": functools.partial(parametrizations.orthogonal, orthogonal_map="cayley"),
     "older weight_norm": nn.utils.weight_norm,
     "older spectral_norm": nn.utils.spectral_norm,
+    "masked before older weight_norm": masked_before_weight_norm,
     "spectral_norm and doubled": spectral_norm_and_doubled,
     "dropped in training": lambda layer: parametrize.register_parametrization(layer, "weight", Dropped()),
 }
