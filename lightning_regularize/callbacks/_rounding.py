@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from lightning_regularize.decay_methods import Alike
     from lightning_regularize.selection import ParameterInfo
 
-TOLERANCE = 0.03  # what may be lost, or gained, before a warning says so: 5 % in all, of which few steps are seen
+TOLERANCE = 0.05  # what may be lost, or gained, of a strength before a warning says so
 _STEPS = (0, 1, 4, 7, 12)  # measured first; not all of the first ones, since weights stay where nothing moves them
 _EVERY = 50  # then one step of so many is measured
 _MOST = 2**20  # elements measured in one call, at least one tensor: each costs up to fifteen numbers of memory
@@ -49,7 +49,6 @@ class Rounding:
         is_constant: Is the strength the same in all steps? If not, it is judged when training ends.
         adds_to_gradients: Does it act through gradients? Then the optimizer rounds it once more, in its own step.
         remedy: What helps beside float32 weights: ", or ...". For what goes through gradients, it helps in their sum.
-        catches_up: Is what one step loses asked for again in the next ones? Then a loss and a gain do not cancel.
     """
 
     def __init__(
@@ -61,17 +60,16 @@ class Rounding:
         is_constant: bool,
         adds_to_gradients: bool = False,
         remedy: str = "",
-        catches_up: bool = False,
     ) -> None:
         self._owner, self._who, self._remedy, self._is_constant = owner, who, remedy, is_constant
-        self._adds_to_gradients, self._catches_up = adds_to_gradients, catches_up
+        self._adds_to_gradients = adds_to_gradients
         self._is_done = not any(info.parameter.dtype in HALF for info in infos)
         self._is_judged = False
         self._first: int | None = None
         self._has_peaked = False  # has a learning rate been near its peak?
         self._calls = 0
-        # Of each tensor that changes: how far its elements should have gone in all, and how far off they are.
-        self._totals: dict[tuple[str, int, int, int, int], Tensor] = {}
+        # Of tensors that change together: how far their elements should have gone in all, and how far off they are.
+        self._totals: dict[tuple[str, int, int, torch.device, int], Tensor] = {}
         self._optimizer = 0
         self._stands_for = 1  # a step that is measured stands for those since the one before it
         self.is_measured = False
@@ -120,7 +118,7 @@ class Rounding:
         change(tensors, *columns)
         asked = [local_tensor(w) - b for w, b in zip(wide, before, strict=True)]
         errors = [local_tensor(tensors[i]) - local_tensor(w) for i, w in zip(picked, wide, strict=True)]
-        self._add("change", asked, errors, each_step_counts=self._catches_up)
+        self._add("change", asked, errors)
 
     @torch.no_grad()
     def step(
@@ -192,20 +190,22 @@ class Rounding:
     def _add(
         self, what: str, asked: Sequence[Tensor], errors: Sequence[Tensor], *, each_step_counts: bool = False
     ) -> None:
-        """Add to what was asked of each tensor, and to the errors of that, what this step stands for.
+        """Add to what was asked of tensors that change together, and to the errors, what this step stands for.
 
         Elements are added up: where weights swing about zero, little of the way of many steps is left, and an error
         that is the same in all of them counts for more. Where ``each_step_counts``, lengths are added up instead, and
         what one step gains does not make up for what another loses.
         """
         self._calls += 1
-        for i, pair in enumerate(zip(asked, errors, strict=True)):
-            rows = torch.stack([each.flatten()[:_KEPT].float() for each in pair]).mul_(self._stands_for)
+        for device in {each.device for each in asked}:
+            pair = [[each.flatten()[:_KEPT].float() for each in of if each.device == device] for of in (asked, errors)]
+            rows = torch.stack(list(map(torch.cat, pair))).mul_(self._stands_for)
             if each_step_counts:
                 length = torch.linalg.vector_norm(rows[0])
                 rows = torch.stack([length, (rows[1] * (rows[0] / length)).sum().abs()])[:, None]
             rows = rows.where(rows.isfinite().all(), 0.0)  # nothing was asked, or a GradScaler skips the step
-            key = (what, self._optimizer, self._calls, i, rows.numel())  # its size, if one before it has no gradient
+            size = rows.numel()  # another one if a tensor has no gradient for once
+            key = what, self._optimizer, self._calls, device, size
             self._totals[key] = self._totals[key].add_(rows) if key in self._totals else rows
 
     # -- judging -------------------------------------------------------------------------------------------------------
@@ -223,7 +223,7 @@ class Rounding:
             self._is_done = True
 
     def _warn_if_lost(self) -> None:
-        """Warn if the strength of a tensor is another one; with a Trainer all ranks should take part."""
+        """Warn if the strength is another one; with a Trainer all ranks should take part."""
         run = self._owner.run
         worst: dict[str, float] = {"change": 0.0, "step": 0.0}
         for (what, *_), (asked, error) in self._totals.items():

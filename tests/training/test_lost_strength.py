@@ -345,11 +345,9 @@ def test_after_500_steps_as_well(make, make_optimizer, spacings):
         # Strong in the first steps, of which most are measured, and lost in all others.
         (lambda a: WeightDecay(lambda at: a * (20 if at.step < 13 else 0.3), method="decoupled"), SGD, 1.0),
         # Singular vectors take turns, and little of each step's way is left.
-        (functools.partial(WeightPenalty, Spectral()), momentum, 0.008),
-        # What a step loses the multiplier makes up for in the next ones, and more.
-        (lambda _: ConstrainedDecay("start", factor=0.999), SGD, 1.0),
+        (functools.partial(WeightPenalty, Spectral()), momentum, 0.018),
     ],
-    ids=["importances", "shrinking", "spectral", "constrained"],
+    ids=["importances", "shrinking", "spectral"],
 )
 def test_what_is_lost_late_or_in_part_is_warned_of_after_500_steps(make, make_optimizer, spacings):
     left, messages = left_of(make, make_optimizer, torch.bfloat16, spacings, steps=500)
@@ -362,21 +360,6 @@ def test_what_float32_loses_as_well_is_warned_of(make, make_optimizer):
     left, messages = left_of(make, make_optimizer, torch.bfloat16, 1e-6)
     assert math.isnan(left) or left == 0  # nothing has changed, in float32 either, or at least in bfloat16
     assert "off by up to 100%" in messages[0]
-
-
-def test_a_small_parameter_beside_a_large_one_is_warned_of():
-    """The large one's weights are small, and move; the small one's are large, and stay."""
-    model = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(2, 2, bias=False)).bfloat16()
-    nn.init.constant_(model[1].weight, 100.0)
-    optimizer = SGD(model.parameters(), lr=2.0**-3)
-    attachment = L1Penalty(2.0**-5).attach(optimizer, model)
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    before = [parameter.detach().clone() for parameter in model.parameters()]
-    optimizer.step()
-    with pytest.warns(UserWarning, match="off by up to 100%"):
-        attachment.remove()
-    assert [torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)] == [False, True]
 
 
 class Own(torch.optim.Optimizer):
