@@ -164,6 +164,8 @@ class Rounding:
         self._add("step", asked, [r - w for r, w in zip(rounded, wide, strict=True)])
         # Averages of gradients are rounded as well: in bfloat16 that of Adam's squares stands still with beta 0.999.
         for name in () if is_decoupled else _averages(optimizer.state[weights[0]]):
+            if not all(name in optimizer.state[weight] for weight in weights):
+                continue
             start = [local_tensor(optimizer.state[weight][name]).float() for weight in weights]
             ends = [in_wide.state[w][name] for w in wide]
             asked = [end - average for end, average in zip(ends, start, strict=True)]
@@ -297,7 +299,8 @@ def _can_be_copied(optimizer: Optimizer) -> bool:
     """Can copies of weights make a step without touching anything else? Only if all it keeps is numbers and tensors."""
     own = [value for key, value in vars(optimizer).items() if key not in _OF_EVERY_OPTIMIZER and not callable(value)]
     settings = [value for group in optimizer.param_groups for key, value in group.items() if key != "params"]
-    states = [value for state in optimizer.state.values() for value in state.values()]
+    by_weight = [state if isinstance(state, dict) else {"": state} for state in optimizer.state.values()]
+    states = [value for state in by_weight for value in state.values()]
     is_alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
     return (
         is_alone
