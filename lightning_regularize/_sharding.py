@@ -76,10 +76,7 @@ def gradients_of(parameters: Iterable[Tensor]) -> list[Tensor | None]:
 
 def settle_gradients_(parameters: Sequence[Tensor]) -> list[Tensor | None]:
     """What :func:`gradients_of` says, and from now on the parameters' own: what is added to them then counts once."""
-    own = [parameter.grad for parameter in parameters]
-    if set(map(type, own)) == {Tensor}:  # as almost always
-        return own
-    gradients = list(map(gradient_of, parameters))
+    gradients = gradients_of(parameters)
     for parameter, gradient in zip(parameters, gradients, strict=True):
         if gradient is not parameter.grad:
             parameter.grad = gradient

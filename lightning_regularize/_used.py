@@ -187,8 +187,11 @@ class Layers:
 
     def __init__(self, infos: Iterable[ParameterInfo]) -> None:
         self.infos = list(infos)
-        self._places = [(info.owner, info.name.rpartition(".")[2]) for info in self.infos]
         self._number = -1
+
+    @cached_property
+    def _places(self) -> list[tuple[nn.Module, str]]:
+        return [(info.owner, info.name.rpartition(".")[2]) for info in self.infos]
 
     def are_plain(self) -> bool:
         """Does each hold its parameter under its name, and nothing that might compute something from it?"""
@@ -199,7 +202,7 @@ class Layers:
     def may_mask(self) -> bool:
         """Has one of them a hook, which might be a pruning mask?"""
         number = RemovableHandle.next_id  # which whoever adds a hook takes, and counts on
-        if number != self._number and not any(owner._forward_pre_hooks for owner, _ in self._places):
+        if number != self._number and not any(info.owner._forward_pre_hooks for info in self.infos):
             self._number = number
         return number != self._number
 

@@ -84,8 +84,6 @@ class DecayMethod(ABC):  # noqa: B024 each method does one of three things, none
     """Does the optimizer decay, by its own ``weight_decay``? For all others that is set to 0."""
     adds_to_gradients = False
     """Does it act through the gradients?"""
-    acts_on_weights = True
-    """Does it change weights by itself, around the step?"""
     needs_rate = False
     """Does it need the learning rate? Some optimizers find their own."""
     knows_share = True
@@ -95,6 +93,11 @@ class DecayMethod(ABC):  # noqa: B024 each method does one of three things, none
 
     change: Callable[..., None] = staticmethod(_call)
     """Calls what changes tensors; a callback puts here what also measures how much of it rounding leaves."""
+
+    @property
+    def acts_on_weights(self) -> bool:
+        """Does it change weights by itself, around the step?"""
+        return not (self.uses_optimizer or self.adds_to_gradients)
 
     def on_gradients(self, targets: Sequence[Alike], scale: Tensor | None, step: int) -> None:  # noqa: B027
         """Gradients are complete, and multiplied by ``scale``; by default nothing is to be done."""
@@ -135,7 +138,6 @@ class ByOptimizer(DecayMethod):
     """The optimizer decays by itself; its groups are split while it steps."""
 
     uses_optimizer = True
-    acts_on_weights = False
 
     def refuse(self, optimizer: Optimizer) -> str:
         """LBFGS, Rprop and others have no weight decay."""
@@ -162,7 +164,6 @@ class Coupled(DecayMethod):
     seed: int = 0
 
     adds_to_gradients = True
-    acts_on_weights = False
 
     @torch.no_grad()
     def on_gradients(self, targets: Sequence[Alike], scale: Tensor | None, step: int) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_regularize._checks import named_errors
 from lightning_regularize._factories import check_decisive, check_factories, check_initialized, divide, make_optimizer
 from lightning_regularize.groups import rule_name
 from lightning_regularize.selection import hidden_matrices, parameter_infos, require_matches
@@ -66,10 +67,8 @@ class ChainedOptimizer(Optimizer):
     def __init__(self, module: nn.Module, optimizers: Mapping[Any, Callable[[Any], Optimizer]]) -> None:
         check_factories(optimizers)
         infos = parameter_infos(module)
-        try:
+        with named_errors("ChainedOptimizer"):
             require_matches(optimizers, infos, argument="optimizers")
-        except ValueError as error:
-            raise ValueError(f"ChainedOptimizer: {error}") from error
         trainable = [info for info in infos if info.parameter.requires_grad]
         if not trainable:
             raise ValueError(f"ChainedOptimizer: {type(module).__name__} has no trainable parameters.")

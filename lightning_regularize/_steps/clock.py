@@ -85,20 +85,22 @@ class Clock:
             TypeError: The schedule is a function of something else than a position.
             ValueError: The schedule gives no number that one can train with.
         """
-        try:
-            return self._value(schedule, group, step)
-        except (TypeError, ValueError):
-            with named_errors(self._owner):
-                raise
-
-    def _value(self, schedule: ScheduleLike, group: dict[str, Any], step: int) -> float:
         ahead = self._ahead.get(id(schedule))
-        if ahead is None or ahead.total_steps != self.total_steps:
-            ahead = self._look_ahead(schedule, step)
-        if ahead.values:
-            if not 0 <= step - ahead.first < len(ahead.values):
-                ahead = self._look_ahead(schedule, step)
+        is_known = ahead is not None and ahead.total_steps == self.total_steps
+        if ahead is not None and is_known and 0 <= step - ahead.first < len(ahead.values):
             return ahead.values[step - ahead.first]
+        with named_errors(self._owner):
+            if ahead is None or not is_known or ahead.values:
+                ahead = self._look_ahead(schedule, step)
+            return ahead.values[0] if ahead.values else self._value_now(schedule, group, step)
+
+    def _value_now(self, schedule: ScheduleLike, group: dict[str, Any], step: int) -> float:
+        """As :meth:`value`, of a schedule that depends on more than the step.
+
+        Raises:
+            UnsupportedOptimizerError: As there.
+            ValueError: As there.
+        """
         before = self._known_peak(group)
         at = self.position(group, step)
         try:

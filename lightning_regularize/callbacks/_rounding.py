@@ -33,7 +33,6 @@ _MOST = 2**20  # elements measured in one call, at least one tensor: each costs 
 _WIDE = {"mps": torch.float32}  # float64 elsewhere, so that a strength is seen that float32 rounds away as well
 _KEPT = 2**16  # elements of a tensor whose sums over the steps are kept
 _LOOP = 500  # steps after which a loop of unknown length is judged, since nobody says that it has ended
-_OF_EVERY_OPTIMIZER = frozenset({*vars(SGD([torch.zeros(1)])), ATTRIBUTE})
 _NUMBERS = (int, float, str, type(None))
 
 
@@ -295,9 +294,15 @@ def _widened_copy(tensor: Tensor) -> Tensor:
     return tensor.to(tensor.dtype if is_wide else _WIDE.get(tensor.device.type, torch.float64), copy=True)
 
 
+@functools.cache
+def _of_every_optimizer() -> frozenset[str]:
+    """The attributes that any optimizer has."""
+    return frozenset({*vars(SGD([torch.zeros(1, device="cpu")])), ATTRIBUTE})
+
+
 def _can_be_copied(optimizer: Optimizer) -> bool:
     """Can copies of weights make a step without touching anything else? Only if all it keeps is numbers and tensors."""
-    own = [value for key, value in vars(optimizer).items() if key not in _OF_EVERY_OPTIMIZER and not callable(value)]
+    own = [value for key, value in vars(optimizer).items() if key not in _of_every_optimizer() and not callable(value)]
     settings = [value for group in optimizer.param_groups for key, value in group.items() if key != "params"]
     by_weight = [state if isinstance(state, dict) else {"": state} for state in optimizer.state.values()]
     states = [value for state in by_weight for value in state.values()]
