@@ -21,6 +21,7 @@ from lightning_regularize.norms import norms
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import lightning.pytorch as pl
     from torch import Tensor
 
     from lightning_regularize._steps.hooks import Step
@@ -210,6 +211,20 @@ class ConstrainedDecay(Regularizer):
             slower = (growth < state["growth"]) & state["bound"].isinf()
             state["bound"] = torch.where(slower, self.factor * square, state["bound"])
             state["smoothed"], state["growth"] = smoothed, growth
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
+        looked = {
+            "warm_start": f"bounds are taken after step {self.warm_start_steps:,}. Give a smaller `warm_start_steps`",
+            "inflection_point": f"at none of the looks, one in {self.interval:,} steps, had growth of a norm slowed "
+            "down. Give a smaller `interval`, or bound='start'",
+        }
+        if self.bound not in looked or self.run is None or not any(self.run.steps) or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        # Under ZeroRedundancyOptimizer each rank knows the bounds of what it steps.
+        is_known = any(math.isfinite(target.state[1]) for target in self._targets if target.state is not None)
+        if not self.run.largest(is_known):
+            self.warn(f"ConstrainedDecay has done nothing in {max(self.run.steps):,} steps: {looked[self.bound]}.")
 
     def _warn_of_decay(self) -> None:
         for optimizer in self.run.optimizers:

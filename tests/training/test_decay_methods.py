@@ -627,6 +627,24 @@ def test_the_bound_is_taken_where_growth_slows_down():
     assert state.last["matrices"]["bound"] == pytest.approx({"layer.weight": bound}, rel=1e-6, abs=0)
 
 
+@pytest.mark.parametrize(
+    ("decay", "message"),
+    [
+        (ConstrainedDecay("warm_start", warm_start_steps=17), "after step 17. Give a smaller `warm_start_steps`"),
+        (ConstrainedDecay("inflection_point", interval=16), "one in 16 steps, .* Give a smaller `interval`"),
+    ],
+    ids=["warm start", "inflection point"],
+)
+def test_it_tells_if_it_found_no_bound_until_the_end(decay, message):
+    with pytest.warns(UserWarning, match=f"ConstrainedDecay has done nothing in 16 steps: .*{message}"):
+        fit(Regression(adam), decay, max_steps=16)
+
+
+@pytest.mark.parametrize("options", [{"fast_dev_run": True}, {"max_steps": 0}], ids=["a trial run", "no step"])
+def test_it_does_not_tell_of_a_run_that_is_none(options):
+    fit(Regression(adam), ConstrainedDecay("warm_start", warm_start_steps=17), **options)
+
+
 @pytest.mark.parametrize("bound", ["start", "warm_start", "inflection_point"])
 def test_a_resumed_run_has_bounds_and_multipliers_of_the_first(bound, tmp_path):
     def callback():
