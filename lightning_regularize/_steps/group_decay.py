@@ -6,6 +6,7 @@ A schedule writes over what the user gave, keeps the ratios between groups, and 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from operator import is_
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, ref
 
@@ -17,8 +18,6 @@ from lightning_regularize._steps.targets import held_by
 
 if TYPE_CHECKING:
     from collections.abc import Callable, MutableMapping, Sequence
-
-    from lightning_regularize._steps.targets import Held
 
     ValueOf = Callable[[int, dict[str, Any], int, float], float | None]
     """From the number of a schedule, a group, the number of a step and the ratio of the group to the weight decay in
@@ -39,18 +38,40 @@ class Given:
 
 
 @dataclass(eq=False)
+class _Row:
+    """One group of an optimizer that steps."""
+
+    group: dict[str, Any]
+    given: Given
+    ratio: float
+    factors: dict[int, float]  # the largest of what decays in it, by schedule
+    values: dict[int, Any] = field(default_factory=dict)  # the weight decay of factor 1 in a step, by schedule
+
+    def by_schedule(self) -> dict[int, Any]:
+        return {i: self.values[i] * factor for i, factor in self.factors.items()}
+
+    def shown(self) -> Any:
+        """The value of what decays most by the last schedule."""
+        last = max(self.factors, default=0)
+        return self.values[last] * self.factors[last] if self.factors else 0.0
+
+    def is_written(self) -> bool:
+        """Does the group show what was written there last, if it shows anything?"""
+        return _DECAY not in self.group or _is_written(self.given, self.group)
+
+
+@dataclass(eq=False)
 class _Leaf:
     """What was computed last for one optimizer that steps."""
 
-    held: Held
-    groups: list[dict[str, Any]] = field(default_factory=list)
+    held_version: int
+    rows: list[_Row]
     position: tuple[Any, ...] = ()
-    values: list[dict[int, Any]] = field(default_factory=list)
-    written: list[dict[int, Any]] | None = None
-    ratios: list[float] | None = None
-    largest_factors: list[dict[int, float]] = field(default_factory=list)  # by schedule, of what decays in a group
-    shown: list[tuple[int, float]] = field(default_factory=list)  # schedule and factor of the value that a group shows
-    held_version: int = 0
+    is_written: bool = False  # do the groups show it?
+
+    def is_of(self, groups: Sequence[dict[str, Any]]) -> bool:
+        """Loading a state replaces groups."""
+        return len(self.rows) == len(groups) and all(map(is_, [row.group for row in self.rows], groups))
 
 
 class GroupDecay:
@@ -154,50 +175,37 @@ class GroupDecay:
         Returns:
             For each group the values by schedule, of schedules by which something in it decays.
         """
-        return self._computed(leaf, number, epoch).values
+        return [row.values for row in self._computed(leaf, number, epoch).rows]
+
+    def by_schedule(self, leaf: Any, number: int, epoch: int = 0) -> list[dict[int, Any]]:
+        """As :meth:`values`, times the largest factor of what decays by the schedule in the group."""
+        return [row.by_schedule() for row in self._computed(leaf, number, epoch).rows]
 
     def _computed(self, leaf: Any, number: int, epoch: int) -> _Leaf:
         """The values of a step. They are computed anew only if the step, the epoch or a learning rate is another."""
         self.look()
+        groups = self._groups if leaf is self._optimizer() else user_groups(leaf)
+        version = held_by(leaf).look(groups)  # parameters may have been appended just now
         found = self._leaves.get(leaf)
-        if found is None:
-            found = self._leaves[leaf] = _Leaf(held_by(leaf))
-        found.groups = groups = self._groups if leaf is self._optimizer() else user_groups(leaf)
-        version = found.held.look(groups)  # parameters may have been appended just now
-        if found.held_version != version or len(found.largest_factors) != len(groups):
-            found.largest_factors = self._largest_factors(leaf)
-            found.shown = [max(factors.items(), default=(0, 0.0)) for factors in found.largest_factors]
-            found.held_version, found.position = version, ()
-        if self._value_of is None:
-            found.values = [{0: group.get(_DECAY, 0.0)} for group in groups]
-            return found
+        if found is None or found.held_version != version or not found.is_of(groups):
+            factors = self._largest_factors(leaf)
+            rows = [_Row(g, self._given(g), self.ratio(g), f) for g, f in zip(groups, factors, strict=True)]
+            found = self._leaves[leaf] = _Leaf(version, rows)
         position = number, epoch, *[group.get("lr") for group in groups]
-        if found.position != position or Tensor in map(type, position):
-            if found.ratios is None or len(found.ratios) != len(groups):
-                found.ratios = list(map(self.ratio, groups))
-            found.position = position
-            of_groups = zip(groups, found.largest_factors, found.ratios, strict=True)
-            found.values = [
-                {i: self._value_by(i, group, number, r) for i in factors} for group, factors, r in of_groups
-            ]
+        if self._value_of is None or found.position != position or Tensor in map(type, position):
+            found.position, found.is_written = position, False
+            for row in found.rows:
+                row.values = self._values_of(row, number)
         return found
 
-    def _value_by(self, schedule: int, group: dict[str, Any], number: int, ratio: float) -> float:
-        value = self._value_of(schedule, group, number, ratio) if self._value_of is not None else None
-        if value is not None:
-            return value
-        original = self._given(group).original
-        return _value(group) if original is None else original
-
-    def shown(self, leaf: Any, number: int, epoch: int = 0) -> list[Any]:
-        """What the groups show: the value of what decays most by the last schedule in a group of the user's."""
-        return _shown(self._computed(leaf, number, epoch))
-
-    def by_schedule(self, leaf: Any, number: int, epoch: int = 0) -> list[dict[int, Any]]:
-        """As :meth:`shown`, for each schedule by which something in a group decays."""
-        found = self._computed(leaf, number, epoch)
-        of_groups = zip(found.values, found.largest_factors, strict=True)
-        return [{i: values[i] * factor for i, factor in factors.items()} for values, factors in of_groups]
+    def _values_of(self, row: _Row, number: int) -> dict[int, Any]:
+        if self._value_of is None:
+            return {0: row.group.get(_DECAY, 0.0)}
+        values = {i: self._value_of(i, row.group, number, row.ratio) for i in row.factors}
+        if None in values.values():
+            kept = _value(row.group) if row.given.original is None else row.given.original
+            return {i: kept if value is None else value for i, value in values.items()}
+        return values
 
     def _largest_factors(self, leaf: Any) -> list[dict[int, float]]:
         largest = list(map(_largest, self._settings_of(leaf)))
@@ -219,39 +227,35 @@ class GroupDecay:
             The :meth:`values` of that step.
         """
         found = self._computed(leaf, number, epoch)
-        if self._value_of is None or (found.written is found.values and not any(map(self._is_changed, found.groups))):
-            return found.values
-        self._write(leaf, found.groups, _shown(found))
-        outer = self._optimizer()
-        if leaf is not outer:
-            own = set(map(id, found.groups))
-            shown = zip(self._groups, self.shown(outer, number, epoch), strict=True)
-            others = [(group, value) for group, value in shown if id(group) not in own]
-            self._write(outer, [group for group, _ in others], [value for _, value in others])
-        found.written = found.values
-        return found.values
+        if self._value_of is not None and not (found.is_written and all(row.is_written() for row in found.rows)):
+            self._write(leaf, found.rows)
+            outer = self._optimizer()
+            if leaf is not outer:
+                own = {id(row.group) for row in found.rows}
+                rows = self._computed(outer, number, epoch).rows
+                self._write(outer, [row for row in rows if id(row.group) not in own])
+            found.is_written = True
+        return [row.values for row in found.rows]
 
-    def _is_changed(self, group: dict[str, Any]) -> bool:
-        return _DECAY in group and not _is_written(self._given(group), group)
-
-    def _write(self, optimizer: Any, groups: Sequence[dict[str, Any]], values: Sequence[float]) -> None:
-        decaying = [(group, self._given(group), v) for group, v in zip(groups, values, strict=True) if _DECAY in group]
-        for group, given, _ in decaying:
+    def _write(self, optimizer: Any, rows: Sequence[_Row]) -> None:
+        decaying = [row for row in rows if _DECAY in row.group]
+        for row in decaying:
+            group, given = row.group, row.given
             if given.original is None:  # ZeroRedundancyOptimizer has copied the key from its inner optimizer
                 originals = (self._of_parameter[p].original for p in group["params"])
                 given.original = next((each for each in originals if each is not None), _value(group))
             if given.written is not _UNWRITTEN and not self._is_warned and not _is_written(given, group):
                 self._is_warned = True
-                name = group.get("name") or f"pg{1 + next(i for i, each in enumerate(groups) if each is group)}"
+                name = group.get("name") or f"pg{1 + next(i for i, each in enumerate(rows) if each is row)}"
                 self._warn(
                     f"Somebody has set weight_decay={_value(group):g} in group {name!r} of {type(optimizer).__name__} "
                     "during training. WeightDecay overrides it by its own value."
                 )
         # Several groups may hold one tensor, as torch makes it of a default.
-        for group, _, value in decaying:
-            _set(group, value if self._shows_value else 0.0)
-        for group, given, _ in decaying:
-            given.written = _stamp(group[_DECAY])
+        for row in decaying:
+            _set(row.group, row.shown() if self._shows_value else 0.0)
+        for row in decaying:
+            row.given.written = _stamp(row.group[_DECAY])
 
     def put_back(self) -> None:
         """Write the values that the groups had before."""
@@ -270,12 +274,6 @@ def _largest(settings: Sequence[tuple[int, float]]) -> dict[int, float]:
         if factor > largest.get(schedule, 0.0):
             largest[schedule] = factor
     return largest
-
-
-def _shown(found: _Leaf) -> list[Any]:
-    return [
-        values[i] * factor if factor else 0.0 for values, (i, factor) in zip(found.values, found.shown, strict=True)
-    ]
 
 
 def _read(group: dict[str, Any]) -> Given:
