@@ -200,8 +200,8 @@ class DecayRules:
             ratios = [r for r, each in held if each.setting.factor and each.setting.schedule == schedule]
             if ratios and not any(ratios):
                 return (
-                    f"WeightDecay: `weight_decay` has no effect for {self.names[schedule]!r}: all that decays by it is "
-                    f"in groups that were {zero}. Change the groups, or leave it out."
+                    f"`weight_decay` has no effect for {self.names[schedule]!r}: all that decays by it is in groups "
+                    f"that were {zero}. Change the groups, or leave it out."
                 )
         return ""
 

@@ -339,7 +339,7 @@ def test_a_rule_for_what_a_group_gave_0_raises():
         *others, weight, bias = parameters
         return adamw([{"params": others, "weight_decay": 0.1}, {"params": [weight, bias], "weight_decay": 0.0}])
 
-    with pytest.raises(MisconfigurationException, match=r"has no effect for 'output\.\*'"):
+    with pytest.raises(MisconfigurationException, match=r"^WeightDecay: `weight_decay` has no effect for 'output\.\*'"):
         train(Regression(make), WeightDecay(RULES))
 
 
