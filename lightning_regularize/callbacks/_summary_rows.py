@@ -23,6 +23,7 @@ from lightning_regularize.schedules import Position, timescales_in, value_at
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from lightning_regularize._steps.watch import Watch
     from lightning_regularize.schedules import ScheduleLike
     from lightning_regularize.selection import ParameterInfo
 
@@ -100,21 +101,27 @@ def _of_schedule(callback: WeightDecay) -> Iterator[Row]:
     """What WeightDecay makes of the groups: each in parts of one schedule and factor."""
     rules = callback.rules
     found = list(callback.by_parameter())
-    settings = {id(info): rules.decide(info).setting for info, *_ in found}
-    found.sort(key=lambda each: (each[1].index, each[2], -each[4], settings[id(each[0])].schedule))
+    schedules = {id(info): rules.decide(info).setting.schedule for info, *_ in found}
     labels = {w.index: group_labels(w.optimizer, callback.run.label(w)) for _, w, *_ in found}
     is_one = sum(map(len, labels.values())) == 1
     samples: dict[tuple[float, int], Sequence[float]] = {}
-    for info, watch, i, value, share, rule in found:
+
+    def part_of(each: tuple[ParameterInfo, Watch, int, float, float, str]) -> tuple[int, int, float, int]:
+        info, watch, i, _, share, _ = each
+        return watch.index, i, -share, schedules[id(info)]
+
+    for (index, i, _, schedule), of_part in itertools.groupby(sorted(found, key=part_of), key=part_of):
+        members = list(of_part)
+        _, watch, _, value, share, _ = members[0]
         optimizer = torch_optimizer(watch.optimizer)
         group = optimizer.param_groups[i]
-        peak, part, schedule = _peak(group), group_name(share), settings[id(info)].schedule
+        peak, part = _peak(group), group_name(share)
         if (peak, schedule) not in samples:
             samples[peak, schedule] = _sampled(callback, rules.schedules[schedule], peak)
         reach = samples[peak, schedule] or [value / share if share else 0.0]
         if share and rules.names[schedule]:
             part = f"{part}, {rules.names[schedule]}"
-        pg, holder = _holder(optimizer, group, labels[watch.index][i])
+        pg, holder = _holder(optimizer, group, labels[index][i])
         label = part if is_one else f"{pg} {part}"
         is_decoupled = not callback.decay_method.adds_to_gradients
         if callback.decay_method.uses_optimizer:
@@ -122,9 +129,11 @@ def _of_schedule(callback: WeightDecay) -> Iterator[Row]:
         elif share:
             label = f"WeightDecay, {label}"
         known = _group_advice(label, holder, group, share * sum(reach) / len(reach), is_decoupled)
-        why = rule if rule or share else "0 as configured"
         steps = _timescale(callback, schedule) / share if share else 0.0
-        yield Row(label, info, (share * min(reach), share * max(reach)), _rate(group), why, known, steps)
+        decays = share * min(reach), share * max(reach)
+        for info, *_, rule in members:
+            why = rule if rule or share else "0 as configured"
+            yield Row(label, info, decays, _rate(group), why, known, steps)
 
 
 def _holder(optimizer: Any, group: dict[str, Any], label: str) -> tuple[str, Any]:

@@ -10,6 +10,7 @@ from lightning_regularize import (
     RegularizationSummary,
     RegularizedModule,
     WeightDecay,
+    group_settings,
     regularize,
     schedules,
     summary,
@@ -60,6 +61,20 @@ def test_a_schedule_shows_from_where_to_where_it_reaches(capsys):
     assert ["decay", "1", "tensor", "12", "0", "to", "0.4"] in rows
     assert ["decay", "x0.5", "1", "tensor", "8", "0", "to", "0.2"] in rows
     assert ["no_decay", "4", "tensors", "14", "0"] in rows
+
+
+def test_what_all_parameters_of_a_part_share_is_looked_up_once(monkeypatch):
+    """Once for each parameter it would take minutes for a large model, since it looks at all of the group."""
+
+    def lookups(layers):
+        module, calls = nn.Sequential(*[nn.Linear(2, 2) for _ in range(layers)]), []
+        look = group_settings.settings
+        with monkeypatch.context() as patch:
+            patch.setattr(group_settings, "settings", lambda *of: calls.append(of) or look(*of))
+            summary(module, WeightDecay(0.1), optimizer=adamw(module.parameters()))
+        return len(calls)
+
+    assert 0 < lookups(3) == lookups(30)
 
 
 @pytest.mark.parametrize("times", [{"steps": 20}, {"epochs": 20 / 7}, {"fraction": 20 / 7}], ids=str)
