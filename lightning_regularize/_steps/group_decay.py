@@ -107,6 +107,7 @@ class GroupDecay:
         self._leaves: WeakKeyDictionary[Any, _Leaf] = WeakKeyDictionary()
         self._groups: list[dict[str, Any]] = []
         self._ids: list[int] = []
+        self._largest: float | None = None  # weight decay given, once it was asked for
         self._is_warned = False
         for group in user_groups(optimizer):
             before = [given for parameter in group["params"] for given in of_run.get(parameter, ())]
@@ -123,7 +124,7 @@ class GroupDecay:
         ids = list(map(id, groups))
         if ids == self._ids:
             return
-        self._groups, self._ids = list(groups), ids
+        self._groups, self._ids, self._largest = list(groups), ids, None
         held = {id(group) for each in (optimizer, *self._leaves) for group in user_groups(each)}
         for key in self._of_group.keys() - held:
             del self._of_group[key]
@@ -142,7 +143,7 @@ class GroupDecay:
         return self._learn(group, replace(given, value=None) if given.value == _value(defaults) else given)
 
     def _learn(self, group: dict[str, Any], given: Given) -> Given:
-        self._of_group[id(group)] = group, given
+        self._of_group[id(group)], self._largest = (group, given), None
         for parameter in group["params"]:
             self._of_parameter[parameter] = given
             self._of_run.setdefault(parameter, []).append(given)
@@ -163,9 +164,10 @@ class GroupDecay:
 
     def ratio(self, group: dict[str, Any]) -> float:
         """What a group has of a scheduled value: 1 with the largest weight decay given; 1 for all if none has any."""
-        largest = max((self._given(each).value or 0.0 for each in self._groups), default=0.0)
         given = self._given(group).value
-        return 1.0 if given is None or not largest else given / largest
+        if self._largest is None:
+            self._largest = max((self._given(each).value or 0.0 for each in self._groups), default=0.0)
+        return 1.0 if given is None or not self._largest else given / self._largest
 
     # -- what it is now ------------------------------------------------------------------------------------------------
 

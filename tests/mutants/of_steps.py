@@ -298,7 +298,10 @@ MUTANTS = [
     *mutants_of(
         "_steps/group_decay.py",
         "tests/training/test_beside_other_callbacks.py::test_what_is_unfrozen_decays_unless_it_is_excluded",
-        ("1.0 if given is None or not largest else given / largest", "(given or 0.0) / largest if largest else 1.0"),
+        (
+            "1.0 if given is None or not self._largest else given / self._largest",
+            "(given or 0.0) / self._largest if self._largest else 1.0",
+        ),
     ),
     *mutants_of(
         "_steps/group_decay.py",
