@@ -32,22 +32,26 @@ _PLAIN = {Tensor, nn.Parameter}
 
 def local_tensor(tensor: Tensor) -> Tensor:
     """The piece of ``tensor`` that lies on this rank, detached and sharing memory; a plain tensor is its own piece."""
-    return local_piece(tensor if hasattr(tensor, "ds_tensor") else tensor.detach())
+    return local_piece(tensor).detach()
 
 
 def local_piece(tensor: Tensor) -> Tensor:
     """As :func:`local_tensor`, but a plain tensor is not detached, which takes time: to be called without gradients."""
     if hasattr(tensor, "ds_tensor"):
         return _of_zero3(tensor.ds_tensor, tensor)
-    return tensor.to_local() if isinstance(tensor, _SHARDED) else tensor
+    # What `to_local` returns without gradients, as torch documents it, in a tenth of the time.
+    return tensor._local_tensor if isinstance(tensor, _SHARDED) else tensor
 
 
 def local_pieces(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """What :func:`local_piece` says of each; that none is spread, as almost always, is seen in a third of the time."""
+    """What :func:`local_piece` says of each."""
     found = list(tensors)
-    if _PLAIN.issuperset(map(type, found)) and not (_has_deepspeed() and any(map(_is_in_zero3, found))):
-        return found
-    return [local_piece(tensor) for tensor in found]
+    return found if _are_plain(found) else [local_piece(tensor) for tensor in found]
+
+
+def _are_plain(tensors: Sequence[Tensor]) -> bool:
+    """Says that no tensor knows that it is spread, as almost always, in a third of the time of asking each."""
+    return _PLAIN.issuperset(map(type, tensors)) and not (_has_deepspeed() and any(map(_is_in_zero3, tensors)))
 
 
 def is_dtensor(tensor: Tensor) -> bool:
@@ -222,7 +226,7 @@ class Sharding:
         Returns:
             A tensor like ``values``, the same on every rank that holds a piece.
         """
-        if not (dist.is_available() and dist.is_initialized()):
+        if not (dist.is_available() and dist.is_initialized()) or (not self._process_groups and _are_plain(parameters)):
             return values
         spread_alike: dict[Hashable, list[int]] = {}
         for i, parameter in enumerate(parameters):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 
 from lightning_regularize._checks import check_number, check_positive_integer, is_number
-from lightning_regularize._sharding import local_tensor
+from lightning_regularize._sharding import local_pieces
 from lightning_regularize._steps.buckets import multiply_each_
 from lightning_regularize._steps.targets import Targets
 from lightning_regularize._trainer.strategies import check_weights_are_the_optimizers
@@ -184,6 +184,7 @@ class ConstrainedDecay(Regularizer):
             self._warn_of_decay()
         self._begin_targets([target for targets in self._targets.of(step.optimizer) for target in targets])
 
+    @torch.no_grad()
     def after_step(self, step: Step, *, is_real: bool) -> None:
         """Nothing is read back from the device."""
         held = [t for targets in self._targets.of(step.optimizer) for t in targets if t.info.parameter.requires_grad]
@@ -199,7 +200,7 @@ class ConstrainedDecay(Regularizer):
         for target, row in zip(held, torch.stack([*state.values(), numel], dim=1), strict=True):
             target.state = row
         self.rounded.begin_step(step)
-        weights, factors = [local_tensor(target.info.parameter) for target in held], 1 - 2 * state["multiplier"]
+        weights, factors = local_pieces([target.info.parameter for target in held]), 1 - 2 * state["multiplier"]
         self.rounded.change(multiply_each_, weights, factors.unbind())
 
     def _look_for_bound_(self, state: dict[str, Tensor], square: Tensor, *, steps: int) -> None:

@@ -46,8 +46,8 @@ class _Target:
     vector: Tensor | None = None
 
     def as_units(self) -> Tensor:
-        """The weight in the shape in which the norms of units run over ``dim``."""
-        weight = self.info.parameter.detach()
+        """The weight in the shape in which the norms of units run over ``dim``; to be called without gradients."""
+        weight = self.info.parameter
         return weight if tuple(weight.shape) == self.view else weight.view(self.view)
 
 
