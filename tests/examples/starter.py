@@ -3,6 +3,7 @@
 Each line of the input is a request in JSON; the answer to it is a line with the exit status.
 """
 
+import gc
 import json
 import os
 import runpy
@@ -10,11 +11,14 @@ import sys
 from pathlib import Path
 
 import matplotlib as mpl
-import sklearn.datasets  # noqa: F401
+import sklearn.model_selection  # noqa: F401
+import torch.utils.tensorboard  # noqa: F401
 
 import lightning_regularize  # noqa: F401
 
 mpl.use("agg")
+gc.collect()
+gc.freeze()  # or each process would look through all that is imported before it ends, which takes two seconds
 
 
 def become(script, arguments, environment, folder, output, errors):
