@@ -11,7 +11,7 @@ from tests.rehearsal.table import ROWS
 
 pytestmark = pytest.mark.skipif(not is_possible(), reason="this torch knows no devices written in Python")
 
-FEW, MANY = 4, 16  # layers; `python -m tests.rehearsal` takes 75 and 300
+FEW, MANY = 2, 8  # layers; `python -m tests.rehearsal` takes 75 and 300
 
 # What waits, in the singular value decomposition of torch. One that is here and does not wait is a failure.
 WAITING = dict.fromkeys(
