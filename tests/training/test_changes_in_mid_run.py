@@ -1127,11 +1127,12 @@ def test_another_fit_of_one_trainer_goes_on_at_the_step_of_each_optimizer(name):
 
 @pytest.fixture
 def _frozen_garbage():
-    """Of the objects that are there already nothing is collected, which would take most of the time."""
+    """Of the objects that are there already nothing is collected, which would take most of the time.
+
+    They stay frozen: ``gc.unfreeze`` would also release what conftest.py froze for all tests.
+    """
     gc.collect()
     gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 class Alive(L.Callback):
