@@ -256,6 +256,7 @@ def fit(rank, world_size, row, column, dtype, accumulate=1):
         max_epochs=2,
         devices=world_size,
         accumulate_grad_batches=accumulate,
+        limit_val_batches=1,  # a forward pass without a backward pass is what it is for
         **column.options(),
     )
     with contextlib.redirect_stdout(printed), warnings.catch_warnings(record=True) as warned:
