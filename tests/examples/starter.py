@@ -10,6 +10,7 @@ import runpy
 import sys
 from pathlib import Path
 
+import lightning.pytorch  # noqa: F401  (before the package, as in the examples)
 import matplotlib as mpl
 import sklearn.model_selection  # noqa: F401
 import torch.utils.tensorboard  # noqa: F401

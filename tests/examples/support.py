@@ -11,7 +11,6 @@ from pathlib import Path
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NOT_EXAMPLES = {"__main__", "claims", "pictures"}
-START_OTHERS = {"multi_gpu"}  # whose processes import the script that was started
 NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem not in NOT_EXAMPLES)
 
 
@@ -20,9 +19,6 @@ def run(name, *arguments, cwd=None, **environment):
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
     variables = inherited | {"OMP_NUM_THREADS": "1", "COLUMNS": "80"} | environment
     command = [str(EXAMPLES / f"{name}.py"), *map(str, arguments)]
-    if name in START_OTHERS:
-        options = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "check": False}
-        return subprocess.run([sys.executable, *command], env=variables, cwd=cwd, **options)
     with tempfile.NamedTemporaryFile() as output, tempfile.NamedTemporaryFile() as errors:
         request = {"script": command[0], "arguments": command[1:], "environment": variables}
         request |= {"folder": str(cwd or Path.cwd()), "output": output.name, "errors": errors.name}
