@@ -586,11 +586,13 @@ def test_state_keys_are_the_same_in_the_next_run_also_of_copies(make):
 
 
 def test_the_key_of_a_lambda_is_that_of_another_process():
-    code = "from lightning_regularize import L1Penalty; print(L1Penalty(1.0, include=(lambda i: i.shape,)).state_key)"
-    found = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout for _ in range(2)}
-    assert len(found) == 1
-    assert "0x" not in (key := found.pop())
-    assert key.startswith("L1Penalty")
+    code = "from lightning_regularize import L1Penalty; key = L1Penalty(1.0, include=(lambda i: i.shape,)).state_key"
+    exec(code, here := {"__name__": "__main__"})
+    command = [sys.executable, "-c", f"{code}; print(key)"]
+    there = subprocess.run(command, capture_output=True, text=True, check=True).stdout.rstrip("\n")
+    assert there == here["key"]
+    assert "0x" not in there
+    assert there.startswith("L1Penalty")
 
 
 def test_another_strength_wins_over_the_checkpoints_and_it_is_said(tmp_path):
