@@ -58,7 +58,8 @@ class Alike(NamedTuple):
     @property
     def share(self) -> float | Tensor:
         """What a decoupled step removes: learning rate times weight decay."""
-        return self.group["lr"] * self.weight_decay  # type: ignore[no-any-return]
+        lr: float | Tensor = self.group["lr"]
+        return (lr.squeeze() if isinstance(lr, torch.Tensor) else lr) * self.weight_decay
 
     @property
     def pull(self) -> float:

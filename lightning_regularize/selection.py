@@ -4,7 +4,8 @@ A parameter has a *canonical name* (the one it would have without DDP, FSDP, ``t
 *owner* (the module that uses it) and a *kind*, found from the owner first, the name second, the unsharded shape last:
 
 ``bias``
-    Named ``bias``, ``bias_*`` or ``*_bias``. A table such as Swin's ``relative_position_bias_table`` is a weight.
+    Named ``bias``, ``bias_*``, ``*_bias`` or ``*_bias_u``, with any letter for u. A table such as Swin's
+    ``relative_position_bias_table`` is a weight.
 ``norm``
     Gain of a normalization layer: one of torch's, or a class named so. If its name ends so (``LlamaRMSNorm``), a gain
     may have any shape, such as one number for each head and channel; otherwise it has at most one dimension larger
@@ -541,6 +542,8 @@ def has_sparse_gradient(info: ParameterInfo) -> bool:
 _TORCH_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 # Never a norm, whatever the class is called: `SpectralNormLinear(64, 1)`.
 _TORCH_PRODUCTS = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.Embedding, nn.EmbeddingBag)
+# bias, in_proj_bias, bias_ih_l0, and pos_bias_u and pos_bias_v of relative positions, which have a row for each head.
+_BIAS_NAME = re.compile(r"bias(_.*)?|.*_bias(_[a-z])?")
 # Norm, RMSNorm, Normalize, Normalization; but neither Normal nor NormalHead.
 _NORM_NAME = re.compile(r"norm(?!al(?!i[sz]))", re.IGNORECASE)
 # A layer that does nothing else: RMSNorm, LayerNorm2d, Normalization, RMSNormGated; but neither NormLinear nor
@@ -553,7 +556,7 @@ _NORM_LAYER_NAME = re.compile(
 def _kind(use: _Use, shape: torch.Size | None) -> Kind:
     """The kind that one use gives. The ``shape`` of a lazy parameter is unknown, and then decides nothing."""
     owner, leaf, classes = use.owner, use.tensor.rpartition(".")[2], _class_names(use.owner)
-    if leaf == "bias" or leaf.startswith("bias_") or leaf.endswith("_bias"):
+    if _BIAS_NAME.fullmatch(leaf):
         return "bias"
     if use.is_magnitude or _is_norm(owner, classes, shape):
         return "norm"

@@ -291,6 +291,7 @@ def test_a_norm_is_a_norm_under_any_name(name):
     [
         ("q_bias", (4,), "bias"),
         ("attention_bias", (4, 3, 3), "bias"),
+        ("pos_bias_u", (4, 3), "bias"),
         ("relative_position_bias_table", (9, 4), "weight"),
         ("unbiased", (4, 3), "weight"),
         ("layer_scale_1", (4, 1, 1), "vector"),

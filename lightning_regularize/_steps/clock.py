@@ -7,14 +7,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import ref
 
+from torch import Tensor
+
 from lightning_regularize._checks import named_errors
 from lightning_regularize._steps.hooks import UnsupportedOptimizerError
 from lightning_regularize.schedules import Position, depends_on_step_alone, value_at
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
-
-    from torch import Tensor
 
     from lightning_regularize.schedules import ScheduleLike
 
@@ -105,7 +105,9 @@ class Clock:
         at = self.position(group, step)
         try:
             value = value_at(schedule, at)
-            if step and 0 < before < at.peak_lr and value_at(schedule, replace(at, peak_lr=before)) != value:
+            # LinearLR multiplies step by step, and ends a rounding error above the rate that it warms up to.
+            has_risen = 0 < before < at.peak_lr and not math.isclose(before, at.peak_lr, rel_tol=1e-6)
+            if step and has_risen and value_at(schedule, replace(at, peak_lr=before)) != value:
                 self.warn_of_peak(
                     f"{schedule!r} follows the learning rate, which has risen to {at.peak_lr:g}. Its largest value "
                     f"before, {before:g}, counted as the peak; from now on {at.peak_lr:g} does."
@@ -153,7 +155,7 @@ def _say_nothing(message: str) -> None:
 
 
 def rate_of(optimizer: Any, group: dict[str, Any]) -> float | Tensor:
-    """The learning rate of a group; a tensor is not read.
+    """The learning rate of a group; a tensor, to which torch allows any shape with one element, is not read.
 
     Raises:
         UnsupportedOptimizerError: The optimizer chooses its rate by itself.
@@ -164,4 +166,4 @@ def rate_of(optimizer: Any, group: dict[str, Any]) -> float | Tensor:
             f"{type(optimizer).__name__} has lr=None and chooses its learning rate by itself, which is needed here: "
             "give it a rate, or use a method that needs none."
         )
-    return lr  # type: ignore[no-any-return]
+    return lr.squeeze() if isinstance(lr, Tensor) else float(lr)

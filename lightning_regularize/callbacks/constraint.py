@@ -354,7 +354,9 @@ class WeightConstraint(Regularizer):
     def save(self) -> dict[str, Any]:
         """The radii that were relative to the weights at the start, and the directions of power iterations."""
         named = {target.info.name: target for target in self._targets}
-        radii = {name: t.projection.radius for name, t in named.items() if hasattr(t.projection, "radius")}  # type: ignore[union-attr]
+        begun: dict[str, Any] = {name: t.projection for name, t in named.items() if t.projection is not None}
+        is_relative = getattr(self.projection, "relative", False)
+        radii = {name: float(projection.radius) for name, projection in begun.items() if is_relative}
         kept = {name: t.vector for name, t in named.items() if t.vector is not None}
         vectors = self.run.from_who_steps(list(kept.values()), [named[name].info.parameter for name in kept])
         return {"radii": radii, "vectors": {name: v.cpu() for name, v in zip(kept, vectors, strict=True)}}

@@ -70,7 +70,8 @@ class DropoutSchedule(Regularizer):
     ``MultiheadAttention`` and of recurrent layers with more than one layer, ``drop_prob`` of whatever module has it
     (timm's ``DropPath``), plain numbers with a usual name (``dropout``, ``attention_dropout``, ``dropout_p``,
     ``p_drop``) that the module's own methods read, as attention does in transformers, and the ``attributes`` you name.
-    A number with such a name that no method of its module reads is left alone, and a warning names it.
+    A number with such a name that no method of its module reads, or with another name that has "dropout" in it, is left
+    alone, and a warning names it.
 
     The original rates come back when training ends, by an exception too. Modules in evaluation mode drop nothing: a
     warning says if all are. Where ``torch.compile`` compiles the model, or a function that drops, it does so anew for
@@ -146,8 +147,8 @@ class DropoutSchedule(Regularizer):
                 self._check_not_shared(other)
         if unknown:
             self.warn(
-                f"DropoutSchedule leaves {unknown} alone, which look like dropout rates: no method of their modules "
-                "reads them. Name those that are rates in `attributes`."
+                f"DropoutSchedule leaves {unknown} alone, which look like dropout rates, but have an unusual name, or "
+                "are read by no method of their modules. Name those that are rates in `attributes`."
             )
         largest = max(rate.original for rate in self._rates)
         self._shares = [1.0 if self.same or not largest else _ratio(rate.original, largest) for rate in self._rates]
@@ -252,7 +253,7 @@ class DropoutSchedule(Regularizer):
             name = canonical(name, root)
             if not any(matches_module(rule, name, module) for rule in self.include):
                 continue
-            usual = dict.fromkeys(attribute for attribute in vars(module) if _RATE_NAME.fullmatch(attribute))
+            usual = dict.fromkeys(a for a in vars(module) if _RATE_NAME.fullmatch(a) or "dropout" in a)
             if isinstance(module, nn.RNNBase):  # a single recurrent layer has none
                 usual.pop("dropout", None)
             for attribute in _known_attributes(module) | usual | dict.fromkeys(self.attributes):
@@ -264,7 +265,8 @@ class DropoutSchedule(Regularizer):
         if rate.attribute in _known_attributes(rate.module) or rate.attribute in self.attributes:
             return True
         classes: Any = set(type(rate.module).__mro__) - {nn.Module, object}
-        return 0 <= rate.original < 1 and any(rate.attribute in _attributes_read(cls) for cls in classes)
+        is_usual = _RATE_NAME.fullmatch(rate.attribute) and 0 <= rate.original < 1
+        return bool(is_usual) and any(rate.attribute in _attributes_read(cls) for cls in classes)
 
     def _is_explained(self, rate: _Rate) -> bool:
         """Is it no rate, one that drops nothing, or merely what a layer inside was made with?"""

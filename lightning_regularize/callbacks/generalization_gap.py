@@ -182,8 +182,8 @@ class GeneralizationGapMonitor(Regularizer):
         of_epoch = [result for result in results[name] if result.meta.on_epoch]
         if not of_epoch:
             raise MisconfigurationException(
-                f"{name!r} is logged for single steps only, and the value of the last step says little. Write: "
-                f"self.log({name!r}, ..., on_epoch=True)."
+                f"GeneralizationGapMonitor: {name!r} is logged for single steps only, and the value of the last step "
+                f"says little. Write: self.log({name!r}, ..., on_epoch=True)."
             )
         self._log(trainer, _so_far(of_epoch[0]), step)
 

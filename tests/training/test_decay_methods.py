@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim import LBFGS, SGD, Adadelta, Adam, AdamW, RMSprop, Rprop
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
 
-from lightning_regularize import AnchorDecay, ConstrainedDecay, WeightDecay
+from lightning_regularize import AnchorDecay, ConstrainedDecay, Hyperball, WeightDecay
 from lightning_regularize.schedules import Cosine, FollowLR, Linear
 from tests.training import spread
 from tests.training.support import (
@@ -174,6 +174,25 @@ def test_only_what_is_not_excluded_decays_and_by_its_factor(method):
 def test_a_grad_scaler_changes_nothing(fused, method):
     found = fit(Regression(functools.partial(adam, fused=fused)), WeightDecay(0.25, method=method), plugins=[scaler()])
     expected = fit(Regression(adam), WeightDecay(0.25, method=method))
+    assert_same_weights(weights(found), weights(expected))
+
+
+RATES = {"1-d": lambda rate: torch.tensor([rate], dtype=torch.float64), "numpy": np.array}
+
+
+@pytest.mark.parametrize("make", RATES.values(), ids=RATES)
+@pytest.mark.parametrize(
+    "callback",
+    [*(WeightDecay(0.25, method=method) for method in METHODS[1:]), AnchorDecay(0.25), Hyperball()],
+    ids=[*METHODS[1:], "anchor", "hyperball"],
+)
+def test_a_rate_may_be_whatever_the_optimizer_takes(callback, make):
+    class Written(L.Callback):
+        def on_train_batch_start(self, trainer, *_):
+            trainer.optimizers[0].param_groups[0]["lr"] = make(0.1)
+
+    found = fit(Regression(sgd), callback, Written(), max_epochs=1)
+    expected = fit(Regression(sgd), callback, max_epochs=1)
     assert_same_weights(weights(found), weights(expected))
 
 

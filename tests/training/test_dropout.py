@@ -428,7 +428,10 @@ def test_a_number_that_the_forward_pass_reads_is_scheduled_unasked(dropped):
     assert dropped == [0.4, 0.2]
 
 
-@pytest.mark.parametrize("name", ["dropout", "dropout_p", "attention_dropout", "attn_dropout_prob", "resid_pdrop"])
+RATES = ["dropout", "dropout_p", "attention_dropout", "attn_dropout_prob", "resid_pdrop", "dropout_positions"]
+
+
+@pytest.mark.parametrize("name", RATES)
 def test_a_number_that_nobody_is_seen_to_read_is_told_once(name, dropped):
     with pytest.warns(UserWarning, match=rf"leaves \['parts\.0\.{name}'\] alone, .* in `attributes`") as caught:
         fit(Attending(Attention(name)), DropoutSchedule(0.4), max_epochs=2, limit_train_batches=1)

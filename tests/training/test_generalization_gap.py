@@ -422,7 +422,9 @@ def test_a_metric_of_single_steps_raises(tmp_path):
             self.log("train_acc", 1.0, batch_size=1)
             return self.loss(batch)
 
-    with pytest.raises(MisconfigurationException, match="logged for single steps only"):
+    with pytest.raises(
+        MisconfigurationException, match="GeneralizationGapMonitor: 'train_acc' is logged for single steps only"
+    ):
         fit(Stepwise(), tmp_path, GeneralizationGapMonitor("acc"))
 
 

@@ -5,6 +5,7 @@ import warnings
 import lightning.pytorch as L
 import pytest
 from torch import nn
+from torch.optim.lr_scheduler import LinearLR
 
 from lightning_regularize import DropoutSchedule, L1Penalty, WeightDecay
 from lightning_regularize.schedules import FollowLR, Linear, Warmup
@@ -59,6 +60,17 @@ def test_a_rate_that_rises_above_the_peak_is_told_once(name):
 @pytest.mark.parametrize("name", FOLLOWING)
 def test_a_rate_below_the_peak_is_no_cause(name):
     assert told(FOLLOWING[name](), [0.1, 0.05, 0.1, 0.02, 0.1, 0.1, 0.0]) == []
+
+
+def test_a_rate_that_rises_by_rounding_is_no_cause():
+    def warm_up(optimizer):
+        return LinearLR(optimizer, total_iters=5)
+
+    module = Model(lambda parameters: adamw(parameters, lr=3e-4), warm_up)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        witness = train(module, WeightDecay(FollowLR(0.2)), max_epochs=1)
+    assert witness.lrs()[-1] > 3e-4
 
 
 def test_what_does_not_follow_the_rate_says_nothing():

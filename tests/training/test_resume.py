@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import (
 )
 
 from lightning_regularize import AnchorDecay, ConstrainedDecay, WeightConstraint, WeightDecay
-from lightning_regularize.projections import FrobeniusBall, SpectralBall
+from lightning_regularize.projections import FrobeniusBall, FrobeniusSphere, SpectralBall
 from lightning_regularize.schedules import Cosine, FollowLR, FromLRScheduler, Linear, Timescale, Warmup
 from tests.reading import read_csv
 from tests.training.support import (
@@ -126,6 +126,14 @@ def test_resumed_equals_uninterrupted_where_lightning_counts_other_steps(cls, at
     expected = fit(whole, decay(), SaveAfter(tmp_path, 9))
     found = fit(resumed, decay(), ckpt_path=tmp_path / "9.ckpt")
     assert found == expected[at_9:]
+    assert_identical_weights(weights(resumed), weights(whole))
+
+
+@pytest.mark.parametrize("projection", [FrobeniusBall(Linear(1.0, 0.2)), FrobeniusSphere(torch.tensor(0.5))], ids=repr)
+def test_a_radius_that_is_not_relative_is_in_no_checkpoint(projection, tmp_path):
+    whole, resumed = Regression(), Regression()
+    fit(whole, WeightConstraint(projection), SaveAfter(tmp_path, 5))
+    fit(resumed, WeightConstraint(projection), ckpt_path=tmp_path / "5.ckpt")
     assert_identical_weights(weights(resumed), weights(whole))
 
 
