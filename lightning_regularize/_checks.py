@@ -43,6 +43,11 @@ def is_number(value: object) -> TypeGuard[float]:
     return type(value) is float or (isinstance(value, numbers.Real) and not isinstance(value, bool))
 
 
+def is_integer(value: object) -> TypeGuard[int]:
+    """Is it an integer, of Python or numpy? Booleans do not count as integers."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
 def check_number(value: object, what: str) -> float:
     """Refuse what is not a finite number of at least 0; numbers of numpy become Python's, which checkpoints can hold.
 
@@ -58,14 +63,14 @@ def check_number(value: object, what: str) -> float:
 
 
 def check_positive_integer(value: object, what: str) -> int:
-    """Refuse what is not an integer of at least 1; booleans do not count as integers.
+    """Refuse what is not an integer of at least 1; those of numpy become Python's.
 
     Raises:
         ValueError: ``value`` is something else.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if not is_integer(value) or value < 1:
         raise ValueError(f"{what} should be a positive integer, got {value!r}.")
-    return value
+    return int(value)
 
 
 def check_rounding(rounding: object, seed: object) -> None:
@@ -76,7 +81,7 @@ def check_rounding(rounding: object, seed: object) -> None:
     """
     if rounding not in ("nearest", "stochastic"):
         raise ValueError(f"`rounding` should be 'nearest' or 'stochastic', got {rounding!r}.")
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+    if not is_integer(seed) or seed < 0:
         raise ValueError(f"`seed` should be an integer of at least 0, got {seed!r}.")
 
 

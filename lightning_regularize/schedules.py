@@ -16,7 +16,7 @@ import torch
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from lightning_regularize._checks import is_number, quoted_number
+from lightning_regularize._checks import is_integer, is_number, quoted_number
 
 __all__ = [
     "Position", "Schedule", "ScheduleLike",
@@ -794,7 +794,7 @@ def check_total_steps(total_steps: int | None) -> int | None:
         total_steps: What was given.
 
     Returns:
-        The same.
+        The same; numbers of numpy become Python's.
 
     Raises:
         ValueError: If it is not a positive integer.
@@ -803,8 +803,8 @@ def check_total_steps(total_steps: int | None) -> int | None:
         >>> check_total_steps(100)
         100
     """
-    if total_steps is None or (isinstance(total_steps, int) and not isinstance(total_steps, bool) and total_steps > 0):
-        return total_steps
+    if total_steps is None or (is_integer(total_steps) and total_steps > 0):
+        return None if total_steps is None else int(total_steps)
     given: Any = total_steps
     instead = f" Write {int(given)}." if isinstance(given, float) and given > 0 and given.is_integer() else ""
     raise ValueError(f"`total_steps` should be a positive integer or None, got {given!r}.{instead}")

@@ -31,6 +31,7 @@ from torch.optim.lr_scheduler import (
     StepLR,
 )
 
+from lightning_regularize._checks import check_positive_integer, check_rounding
 from lightning_regularize._steps.clock import Clock
 from lightning_regularize.schedules import (
     Constant,
@@ -48,6 +49,7 @@ from lightning_regularize.schedules import (
     Timescale,
     Warmup,
     as_schedule,
+    check_total_steps,
     depends_on_step_alone,
     early_dropout,
     late_dropout,
@@ -684,6 +686,8 @@ def test_numpy_numbers_become_python_numbers():
     schedule = Linear(np.float64(0.1), np.int64(1))
     assert (type(schedule.start), type(schedule.end)) == (float, float)
     assert schedule == Linear(0.1, 1.0)
+    assert type(check_total_steps(np.int64(3))) is type(check_positive_integer(np.int64(3), "")) is int
+    check_rounding("stochastic", seed=np.int64(3))
 
 
 # What is refused

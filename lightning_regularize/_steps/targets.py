@@ -10,6 +10,7 @@ import copy
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from weakref import WeakKeyDictionary
 
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 if TYPE_CHECKING:
@@ -46,14 +47,16 @@ class Held:
     def __init__(self) -> None:
         self.version = 0
         self._lists: list[list[Tensor]] = []
+        self._lazy: list[Tensor] = []  # whose shape is not known yet
         self._is_frozen = self._has_looked = False
 
     def look(self, groups: Sequence[dict[str, Any]]) -> int:
-        """The number of times that the groups were seen to hold something else."""
+        """The number of times that the groups were seen to hold something else, or a lazy parameter to have a shape."""
         if not (self._is_frozen and self._has_looked):
             self._has_looked = True
-            if not self._is_same(groups):
+            if not self._is_same(groups) or not all(map(is_lazy, self._lazy)):
                 self._lists = [copy.copy(group["params"]) for group in groups]
+                self._lazy = [p for params in self._lists for p in params if is_lazy(p)]
                 self.version += 1
         return self.version
 
@@ -119,12 +122,17 @@ class Targets(Generic[T]):
         known = self._of.get(optimizer)
         if known is None or known[0] != version:
             held = [group["params"] for group in optimizer.param_groups]
-            if any(id(p) not in self._known for params in held for p in params):
+            if any(self._is_new(p) for params in held for p in params):
                 self.refresh()
             found = [[t for t in map(self.find, params) if t is not None] for params in held]
             known = version, list(map(self._arrange, found))
             self._of[optimizer] = known
         return known[1]
+
+    def _is_new(self, parameter: Tensor) -> bool:
+        """Is it another one, or was it lazy when it was looked at?"""
+        info, _ = self._known.get(id(parameter), (None, None))
+        return info is None or (info.shape == (0,) and not is_lazy(parameter) and parameter.numel() > 0)
 
     def __iter__(self) -> Iterator[T]:
         """All targets in the module, in registration order."""
@@ -140,7 +148,7 @@ class Targets(Generic[T]):
 
     def _learned(self, info: ParameterInfo) -> T | None:
         before, target = self._known.get(id(info.parameter), (None, None))
-        if before is not None and (before.name, before.owner) == (info.name, info.owner):
+        if before is not None and (before.name, before.owner, before.shape) == (info.name, info.owner, info.shape):
             return target
         try:
             if target is not None and self._move is not None:

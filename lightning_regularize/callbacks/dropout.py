@@ -47,12 +47,22 @@ _NOT_IN_FORWARD = {"__init__", "__repr__", "extra_repr", "reset_parameters", "se
 
 
 class _Rate(NamedTuple):
-    """A number that a module has as an attribute and drops by, and what it was."""
+    """A number that a module has as an attribute, perhaps of its settings, and drops by, and what it was."""
 
     name: str
     module: nn.Module
     attribute: str
     original: float
+
+    @property
+    def place(self) -> tuple[Any, str]:
+        """The object that has the number, and what it calls it: of ``config.dropout`` the module's configuration."""
+        *path, name = self.attribute.split(".")
+        return functools.reduce(getattr, path, self.module), name
+
+    def write(self, p: float) -> None:
+        holder, name = self.place
+        setattr(holder, name, p)
 
     @property
     def path(self) -> str:
@@ -70,8 +80,8 @@ class DropoutSchedule(Regularizer):
     ``MultiheadAttention`` and of recurrent layers with more than one layer, ``drop_prob`` of whatever module has it
     (timm's ``DropPath``), plain numbers with a usual name (``dropout``, ``attention_dropout``, ``dropout_p``,
     ``p_drop``) that the module's own methods read, as attention does in transformers, and the ``attributes`` you name.
-    A number with such a name that no method of its module reads, or with another name that has "dropout" in it, is left
-    alone, and a warning names it.
+    A number with such a name that no method of its module reads, with another name that has "dropout" in it, or of the
+    module's settings, such as ``config.dropout``, is left alone, and a warning names it.
 
     The original rates come back when training ends, by an exception too. Modules in evaluation mode drop nothing: a
     warning says if all are. Where ``torch.compile`` compiles the model, or a function that drops, it does so anew for
@@ -86,7 +96,7 @@ class DropoutSchedule(Regularizer):
             :func:`~lightning_regularize.schedules.late_dropout` for ready ones.
         include: Which modules: globs on their names (``"encoder.*"``), ``"type:Dropout"`` for a class or one of its
             bases, or module classes.
-        attributes: Names of further attributes that are dropout rates.
+        attributes: Names of further attributes that are dropout rates, also of settings: ``"config.dropout"``.
         same: Whether all rates are the same, instead of keeping the ratios that they have when training begins.
         total_steps: Length of the schedule in optimizer steps; by default what the Trainer expects.
 
@@ -159,8 +169,8 @@ class DropoutSchedule(Regularizer):
         Raises:
             MisconfigurationException: There are two.
         """
-        taken = {(id(rate.module), rate.attribute) for rate in other._rates}
-        if shared := [r.name for r in self._rates if (id(r.module), r.attribute) in taken]:
+        taken = [rate.place for rate in other._rates]
+        if shared := [r.name for r in self._rates if any(r.place[0] is o and r.place[1] == n for o, n in taken)]:
             raise MisconfigurationException(
                 f"Two DropoutSchedules have the rates of {shared}: let them `include` different modules."
             )
@@ -216,7 +226,7 @@ class DropoutSchedule(Regularizer):
     def after_batch(self, trainer: pl.Trainer) -> None:
         """The model's own code may have changed modes until now."""
         self._warn_if_nothing_drops()
-        dropping = [getattr(r.module, r.attribute) for r in self._rates if r.module.training]
+        dropping = [getattr(*rate.place) for rate in self._rates if rate.module.training]
         if dropping and self.run.logs_now():
             self.run.log({f"dropout/p{self.number_among(DropoutSchedule)}": max(dropping)})
 
@@ -233,7 +243,7 @@ class DropoutSchedule(Regularizer):
         if self._levels:
             p = min(self._levels, key=lambda level: abs(level - p))
         for rate, share in zip(self._rates, self._shares, strict=True):
-            setattr(rate.module, rate.attribute, p * share)
+            rate.write(p * share)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._restore()
@@ -244,7 +254,7 @@ class DropoutSchedule(Regularizer):
 
     def _restore(self) -> None:
         for rate in getattr(self, "_rates", ()):
-            setattr(rate.module, rate.attribute, rate.original)
+            rate.write(rate.original)
         self._rates = []
 
     def _find(self, root: nn.Module) -> Iterator[_Rate]:
@@ -256,24 +266,24 @@ class DropoutSchedule(Regularizer):
             usual = dict.fromkeys(a for a in vars(module) if _RATE_NAME.fullmatch(a) or "dropout" in a)
             if isinstance(module, nn.RNNBase):  # a single recurrent layer has none
                 usual.pop("dropout", None)
-            for attribute in _known_attributes(module) | usual | dict.fromkeys(self.attributes):
-                value = getattr(module, attribute, None)
+            settings = dict.fromkeys(a for cls in type(module).__mro__ for a in sorted(_settings_read(cls)))
+            for attribute in _known_attributes(module) | usual | settings | dict.fromkeys(self.attributes):
+                value: Any = module
+                for part in attribute.split("."):
+                    value = getattr(value, part, None)
                 if isinstance(value, (int, float)) and not isinstance(value, bool):
                     yield _Rate(name, module, attribute, value)
 
     def _is_known(self, rate: _Rate) -> bool:
         if rate.attribute in _known_attributes(rate.module) or rate.attribute in self.attributes:
             return True
-        classes: Any = set(type(rate.module).__mro__) - {nn.Module, object}
-        is_usual = _RATE_NAME.fullmatch(rate.attribute) and 0 <= rate.original < 1
-        return bool(is_usual) and any(rate.attribute in _attributes_read(cls) for cls in classes)
+        return bool(_RATE_NAME.fullmatch(rate.attribute)) and 0 <= rate.original < 1 and _is_read(rate)
 
     def _is_explained(self, rate: _Rate) -> bool:
         """Is it no rate, one that drops nothing, or merely what a layer inside was made with?"""
         inside = set(map(id, rate.module.modules()))
-        return not 0 < rate.original < 1 or any(
-            id(known.module) in inside and known.original == rate.original for known in self._rates
-        )
+        is_of_layer = any(id(known.module) in inside and known.original == rate.original for known in self._rates)
+        return not 0 < rate.original < 1 or (is_of_layer and not _is_read(rate))
 
     def _sampled_rates(self, total_steps: float) -> list[float]:
         """What the schedule has in store, checked before training; without an end, its first value."""
@@ -305,24 +315,47 @@ def _known_attributes(module: nn.Module) -> dict[str, None]:
     return names
 
 
+def _is_read(rate: _Rate) -> bool:
+    """Does a method of the module read it, once it is made?"""
+    return any(rate.attribute in _attributes_read(cls) for cls in type(rate.module).__mro__)
+
+
 @functools.cache
 def _attributes_read(cls: type) -> frozenset[str]:
     """The attributes that the methods of a class read of their ``self``, but for methods that prepare a module."""
+    return frozenset().union(*(_read_of(code.co_varnames[0], code) for code in _methods(cls)))
+
+
+@functools.cache
+def _settings_read(cls: type) -> frozenset[str]:
+    """Numbers such as ``config.dropout`` that methods read which ask whether the module trains."""
     read: set[str] = set()
-    for name, member in vars(cls).items():
+    for code in _methods(cls):
+        if "training" in code.co_names and any(map(_RATE_NAME.fullmatch, code.co_names)):
+            read |= _read_of(code.co_varnames[0], code)
+    return frozenset(name for name in read if "." in name and _RATE_NAME.fullmatch(name.rpartition(".")[2]))
+
+
+def _methods(cls: type) -> Iterator[types.CodeType]:
+    for name, member in vars(cls).items() if cls not in {nn.Module, object} else ():
         function: Any = member.fget if isinstance(member, property) else member
         code = getattr(inspect.unwrap(function), "__code__", None)
         if name not in _NOT_IN_FORWARD and code is not None and code.co_argcount:
-            read |= _read_of(code.co_varnames[0], code)
-    return frozenset(read)
+            yield code
 
 
 def _read_of(variable: str, code: types.CodeType) -> set[str]:
+    """What is read of a variable: attributes, and attributes of these."""
     read: set[str] = set()
     loaded: Any = None
+    path = ""
     for instruction in dis.get_instructions(code):
-        if instruction.opname == "LOAD_ATTR" and loaded == variable:
-            read.add(instruction.argval)
+        is_of_variable = instruction.opname == "LOAD_ATTR" and loaded == variable
+        if is_of_variable or (instruction.opname == "LOAD_ATTR" and path):
+            path = instruction.argval if is_of_variable else f"{path}.{instruction.argval}"
+            read.add(path)
+        else:
+            path = ""
         loaded = instruction.argval if instruction.opname.startswith("LOAD_") else None
         if isinstance(loaded, tuple) and loaded:  # Python 3.13 and later load two variables at once
             loaded = loaded[-1]

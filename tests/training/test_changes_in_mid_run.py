@@ -16,6 +16,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelPruning
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.optim import LBFGS, SGD, Adam, RMSprop
 
@@ -742,6 +743,37 @@ def a_new_list(module, optimizer):
 
 def a_group_more(module, optimizer):
     optimizer.add_param_group({"params": [*module.output.parameters()], "lr": 0.03})
+
+
+class LazyScale(LazyModuleMixin, nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.UninitializedParameter()
+
+    def initialize_parameters(self, x):
+        if self.has_uninitialized_params():
+            self.scale.materialize(x.shape[-1:])
+            nn.init.ones_(self.scale)
+
+    def forward(self, x):
+        return x * self.scale
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature:UserWarning")
+@pytest.mark.parametrize(
+    "callback",
+    [WeightDecay(0.5), WeightDecay(0.5, method="decoupled"), L1Penalty(0.1), L2Penalty(0.1, method="proximal")],
+    ids=repr,
+)
+def test_what_a_lazy_parameter_is_is_looked_at_again_when_it_has_a_shape(callback):
+    module = nn.Sequential(nn.LazyLinear(2), LazyScale())
+    optimizer = sgd(module.parameters())
+    with callback.attach(optimizer, module):
+        (0.0 * module(torch.ones(1, 3))).sum().backward()
+        before = weights(module)
+        optimizer.step()
+    assert torch.equal(module[1].scale, before["1.scale"])
+    assert not torch.equal(module[0].weight, before["0.weight"])
 
 
 APPENDED = {

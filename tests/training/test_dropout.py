@@ -2,6 +2,7 @@
 
 import functools
 import pickle
+import types
 import warnings
 
 import lightning.pytorch as L
@@ -426,6 +427,29 @@ class Attending(Regression):
 def test_a_number_that_the_forward_pass_reads_is_scheduled_unasked(dropped):
     fit(Attending(Read("p_drop")), DropoutSchedule(0.4), limit_train_batches=1)
     assert dropped == [0.4, 0.2]
+
+
+class Configured(nn.Module):
+    """As in transformers' Persimmon: the rate is a number of the configuration, and a layer inside has the same."""
+
+    def __init__(self):
+        super().__init__()
+        self.config, self.out = types.SimpleNamespace(attention_dropout=0.2), nn.Dropout(0.2)
+
+    def forward(self, x):
+        p = self.config.attention_dropout if self.training else 0.0
+        return self.out(F.scaled_dot_product_attention(x, x, x, dropout_p=p))
+
+
+def test_a_number_of_the_settings_is_told_and_scheduled_if_asked(dropped):
+    with pytest.warns(UserWarning, match=r"leaves \['parts\.0\.config\.attention_dropout'\] alone"):
+        fit(Attending(Configured()), DropoutSchedule(0.4), limit_train_batches=1)
+    assert dropped == [0.2, 0.4]
+    dropped.clear()
+    module = Attending(Configured())
+    fit(module, DropoutSchedule(0.4, attributes=("config.attention_dropout",)), limit_train_batches=1)
+    assert dropped == [0.4, 0.4]
+    assert module.parts[0].config.attention_dropout == 0.2
 
 
 RATES = ["dropout", "dropout_p", "attention_dropout", "attn_dropout_prob", "resid_pdrop", "dropout_positions"]
