@@ -157,8 +157,9 @@ class DropoutSchedule(Regularizer):
                 self._check_not_shared(other)
         if unknown:
             self.warn(
-                f"DropoutSchedule leaves {unknown} alone, which look like dropout rates, but have an unusual name, or "
-                "are read by no method of their modules. Name those that are rates in `attributes`."
+                f"DropoutSchedule leaves {unknown} alone, which look like dropout rates: they have an unusual name, "
+                "belong to a module's settings, or are read by no method of their modules. Name those that are rates "
+                "in `attributes`."
             )
         largest = max(rate.original for rate in self._rates)
         self._shares = [1.0 if self.same or not largest else _ratio(rate.original, largest) for rate in self._rates]
