@@ -80,8 +80,8 @@ class DropoutSchedule(Regularizer):
     ``MultiheadAttention`` and of recurrent layers with more than one layer, ``drop_prob`` of whatever module has it
     (timm's ``DropPath``), plain numbers with a usual name (``dropout``, ``attention_dropout``, ``dropout_p``,
     ``p_drop``) that the module's own methods read, as attention does in transformers, and the ``attributes`` you name.
-    A number with such a name that no method of its module reads, with another name that has "dropout" in it, or of the
-    module's settings, such as ``config.dropout``, is left alone, and a warning names it.
+    A warning names numbers that are left alone: those with such a name that no method of their module reads, those with
+    another name that has "dropout" in it, and those of a module's settings, such as ``config.dropout``.
 
     The original rates come back when training ends, by an exception too. Modules in evaluation mode drop nothing: a
     warning says if all are. Where ``torch.compile`` compiles the model, or a function that drops, it does so anew for

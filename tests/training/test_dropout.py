@@ -466,10 +466,30 @@ def test_a_number_that_nobody_is_seen_to_read_is_told_once(name, dropped):
     assert dropped == [0.4, 0.2]
 
 
+class Making(nn.Module):
+    """Makes its layer by its settings, in a method that does not ask whether it trains."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = types.SimpleNamespace(attention_dropout=0.2)
+        self.out = self.make()
+
+    def make(self):
+        return nn.Dropout(self.config.attention_dropout)
+
+    def forward(self, x):
+        return self.out(x)
+
+
 @pytest.mark.parametrize(
     ("parts", "include"),
-    [([Leftover()], "*"), ([Attention("layerdrop")], "*"), ([Attention("dropout"), nn.Dropout(0.5)], "parts.1")],
-    ids=["what a layer was made with", "another kind of rate", "not included"],
+    [
+        ([Leftover()], "*"),
+        ([Attention("layerdrop")], "*"),
+        ([Attention("dropout"), nn.Dropout(0.5)], "parts.1"),
+        ([Making()], "*"),
+    ],
+    ids=["what a layer was made with", "another kind of rate", "not included", "settings of a layer"],
 )
 def test_numbers_that_are_no_rates_of_ours_are_not_told(parts, include):
     with warnings.catch_warnings():
