@@ -131,7 +131,7 @@ class Hyperball(Regularizer):
                 "The checkpoint does not hold the norms at the start of training: Hyperball keeps those that the "
                 "weights have now."
             )
-        self._begin_targets(list(self._targets))
+        self._begin_targets([target for target in self._targets if target.info.parameter.requires_grad])
 
     def _begin_targets(self, targets: Sequence[_Target]) -> None:
         """Measure what is new, or read it from the checkpoint.
@@ -139,7 +139,7 @@ class Hyperball(Regularizer):
         Raises:
             ValueError: A weight has no norm to keep.
         """
-        new = [target for target in targets if target.radius is None and target.info.parameter.requires_grad]
+        new = [target for target in targets if target.radius is None]
         if not new:
             return
         radii, names = norms([t.info.parameter for t in new], sharding=self._sharding), [t.info.name for t in new]

@@ -259,6 +259,19 @@ def test_decay_of_the_same_weights_is_refused_before_any_weight_changes(name, co
     assert_identical_weights(weights(module), before)
 
 
+def test_a_frozen_weight_with_a_gradient_is_moved_by_the_optimizer_and_keeps_its_norm():
+    layers = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    layers[0].requires_grad_(False)
+    optimizer, before = SGD(layers.parameters(), lr=0.1), weights(layers)
+    with Hyperball().attach(optimizer, layers):
+        for parameter in layers.parameters():
+            parameter.grad = ROWS.clone()
+        optimizer.step()
+    for name, weight in weights(layers).items():
+        assert not torch.equal(weight, before[name])
+        assert weight.norm().item() == pytest.approx(before[name].norm().item(), rel=1e-6, abs=0)
+
+
 @pytest.mark.parametrize("comes_first", [True, False], ids=["first", "last"])
 @pytest.mark.parametrize("name", REFUSED)
 def test_decay_of_the_same_weights_is_refused_where_both_are_attached(name, comes_first):
