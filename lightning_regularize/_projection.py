@@ -173,18 +173,18 @@ def margin(dtype: torch.dtype) -> float:
     return eps / 2 if dtype in HALF else 32 * eps
 
 
-def into_ball(found: Tensor, dtype: torch.dtype, *, bound: float) -> tuple[Tensor, Tensor]:
-    """Of norms: which are outside of a ball, and the factors that bring them just inside."""
-    return (found > bound) & (found < math.inf), bound * (1 - margin(dtype)) / found
+def into_ball(found: Tensor, dtype: torch.dtype, *, bound: float) -> tuple[Tensor, float]:
+    """Of norms: which are outside of a ball, and the norm that is just inside."""
+    return (found > bound) & (found < math.inf), bound * (1 - margin(dtype))
 
 
-def scale_(weights: list[Tensor], units: Tensor, where: Tensor, factors: Tensor) -> Tensor:
-    """Multiply some units by factors, and return whether there are any."""
+def scale_(weights: list[Tensor], units: Tensor, found: Tensor, where: Tensor, target: float) -> Tensor:
+    """Give some units, of the norms that were found, a norm, and return whether there are any."""
     changed = where.any()
     # On a GPU all are multiplied, most of them by 1, which changes no bit: to look would wait for it. The factors keep
     # at least float32, so that a low-precision weight is rounded once.
     if not units.is_cpu or changed:
-        units.mul_(torch.where(where, factors, 1.0).to(at_least_float32(units)))
+        units.mul_(torch.where(where, target / found, 1.0).to(at_least_float32(units)))
         put_back_(weights, units)
     return changed
 

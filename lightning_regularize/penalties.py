@@ -103,7 +103,7 @@ class L1(Penalty):
     @torch.no_grad()
     def proximal_(self, weight: Tensors, threshold: float | Tensors, *, dim: int | Sequence[int] | None = None) -> None:
         """Move every weight ``threshold`` nearer to zero, at most there, see :meth:`Penalty.proximal_`."""
-        for weights, thresholds in _with_thresholds(weight, threshold):
+        for weights, thresholds in _with_thresholds(weight, threshold, bounded=False):
             _soft_threshold_(weights, thresholds)
 
 
@@ -142,13 +142,13 @@ class L2(Penalty):
         self, gradient: Tensors, weight: Tensors, strength: float | Tensor, *, dim: int | Sequence[int] | None = None
     ) -> None:
         """Add ``strength * weight``, see :meth:`Penalty.add_gradient_`."""
-        for gradients, weights in _with_gradients(weight, gradient, strength):
+        for gradients, weights in _with_gradients(weight, gradient, strength, bounded=isinstance(strength, Tensor)):
             _add_(gradients, weights, strength)
 
     @torch.no_grad()
     def proximal_(self, weight: Tensors, threshold: float | Tensors, *, dim: int | Sequence[int] | None = None) -> None:
         """Divide by ``1 + threshold``, see :meth:`Penalty.proximal_`."""
-        for weights, thresholds in _with_thresholds(weight, threshold):
+        for weights, thresholds in _with_thresholds(weight, threshold, bounded=False):
             _divide_(weights, thresholds, 1.0)
 
 
@@ -345,12 +345,12 @@ def _checked(threshold: float | Tensors) -> float | Tensor | list[Tensor]:
 
 
 def _with_gradients(
-    weight: Tensors, gradient: Tensors, strength: float | Tensor
+    weight: Tensors, gradient: Tensors, strength: float | Tensor, *, bounded: bool = True
 ) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
     """Lists of gradients and of weights on this rank."""
     gradients = dense_gradients(gradient)
     check_strength("strength", strength)
-    for bucket in buckets(local_pieces(listed(weight)), local_pieces(gradients)):
+    for bucket in buckets(local_pieces(listed(weight)), local_pieces(gradients), bounded=bounded):
         yield bucket.columns[1], bucket.columns[0]
 
 
@@ -362,7 +362,7 @@ def _add_(gradients: list[Tensor], terms: list[Tensor], strength: float | Tensor
 
 
 def _with_thresholds(
-    weight: Tensors, threshold: float | Tensors
+    weight: Tensors, threshold: float | Tensors, *, bounded: bool = True
 ) -> Iterator[tuple[list[Tensor], float | list[Tensor]]]:
     """Lists of weights on this rank, each with one number for all of them, or with a list of tensors of their shapes.
 
@@ -379,7 +379,7 @@ def _with_thresholds(
                 "`threshold` should be a number, a 0-d tensor, or a tensor of the weight's shape "
                 f"{tuple(row[0].shape)}, got shape {tuple(row[-1].shape)}."
             )
-    for bucket in buckets(*map(local_pieces, columns)):
+    for bucket in buckets(*map(local_pieces, columns), bounded=bounded or not isinstance(thresholds, float)):
         narrow, *found = bucket.columns
         wide = widened(narrow)
         if isinstance(thresholds, float):

@@ -57,7 +57,7 @@ __all__ = [
     "norm_dims", "unit_dims", "unit_norms", "sum_over_ranks",
 ]  # fmt: skip
 
-Factors = Callable[[Tensor, torch.dtype], tuple[Tensor, Tensor]]  # of norms: which are to change, and by what factor
+Aim = Callable[[Tensor, torch.dtype], tuple[Tensor, float]]  # of norms: which are to change, and to what
 
 
 @final
@@ -353,29 +353,29 @@ def _absolute_radius(projection: FrobeniusBall | FrobeniusSphere) -> float:
     return number_now(projection, "radius")
 
 
-def _rescale_units_(weight: Tensors, dim: int | Sequence[int] | None, to: Factors) -> Tensor:
+def _rescale_units_(weight: Tensors, dim: int | Sequence[int] | None, to: Aim) -> Tensor:
     weights = listed(weight)
     return _rescale_(weights, [unit_dims(each, dim) for each in weights], to)
 
 
-def _rescale_whole_(weight: Tensors, to: Factors) -> Tensor:
+def _rescale_whole_(weight: Tensors, to: Aim) -> Tensor:
     # With a dim at least: a 0-d factor would be rounded to the weight's own low precision before it multiplies.
     weights = [each if each.dim() else each.view(1) for each in listed(weight)]
     return _rescale_(weights, [tuple(range(each.dim())) for each in weights], to)
 
 
-def _rescale_(weights: list[Tensor], dims: list[tuple[int, ...]], to: Factors) -> Tensor:
+def _rescale_(weights: list[Tensor], dims: list[tuple[int, ...]], to: Aim) -> Tensor:
     changed = []
-    for indices, (those,) in unit_buckets(dims, weights):
+    for indices, (those,) in unit_buckets(dims, weights, bounded=False):
         units = stacked(those)
         found = norms_of_units(units, those[0], dims[indices[0]])
-        changed.append(scale_(those, units, *to(found, units.dtype)))
+        changed.append(scale_(those, units, found, *to(found, units.dtype)))
     return any_of(changed, weights)
 
 
-def _onto_sphere(found: Tensor, dtype: torch.dtype, *, radius: float) -> tuple[Tensor, Tensor]:
+def _onto_sphere(found: Tensor, dtype: torch.dtype, *, radius: float) -> tuple[Tensor, float]:
     off = (found - radius).abs() > radius * margin(dtype)
-    return off & (found > 0) & (found < math.inf), radius / found
+    return off & (found > 0) & (found < math.inf), radius
 
 
 def _into_interval_(weight: Tensors, low: float, high: float) -> Tensor:

@@ -102,7 +102,7 @@ class SpectralBall(Projection):
                 sigma, direction = _power_iteration(matrix, torch.stack(kept), self.iterations)
                 torch._foreach_copy_(kept, direction.unbind())
             sigma = in_float64(sigma).view([-1] + [1] * those[0].dim())
-            changed.append(scale_(those, stacked(those), *into_ball(sigma, those[0].dtype, bound=bound)))
+            changed.append(scale_(those, stacked(those), sigma, *into_ball(sigma, those[0].dtype, bound=bound)))
         return any_of(changed, weights)
 
     def warm_start(self, weight: Tensor, *, dim: int | Sequence[int] | None = None) -> Tensor:

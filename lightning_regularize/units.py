@@ -296,7 +296,7 @@ def norms_of_units(units: Tensor, weight: Tensor, dims: Sequence[int]) -> Tensor
 
 
 def unit_buckets(
-    dims: Sequence[tuple[int, ...]], weights: Sequence[Tensor], *columns: Sequence[Tensor]
+    dims: Sequence[tuple[int, ...]], weights: Sequence[Tensor], *columns: Sequence[Tensor], bounded: bool = True
 ) -> Iterator[Bucket]:
     """Arrange weights, and tensors that belong to each, in lists that one batched operation on units can work on.
 
@@ -304,6 +304,8 @@ def unit_buckets(
         dims: For each weight the dims that hold the incoming weights of one output unit, see :func:`unit_dims`.
         weights: Of any shapes, dtypes and devices. If ranks hold pieces of units, every rank should take part.
         columns: Tensors for each weight: of its shape, or with some dims of size 1.
+        bounded: As for :func:`~lightning_regularize._steps.buckets.buckets`; norms over dims that are not the last
+            make temporaries, so that these weights are cut in any case.
 
     Returns:
         Buckets of tensors of one shape and with the same dims, all on this rank. Only where ranks hold pieces of units
@@ -318,7 +320,8 @@ def unit_buckets(
         alike.append((rows[-1].shape, of_units, spread_of(weight) if is_cut else None, *[o.shape for o in others]))
         units = [d for d in range(weight.dim()) if d not in of_units]
         between.append(max(units, key=weight.size) if units and not is_cut else None)
-    return buckets(rows, *map(local_pieces, columns), alike=alike, dims=between)
+        bounded = bounded or bool(_last_dims(of_units, weight.dim())[1])
+    return buckets(rows, *map(local_pieces, columns), alike=alike, dims=between, bounded=bounded)
 
 
 def sum_over_ranks(values: Tensor, weight: Tensor, dims: Sequence[int]) -> Tensor:
@@ -408,8 +411,8 @@ def _row_norms(rows: Tensor) -> Tensor:
     if size <= _BLOCK:
         return in_float64(torch.linalg.vector_norm(rows, dim=-1, dtype=at_least_float32(rows)))
     count, rest = divmod(size, _BLOCK)
-    blocks = rows.narrow(-1, 0, size - rest).view(*rows.shape[:-1], count, _BLOCK)
-    found: Tensor = torch.linalg.vector_norm(_row_norms(blocks), dim=-1)
+    whole = rows.narrow(-1, 0, size - rest) if rest else rows
+    found: Tensor = torch.linalg.vector_norm(_row_norms(whole.view(*rows.shape[:-1], count, _BLOCK)), dim=-1)
     return torch.hypot(found, _row_norms(rows.narrow(-1, size - rest, rest))) if rest else found
 
 

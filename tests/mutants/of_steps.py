@@ -214,6 +214,13 @@ MUTANTS = [
         ("(dims is None or dims[i] is not None)", "True"),
     ),
     *mutants_of(
+        "_steps/buckets.py",
+        "tests/steps/test_buckets.py::test_without_temporaries_large_tensors_stay_whole",
+        ("cuts = bounded or not first.is_cpu or first.dtype in HALF", "cuts = True"),
+        ("or not first.is_cpu or first.dtype in HALF", "or first.dtype in HALF"),
+        ("not first.is_cpu or first.dtype in HALF", "not first.is_cpu"),
+    ),
+    *mutants_of(
         "_steps/watch.py",
         "tests/training/test_attach.py::test_a_plain_loop_goes_on_from_its_state",
         # The step counter of a run that goes on.

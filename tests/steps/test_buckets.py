@@ -52,6 +52,13 @@ def test_where_units_matter_large_tensors_are_cut_between_them(dim):
     assert torch.equal(torch.cat(found, dim), weight)
 
 
+@pytest.mark.parametrize(("dtype", "count"), [(torch.float32, 1), (torch.bfloat16, 2)], ids=str)
+def test_without_temporaries_large_tensors_stay_whole(dtype, count):
+    weight = torch.zeros(1500, 2400, dtype=dtype)
+    assert len(list(buckets([weight], bounded=False))) == count
+    assert len(list(buckets([torch.zeros(20, 1500, 2400, device="meta")], bounded=False))) > 1
+
+
 def test_rows_of_a_bucket_agree_in_device_and_dtypes():
     weights = [torch.ones(2), torch.ones(2, dtype=torch.bfloat16), torch.ones(3), torch.ones(2, device="meta")]
     states = [torch.ones(2), torch.ones(2), torch.ones(3, dtype=torch.float64), torch.ones(2, device="meta")]
