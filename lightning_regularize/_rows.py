@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 T = TypeVar("T", bound="Iterable[Tensor | None]")
 
 _ROW = 256  # elements: a float32 norm of so many, in eight lanes, has an error of 3e-7 if all are equal, else less
-_CPU_ROWS, _DEVICE_ROWS = 2**11, 2**16  # 2 and 64 MiB of float32
+_CPU_ROWS, _DEVICE_ROWS = 2**12, 2**16  # 4 and 64 MiB of float32
 _REAL = {torch.float32, torch.float64, *HALF}
 _ALIKE = 16  # tensors of one shape that are stacked on a CPU: one call more, where a view of each would take longer
 
@@ -71,7 +71,7 @@ def rows_of(pieces: Sequence[Tensor], *, fill: float = 0.0, bounded: bool = True
     Args:
         pieces: As :func:`dense_pieces` returns them.
         fill: What the last row of a small tensor is filled up with.
-        bounded: Whether to cut large tensors, so that temporaries of the size of the rows take 2 MiB on a CPU, where
+        bounded: Whether to cut large tensors, so that temporaries of the size of the rows take 4 MiB on a CPU, where
             they should fit the cache, and 64 MiB on another device.
 
     Yields:
@@ -134,7 +134,7 @@ def _arranged(
         size = math.prod(shape)
         count = -(-size // _ROW)
         on_cpu = device.type == "cpu"
-        if count > (_CPU_ROWS // 32 if on_cpu else _DEVICE_ROWS):
+        if count > (_CPU_ROWS // 64 if on_cpu else _DEVICE_ROWS):
             arranged.append(([i], [count], None))
             continue
         if on_cpu and len(alike[kind]) >= _ALIKE and size and (size < _ROW or not size % _ROW):
@@ -203,13 +203,17 @@ def per_tensor(
     numbers = [numbers for _, numbers in found]
     if any(each.device != device for each in numbers):
         numbers = [each.to(device, non_blocking=True) for each in numbers]
-    values = torch.cat(numbers).to(wide(device))
-    if exponent != 1:
-        values = values.pow_(exponent)
     owners = tuple([i for rows, _ in found for i in rows.indices])
     counts = tuple([count for rows, _ in found for count in rows.counts])
     key = owners, counts, len(like), device
     lengths, places = _remembered(key, lambda: _lengths_and_places(*key))
+    if lengths is None:
+        values = torch.cat(numbers).to(wide(device))
+    else:  # in memory that is kept, since large tensors have thousands of rows
+        values = scratch(numbers[0], (sum(counts),), dtype=wide(device), slot="numbers")
+        torch.cat(numbers, out=values)
+    if exponent != 1:
+        values = values.pow_(exponent)
     if lengths is not None:
         values = torch.segment_reduce(values, reduce.removeprefix("a"), lengths=lengths, initial=initial, unsafe=True)
     if places is not None:

@@ -174,13 +174,22 @@ def power_sums(pieces: Sequence[Tensor], norm_type: float) -> Tensor:
     """
     on_cpu = any(piece.is_cpu for piece in pieces)
     if on_cpu or norm_type not in (1, 2, math.inf):
-        found = [(rows, _row_norms(rows.values, norm_type)) for rows in rows_of(pieces, bounded=norm_type != 2)]
+        of_rows = _largest if math.isinf(norm_type) else lambda rows: (rows, _row_norms(rows.values, norm_type))
+        found = list(map(of_rows, rows_of(pieces, bounded=norm_type not in (2, math.inf))))
     else:
         found = _foreach_norms(pieces, norm_type)
     # Squared in float64, which no square of a float32 number overflows.
     op: Literal["sum", "amax"] = "amax" if math.isinf(norm_type) else "sum"
     sums = per_tensor(found, pieces, op, exponent=2 if norm_type == 2 else 1)
     return _with_extremes(sums, pieces, norm_type) if on_cpu and norm_type in (1, 2) else sums
+
+
+def _largest(rows: Rows) -> tuple[Rows, Tensor]:
+    """The largest magnitude of each row of small tensors, and of all rows of a large one, which takes half the time."""
+    if len(rows.indices) > 1 or not len(rows.values):
+        return rows, _row_norms(rows.values, math.inf)
+    smallest, largest = rows.values.aminmax()
+    return rows._replace(counts=[1]), torch.maximum(largest, -smallest).view(1)
 
 
 def _foreach_norms(pieces: Sequence[Tensor], norm_type: float) -> list[tuple[Rows, Tensor]]:

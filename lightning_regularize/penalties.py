@@ -281,7 +281,7 @@ class GroupLasso(Penalty):
         values = []
         for (_, number, dims), those in alike.items():
             found = [
-                norms_of_units(stacked(w), w[0], dims).sum() * _root_size(w[0], dims)
+                norms_of_units(stacked(w, wide=True), w[0], dims).sum() * _root_size(w[0], dims)
                 for _, (w,) in unit_buckets([dims] * len(those), those)
             ]
             others = [d for d in range(number) if d not in dims]
@@ -297,10 +297,10 @@ class GroupLasso(Penalty):
         weights = listed(weight)
         dims = [unit_dims(each, self.dim if dim is None else dim) for each in weights]
         for indices, (w, g) in unit_buckets(dims, weights, dense_gradients(gradient)):
-            units, inner = stacked(w), dims[indices[0]]
+            units, inner = stacked(w, wide=True), dims[indices[0]]
             found = norms_of_units(units, w[0], inner)
-            factors = torch.where(found > 0, _root_size(w[0], inner) * strength / found, 0.0)
-            sums = stacked(g, slot="gradients")
+            factors = (_root_size(w[0], inner) * strength / found).nan_to_num_(0.0, 0.0)  # 0 where the norm is
+            sums = stacked(g, slot="gradients", wide=True)
             sums.addcmul_(units, factors.to(torch.promote_types(units.dtype, torch.float32)))
             put_back_(g, sums)
 
@@ -316,7 +316,7 @@ class GroupLasso(Penalty):
         dims = [unit_dims(each, self.dim if dim is None else dim) for each in weights]
         columns = [list(map(_as_groups, thresholds, weights, dims))] if isinstance(thresholds, list) else []
         for indices, (w, *t) in unit_buckets(dims, weights, *columns):
-            units, inner = stacked(w), dims[indices[0]]
+            units, inner = stacked(w, wide=True), dims[indices[0]]
             root = _root_size(w[0], inner)
             if isinstance(thresholds, list):
                 each = stacked(t[0], slot="thresholds")

@@ -367,9 +367,9 @@ def _rescale_whole_(weight: Tensors, to: Aim) -> Tensor:
 def _rescale_(weights: list[Tensor], dims: list[tuple[int, ...]], to: Aim) -> Tensor:
     changed = []
     for indices, (those,) in unit_buckets(dims, weights, bounded=False):
-        units = stacked(those)
+        units = stacked(those, wide=True)
         found = norms_of_units(units, those[0], dims[indices[0]])
-        changed.append(scale_(those, units, found, *to(found, units.dtype)))
+        changed.append(scale_(those, units, found, *to(found, those[0].dtype)))
     return any_of(changed, weights)
 
 

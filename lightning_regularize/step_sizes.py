@@ -83,8 +83,12 @@ def thresholds(sizes: Sequence[StepSize], squares: list[Tensor], means: list[Ten
     # With the root of the correction taken out of the sum, one pass over the elements less.
     roots = [_root(size.correction) for size in sizes]
     _update_("add", found, [size.eps / root for size, root in zip(sizes, roots, strict=True)])
-    torch._foreach_reciprocal_(found)
-    _update_("mul", found, [strength * size.length / root for size, root in zip(sizes, roots, strict=True)])
+    lengths = [strength * size.length / root for size, root in zip(sizes, roots, strict=True)]
+    if len(found) == 1 and found[0].is_cpu:  # in one pass
+        torch.div(torch.as_tensor(lengths[0], dtype=found[0].dtype, device="cpu"), found[0], out=found[0])
+    else:
+        torch._foreach_reciprocal_(found)
+        _update_("mul", found, lengths)
     return found
 
 

@@ -384,7 +384,7 @@ def test_no_full_size_temporary_is_made(dtype):
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_no_full_size_temporary_is_made_for_the_norms_of_several_tensors(dtype, order):
-    tensors = [torch.ones(3 * 2**20, dtype=dtype), torch.ones(5), *(torch.ones(2**19, dtype=dtype) for _ in range(4))]
+    tensors = [-torch.ones(3 * 2**20, dtype=dtype), torch.ones(5), *(torch.ones(2**19, dtype=dtype) for _ in range(4))]
     with Largest() as largest:
         found = norms(tensors, order)
     assert largest.elements <= 2**20

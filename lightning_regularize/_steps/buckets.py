@@ -226,20 +226,28 @@ def write_back_(tensors: list[Tensor], wide: list[Tensor]) -> None:
         torch._foreach_copy_(tensors, wide)
 
 
-def stacked(tensors: Sequence[Tensor], *, slot: str = "stacked") -> Tensor:
+def stacked(tensors: Sequence[Tensor], *, slot: str = "stacked", wide: bool = False) -> Tensor:
     """The local tensors of a bucket of one shape as one with another dim in front, for a batched operation.
 
-    A single tensor is viewed so, and changes with the result; of several it is a temporary, see :func:`put_back_`.
+    A single tensor is viewed so, and changes with the result; else it is a temporary, see :func:`put_back_`.
+
+    Args:
+        tensors: The tensors.
+        slot: As for :func:`scratch`.
+        wide: Whether half precision is to be float32 on a CPU, where operations beside float32 would convert it to new
+            memory, which takes longer than they do.
     """
     local = local_pieces(tensors)
-    if len(local) == 1:
-        return local[0][None]
-    return torch.stack(local, out=scratch(local[0], (len(local), *local[0].shape), slot=slot))
+    first, shape = local[0], (len(local), *local[0].shape)
+    found = first[None] if len(local) == 1 else torch.stack(local, out=scratch(first, shape, slot=slot))
+    if wide and first.is_cpu and first.dtype in HALF:
+        return scratch(found, dtype=torch.float32, slot=slot).copy_(found)
+    return found
 
 
 def put_back_(tensors: Sequence[Tensor], values: Tensor) -> None:
     """Give ``tensors`` the values that :func:`stacked` made of them, after these have changed."""
-    if len(tensors) > 1:
+    if len(tensors) > 1 or values.dtype != tensors[0].dtype:
         torch._foreach_copy_(local_pieces(tensors), values.unbind())
 
 
@@ -259,7 +267,7 @@ def multiply_each_(tensors: Sequence[Tensor], factors: Tensor | Sequence[Tensor]
     """Multiply each of the local tensors by a number of its own, which stays on the device."""
     numbers = factors.unbind() if isinstance(factors, Tensor) else factors
     for indices, (those,) in buckets(tensors, alike=[tensor.shape for tensor in tensors]):
-        units = stacked(those)
+        units = stacked(those, wide=True)
         dtype = torch.promote_types(units.dtype, torch.float32)
         each = torch.stack([numbers[i] for i in indices]).to(units.device, dtype)
         units.mul_(each.view(-1, *[1] * (units.dim() - 1)))

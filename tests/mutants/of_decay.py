@@ -189,7 +189,7 @@ MUTANTS = [
     *mutants_of(
         "penalties.py",
         "tests/test_penalties.py::test_nothing_pulls_where_all_is_zero",
-        ("torch.where(found > 0, _root_size", "torch.where(found >= 0, _root_size"),
+        (".nan_to_num_(0.0, 0.0)", ".nan_to_num_(0.0)"),
     ),
     *mutants_of(
         "penalties.py",

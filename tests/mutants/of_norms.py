@@ -28,6 +28,11 @@ MUTANTS = [
     ),
     *mutants_of(
         "norms.py",
+        "tests/test_norms.py::test_no_full_size_temporary_is_made_for_the_norms_of_several_tensors",
+        ("torch.maximum(largest, -smallest)", "largest"),
+    ),
+    *mutants_of(
+        "norms.py",
         "tests/test_norms.py::test_combined_norms_carry_nan_and_neither_overflow_nor_underflow",
         ("if largest in (0.0, math.inf):", "if largest == 0.0:"),
         # NaN is not lost in a maximum.
@@ -100,6 +105,11 @@ MUTANTS = [
         "units.py",
         "tests/test_projections.py::test_a_weight_spread_over_ranks_is_projected_as_a_whole",
         ("[Partial() if cut else Replicate() for cut in", "[Partial() for cut in"),
+    ),
+    *mutants_of(
+        "units.py",
+        "tests/steps/test_buckets.py::test_a_step_asks_for_no_memory_of_the_size_of_a_large_weight",
+        ('torch.square(found, out=scratch(found, slot="squares of units"))', "found.square()"),
     ),
     *mutants_of(
         "units.py",

@@ -7,6 +7,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lightning_regularize._steps.buckets import Bucket, buckets, copies, new, scratch
+from lightning_regularize.penalties import GroupLasso
+from lightning_regularize.projections import FrobeniusSphere, UnitNorm
 from tests.models import randn
 
 MIB = 2**20
@@ -93,6 +95,25 @@ def test_a_temporary_of_a_large_tensor_lies_where_the_one_before_lay():
     assert new("sqrt", [weight.abs()])[0].data_ptr() == first.data_ptr()
     assert scratch(weight, slot="other").data_ptr() != first.data_ptr()
     assert scratch(weight, dtype=torch.float64).data_ptr() != first.data_ptr()
+
+
+STEPS = {
+    "gradient": lambda weight, gradient: GroupLasso().add_gradient_(gradient, weight, 0.1),
+    "proximal step": lambda weight, gradient: GroupLasso().proximal_(weight, 1e-4),
+    "projection of rows": lambda weight, gradient: UnitNorm().project_(weight.mul_(2)),
+    "projection of columns": lambda weight, gradient: UnitNorm(dim=0).project_(weight.mul_(2)),
+    "projection of a matrix": lambda weight, gradient: FrobeniusSphere(1.0).project_(weight.mul_(2)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
+def test_a_step_asks_for_no_memory_of_the_size_of_a_large_weight(step, dtype):
+    weight, gradient = randn(500, 512).to(dtype), randn(500, 512, seed=1).to(dtype)
+    step(weight, gradient)  # from here on there is memory for temporaries
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as found:
+        step(weight, gradient)
+    assert max(event.cpu_memory_usage for event in found.events()) < weight.nbytes / 8
 
 
 def test_temporaries_of_small_tensors_are_apart():
