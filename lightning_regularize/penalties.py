@@ -142,7 +142,7 @@ class L2(Penalty):
         self, gradient: Tensors, weight: Tensors, strength: float | Tensor, *, dim: int | Sequence[int] | None = None
     ) -> None:
         """Add ``strength * weight``, see :meth:`Penalty.add_gradient_`."""
-        for gradients, weights in _with_gradients(weight, gradient, strength, bounded=isinstance(strength, Tensor)):
+        for gradients, weights in _with_gradients(weight, gradient, strength, bounded=False):
             _add_(gradients, weights, strength)
 
     @torch.no_grad()
@@ -315,7 +315,7 @@ class GroupLasso(Penalty):
         weights, thresholds = listed(weight), _checked(threshold)
         dims = [unit_dims(each, self.dim if dim is None else dim) for each in weights]
         columns = [list(map(_as_groups, thresholds, weights, dims))] if isinstance(thresholds, list) else []
-        for indices, (w, *t) in unit_buckets(dims, weights, *columns):
+        for indices, (w, *t) in unit_buckets(dims, weights, *columns, bounded=bool(columns)):
             units, inner = stacked(w, wide=True), dims[indices[0]]
             root = _root_size(w[0], inner)
             if isinstance(thresholds, list):
@@ -355,10 +355,10 @@ def _with_gradients(
 
 
 def _add_(gradients: list[Tensor], terms: list[Tensor], strength: float | Tensor) -> None:
-    if isinstance(strength, Tensor):  # as `alpha` it would have to come to the host
+    if isinstance(strength, Tensor) and not strength.is_cpu:  # as `alpha` it would have to come to the host
         torch._foreach_add_(gradients, new("mul", terms, strength, slot="scaled"))
     else:
-        torch._foreach_add_(gradients, terms, alpha=strength)
+        torch._foreach_add_(gradients, terms, alpha=float(strength))
 
 
 def _with_thresholds(

@@ -15,6 +15,7 @@ or infinite are left alone too: the first have no direction, the others should b
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -381,11 +382,11 @@ def _onto_sphere(found: Tensor, dtype: torch.dtype, *, radius: float) -> tuple[T
 def _into_interval_(weight: Tensors, low: float, high: float) -> Tensor:
     weights = [local for each in listed(weight) if (local := local_piece(each)).numel()]
     changed = []
-    for _, (those,) in buckets(weights):
+    for _, (those,) in buckets(weights, bounded=False):
         if those[0].is_cpu:
-            ends = [each.aminmax() for each in those]  # both in one pass
-            smallest, largest = (torch.stack(side) for side in zip(*ends, strict=True))
-            for each in those:
+            smallest, largest = (torch.stack(ends) for ends in zip(*map(torch.aminmax, those), strict=True))
+            inside = (smallest >= low) & (largest <= high)  # False for NaN
+            for each in itertools.compress(those, (~inside).tolist()):  # most often a pass less
                 each.clamp_(low, high)
         else:
             largest = torch.stack(torch._foreach_max(those))

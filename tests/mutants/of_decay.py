@@ -228,6 +228,11 @@ MUTANTS = [
     ),
     *mutants_of(
         "projections.py",
+        "tests/test_projections.py::test_a_list_is_projected_as_each_of_its_weights",
+        ("(~inside).tolist()", "inside.tolist()"),
+    ),
+    *mutants_of(
+        "projections.py",
         "tests/test_projections.py::test_rows_without_direction_stay_zero",
         ("return off & (found > 0) & (found < math.inf)", "return off & (found < math.inf)"),
     ),
