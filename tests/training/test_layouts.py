@@ -62,6 +62,13 @@ class Save(L.Callback):
             trainer.save_checkpoint(self.path)
 
 
+class Stop(L.Callback):
+    """Ends a run that is for its checkpoint only."""
+
+    def on_train_batch_end(self, trainer, *_):
+        trainer.should_stop = trainer.global_step == SAVED_AT
+
+
 def fsdp2(sharded):
     return {
         "strategy": ModelParallelStrategy(
@@ -99,7 +106,7 @@ def fit(rank, world_size, layout, callbacks, save=None, resume=None):
 
 
 def train(rank, world_size, layout, module, callbacks, save=None, resume=None, **options):
-    saves = [] if save is None else [Save(save)]
+    saves = [] if save is None else [Save(save), Stop()]
     trainer = make_trainer(
         *callbacks, *saves, max_epochs=1, devices=world_size, **{**layout.options(), "logger": False, **options}
     )
