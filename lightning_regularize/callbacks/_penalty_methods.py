@@ -190,13 +190,15 @@ class Gradient(Method):
                     _add_(terms, weights, picked.parts, owner.penalty(), strength, alike.dim)
                 halves = [p.dtype in HALF for p in picked.parameters]
                 measured, of_measured = (list(itertools.compress(each, halves)) for each in (picked.parameters, terms))
-                owner.rounded.step(step.optimizer, group, measured, of_measured)
+                is_steady = owner.every_n_steps == 1
+                owner.rounded.step(step.optimizer, group, measured, of_measured, is_steady=is_steady)
 
 
 class Proximal(Method):
     """After the step the proximal map of the penalty is applied, in the metric of the optimizer."""
 
     def check(self, run: Run, owner: PenaltyCallback) -> None:
+        self._exact: dict[Tensor, StepSize | None] = {}  # of what is measured in the step under way
         check_weights_are_the_optimizers(run.trainer, f"{type(owner).__name__}(method='proximal')")
         if not isinstance(owner.penalty(), L2):
             owner.warn_if_moved_later(run, "zeros do not last")
@@ -225,9 +227,20 @@ class Proximal(Method):
                 rate_of(optimizer, group)
 
     @torch.no_grad()
+    def before_step(self, owner: PenaltyCallback, step: Step) -> None:
+        optimizer, self._exact = step.optimizer, {}
+        owner.rounded.begin_step(step)
+        if not owner.rounded.is_measured or not differ_by_weight(optimizer):
+            return
+        for group, lists in owner.targets(optimizer):
+            for alike in (each.with_gradients() for each in lists):
+                numbers = owner.rounded.pick(alike.parameters, together=alike.is_joint)
+                picked = [alike.parameters[i] for i in numbers]
+                self._exact.update(zip(picked, owner.rounded.exact_sizes(optimizer, group, picked), strict=True))
+
+    @torch.no_grad()
     def after_step(self, owner: PenaltyCallback, step: Step) -> None:
         optimizer = step.optimizer
-        owner.rounded.begin_step(step)
         for group, lists in owner.targets(optimizer):
             strength = _strength(owner, group, step) if lists else 0.0
             for alike in (each.with_gradients() for each in lists if strength):
@@ -237,8 +250,10 @@ class Proximal(Method):
                     weights = stepped.as_units(stepped.parameters)
                     shrink = functools.partial(_shrink_, penalty=owner.penalty(), strength=strength, dim=alike.dim)
                     known = [size for size in sizes if size is not None]
+                    exact = [self._exact.get(p, size) for p, size in zip(stepped.parameters, known, strict=True)]
                     with stepped.as_used():
-                        owner.rounded.change(shrink, weights, known, stepped.parts, together=stepped.is_joint)
+                        change = functools.partial(owner.rounded.change, together=stepped.is_joint, exact=exact)
+                        change(shrink, weights, known, stepped.parts)
 
 
 def _strength(owner: PenaltyCallback, group: dict[str, Any], step: Step) -> float:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import math
-from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, AdamW, Optimizer
+from torch.optim import AdamW, Optimizer
 
 from lightning_regularize._sharding import local_piece, local_tensor
 from lightning_regularize._steps.buckets import HALF
-from lightning_regularize._steps.hooks import ATTRIBUTE
+from lightning_regularize.callbacks._copied_steps import WIDE, can_be_copied, step_of_copies, widened_copy
 from lightning_regularize.decay import decay_
 from lightning_regularize.step_sizes import knows, step_sizes
 
@@ -30,10 +28,8 @@ TOLERANCE = 0.05  # what may be lost, or gained, of a strength before a warning 
 _STEPS = (0, 1, 4, 7, 12)  # measured first; not all of the first ones, since weights stay where nothing moves them
 _EVERY = 50  # then one step of so many is measured
 _MOST = 2**20  # elements measured in one call, at least one tensor: each costs up to fifteen numbers of memory
-_WIDE = {"mps": torch.float32}  # float64 elsewhere, so that a strength is seen that float32 rounds away as well
 _KEPT = 2**16  # elements of a tensor whose sums over the steps are kept
 _LOOP = 500  # steps after which a loop of unknown length is judged, since nobody says that it has ended
-_NUMBERS = (int, float, str, type(None))
 
 
 class Rounding:
@@ -47,6 +43,7 @@ class Rounding:
         who: The owner, and what of it, for the warning.
         is_constant: Is the strength the same in all steps? If not, it is judged when training ends.
         adds_to_gradients: Does it act through gradients? Then the optimizer rounds it once more, in its own step.
+        corrects_itself: Is a step asked for what those before it lost? Then all are measured, and each counts.
         remedy: What helps beside float32 weights: ", or ...". For what goes through gradients, it helps in their sum.
     """
 
@@ -58,10 +55,11 @@ class Rounding:
         who: str,
         is_constant: bool,
         adds_to_gradients: bool = False,
+        corrects_itself: bool = False,
         remedy: str = "",
     ) -> None:
         self._owner, self._who, self._remedy, self._is_constant = owner, who, remedy, is_constant
-        self._adds_to_gradients = adds_to_gradients
+        self._adds_to_gradients, self._every = adds_to_gradients, 1 if corrects_itself else _EVERY
         self._is_done = not any(info.parameter.dtype in HALF for info in infos)
         self._is_judged = False
         self._first: int | None = None
@@ -87,8 +85,8 @@ class Rounding:
             if step.number + 1 == run.clock.total_steps or (math.isinf(run.clock.total_steps) and seen == _LOOP):
                 self.judge()
                 return
-        self.is_measured = seen in _STEPS or seen % _EVERY == 0
-        self._stands_for = seen - max([k for k in (*_STEPS, seen - _EVERY) if 0 <= k < seen], default=-1)
+        self.is_measured = seen in _STEPS or seen % self._every == 0
+        self._stands_for = seen - max([k for k in (*_STEPS, seen - self._every) if 0 <= k < seen], default=-1)
         if self.is_measured and not self._has_peaked:
             positions = [run.clock.position(group, step.number) for group in step.optimizer.param_groups]
             self._has_peaked = not all(at.lr < 0.5 * at.peak_lr for at in positions)  # NaN where none is known
@@ -97,7 +95,12 @@ class Rounding:
 
     @torch.no_grad()
     def change(
-        self, change: Callable[..., None], tensors: Sequence[Tensor], *columns: Sequence[Any], together: bool = False
+        self,
+        change: Callable[..., None],
+        tensors: Sequence[Tensor],
+        *columns: Sequence[Any],
+        together: bool = False,
+        exact: Sequence[Any] | None = None,
     ) -> None:
         """Call ``change(tensors, *columns)``, where a column has an entry for each tensor, and measure what it does.
 
@@ -106,6 +109,7 @@ class Rounding:
             tensors: What is changed.
             columns: The other arguments.
             together: Does the change of one tensor depend on the others? Then all are measured.
+            exact: The first column without what half precision has made of it, if that is another.
         """
         picked = self.pick(tensors, together=together)
         if not picked:
@@ -113,11 +117,12 @@ class Rounding:
             return
         before = [_widened(local_tensor(tensors[i])) for i in picked]
         wide = [_widened(tensors[i].detach()) for i in picked]
-        change(wide, *[[_widened(column[i]) for i in picked] for column in columns])
+        asked_of = columns if exact is None else (exact, *columns[1:])
+        change(wide, *[[_widened(column[i]) for i in picked] for column in asked_of])
         change(tensors, *columns)
         asked = [local_tensor(w) - b for w, b in zip(wide, before, strict=True)]
         errors = [local_tensor(tensors[i]) - local_tensor(w) for i, w in zip(picked, wide, strict=True)]
-        self._add("change", asked, errors)
+        self._add("change", asked, errors, each_step_counts=self._every == 1)
 
     @torch.no_grad()
     def step(
@@ -128,11 +133,13 @@ class Rounding:
         terms: Sequence[Tensor],
         *,
         is_decoupled: bool = False,
+        is_steady: bool = True,
     ) -> None:
         """Measure what the step that begins is going to round away, by the same step of copies in both precisions.
 
-        Of an optimizer that :mod:`~lightning_regularize.step_sizes` does not know, a step without ``terms`` shows what
-        they do in one step. Momentum makes more of them later, so that the warning may come too soon.
+        Of an optimizer that :mod:`~lightning_regularize.step_sizes` does not know, and of ``terms`` that are not added
+        in each step, a step without them shows what they do in one. Momentum makes more of them later, so that the
+        warning may come too soon.
 
         Args:
             optimizer: Of one that is not known nothing is measured, unless copies of its weights can make its step.
@@ -140,19 +147,21 @@ class Rounding:
             weights: Parameters of half precision with gradients.
             terms: What of each gradient is the owner's, in float32, or of each weight where that decays by itself.
             is_decoupled: Does the optimizer subtract ``terms``, times its rate, without having them in its averages?
+            is_steady: Are ``terms`` added in each step?
         """
         is_known = knows(optimizer)
-        if not weights or not (is_known or _can_be_copied(optimizer)):
+        if not weights or not (is_known or can_be_copied(optimizer)):
             return
         try:
-            in_half, rounded = _step_of_copies(optimizer, group, weights, torch.Tensor.clone)
-            in_wide, wide = _step_of_copies(optimizer, group, weights, _widened_copy)
-            without = wide if is_known else _step_of_copies(optimizer, group, weights, _widened_copy, terms)[1]
+            in_half, rounded = step_of_copies(optimizer, group, weights, torch.Tensor.clone)
+            in_wide, wide = step_of_copies(optimizer, group, weights, widened_copy)
+            by_size = is_known and is_steady
+            without = wide if by_size else step_of_copies(optimizer, group, weights, widened_copy, terms)[1]
         except Exception:
             if is_known:
                 raise
             return  # it needs what copies do not have
-        if is_known:
+        if by_size:
             if is_decoupled:
                 lengths = [group["lr"] for _ in wide]
             else:
@@ -171,6 +180,12 @@ class Rounding:
             found = [in_half.state[r][name].float() for r in rounded]
             errors = [f - end for f, end in zip(found, ends, strict=True)]
             self._add("step", asked, errors, each_step_counts=True)  # an average comes back to where it was
+
+    def exact_sizes(self, optimizer: Optimizer, group: dict[str, Any], weights: Sequence[Tensor]) -> list[Any]:
+        """The step sizes after the step that begins, if that is not rounded: half precision makes small squares 0."""
+        self._is_constant = False  # the first steps, of which averages know little, do not stand for the others
+        in_wide, wide = step_of_copies(optimizer, group, weights, widened_copy)
+        return step_sizes(in_wide, group, wide)
 
     def pick(self, tensors: Sequence[Tensor], *, together: bool = False) -> list[int]:
         """The numbers of the tensors to measure: small ones of half precision, the same on all ranks; none mostly."""
@@ -281,65 +296,8 @@ def _widened(entry: Any) -> Any:
     """A tensor of half precision, in float64; another entry as it is."""
     if not isinstance(entry, Tensor) or entry.dtype not in HALF:
         return entry
-    return entry.detach().to(_WIDE.get(entry.device.type, torch.float64))
+    return entry.detach().to(WIDE.get(entry.device.type, torch.float64))
 
 
 def _averages(state: Mapping[str, Any]) -> list[str]:
     return [name for name, value in state.items() if isinstance(value, Tensor) and value.dtype in HALF]
-
-
-def _widened_copy(tensor: Tensor) -> Tensor:
-    """A copy in float64, of counts of steps in their own type."""
-    is_wide = tensor.dtype not in HALF and (tensor.dim() == 0 or not tensor.is_floating_point())
-    return tensor.to(tensor.dtype if is_wide else _WIDE.get(tensor.device.type, torch.float64), copy=True)
-
-
-@functools.cache
-def _of_every_optimizer() -> frozenset[str]:
-    """The attributes that any optimizer has."""
-    return frozenset({*vars(SGD([torch.zeros(1, device="cpu")])), ATTRIBUTE})
-
-
-def _can_be_copied(optimizer: Optimizer) -> bool:
-    """Can copies of weights make a step without touching anything else? Only if all it keeps is numbers and tensors."""
-    own = [value for key, value in vars(optimizer).items() if key not in _of_every_optimizer() and not callable(value)]
-    settings = [value for group in optimizer.param_groups for key, value in group.items() if key != "params"]
-    by_weight = [state if isinstance(state, dict) else {"": state} for state in optimizer.state.values()]
-    states = [value for state in by_weight for value in state.values()]
-    is_alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
-    return (
-        is_alone
-        and all(isinstance(value, _NUMBERS) for value in own)
-        and all(isinstance(value, (*_NUMBERS, tuple)) for value in settings)
-        and all(isinstance(value, (*_NUMBERS, Tensor)) for value in states)
-    )
-
-
-def _step_of_copies(
-    optimizer: Optimizer,
-    group: dict[str, Any],
-    weights: Sequence[Tensor],
-    copy: Callable[[Tensor], Tensor],
-    less: Sequence[Tensor] | None = None,
-) -> tuple[Optimizer, list[Tensor]]:
-    """What the optimizer's own step makes of copies of some weights, of their state, and of their gradients less some.
-
-    Of a subclass of an optimizer of torch it is the step of that.
-    """
-    bases = [base for base in type(optimizer).__mro__ if base.__module__.startswith("torch.optim.")]
-    kind: Any = bases[0] if bases[0] is not Optimizer else type(optimizer)
-    copies = [copy(local_tensor(weight)) for weight in weights]
-    twin: Optimizer = object.__new__(kind)
-    state: Any = defaultdict(dict)
-    held = {key: value for key, value in vars(optimizer).items() if not callable(value)}  # methods may be bound to it
-    vars(twin).update({**held, "param_groups": [{**group, "params": copies}], "state": state})
-    for i, (weight, own) in enumerate(zip(weights, copies, strict=True)):
-        own.grad_dtype = None  # since torch 2.10 a gradient may be of another type, if the weight allows it
-        own.grad = None if weight.grad is None else copy(local_tensor(weight.grad))
-        if own.grad is not None and less is not None:
-            own.grad.sub_(local_tensor(less[i]).view_as(own))
-        found = optimizer.state.get(weight, {})
-        state[own].update({k: copy(local_tensor(v)) if isinstance(v, Tensor) else v for k, v in found.items()})
-    with torch.random.fork_rng([own.device for own in copies if own.is_cuda]):  # what it draws is not drawn twice
-        inspect.unwrap(kind.step)(twin)  # without the hooks that torch lets anyone add to all optimizers
-    return twin, copies

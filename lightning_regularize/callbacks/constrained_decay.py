@@ -125,7 +125,7 @@ class ConstrainedDecay(Regularizer):
         check_weights_are_the_optimizers(run.trainer, "ConstrainedDecay")
         infos = self.select(run, "nothing to constrain")
         self.warn_if_no_effect(run, infos)
-        self.rounded = Rounding(self, infos, who="ConstrainedDecay", is_constant=False)
+        self.rounded = Rounding(self, infos, who="ConstrainedDecay", is_constant=False, corrects_itself=True)
         self._sharding, self._has_looked_for_decay = run.sharding(), False
         self._targets: Targets[_Target] = Targets(run.infos, self._learn, move=self._move)
 

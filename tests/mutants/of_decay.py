@@ -132,20 +132,43 @@ MUTANTS = [
         "tests/training/test_lost_strength.py::"
         "test_what_is_below_the_spacing_of_numbers_is_warned_of_and_what_is_above_is_there",
         # The step of the optimizer is measured, and not only what is added to gradients.
-        ("if not weights or not (is_known or _can_be_copied(optimizer)):", "if True:"),
+        ("if not weights or not (is_known or can_be_copied(optimizer)):", "if True:"),
     ),
     *mutants_of(
         "callbacks/_rounding.py",
         "tests/training/test_lost_strength.py::test_what_is_lost_late_or_in_part_is_warned_of_after_500_steps",
         # A step that is measured stands for those before it.
-        ("self._stands_for = seen - max([k for k in (*_STEPS, seen - _EVERY) if 0 <= k < seen], default=-1)", "pass"),
+        (
+            "self._stands_for = seen - max([k for k in (*_STEPS, seen - self._every) if 0 <= k < seen], default=-1)",
+            "pass",
+        ),
         # What swings is added up by element.
         ("            if each_step_counts:\n", "            if True:\n"),
     ),
     *mutants_of(
-        "callbacks/_rounding.py",
+        "callbacks/_copied_steps.py",
         "tests/training/test_lost_strength.py::test_an_optimizer_that_keeps_more_than_its_state_is_stepped_once",
-        ("        is_alone\n        and all(", "        True\n        or all("),
+        ("        all(isinstance(value, _NUMBERS) for value in own)\n", "        True\n"),
+    ),
+    *mutants_of(
+        "callbacks/_copied_steps.py",
+        "tests/training/test_lost_strength.py::test_a_step_that_talks_to_other_ranks_is_made_once",
+        ('if func.namespace in ("c10d", "_c10d_functional"):', "if False:"),
+    ),
+    *mutants_of(
+        "callbacks/_rounding.py",
+        "tests/training/test_lost_strength.py::test_decay_that_acts_in_a_few_steps_only_is_measured_in_them",
+        ("1 if corrects_itself else _EVERY", "_EVERY"),
+    ),
+    *mutants_of(
+        "callbacks/_penalty_methods.py",
+        "tests/training/test_lost_strength.py::test_squares_that_half_precision_makes_zero_are_warned_of",
+        ("together=stepped.is_joint, exact=exact)", "together=stepped.is_joint)"),
+    ),
+    *mutants_of(
+        "callbacks/_penalty_methods.py",
+        "tests/training/test_lost_strength.py::test_a_penalty_of_every_tenth_step_is_measured",
+        ("is_steady=is_steady)", "is_steady=True)"),
     ),
     *mutants_of(
         "decay_methods.py",

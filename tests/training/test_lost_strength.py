@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import Replicate, distribute_tensor, init_device_mesh
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.optim import SGD, Adam, AdamW
 
 from lightning_regularize import (
@@ -22,7 +23,7 @@ from lightning_regularize import (
     WeightDecay,
     WeightPenalty,
 )
-from lightning_regularize.penalties import Spectral
+from lightning_regularize.penalties import L1, Spectral
 from tests.distributed import run_distributed
 from tests.models import randn
 from tests.training.support import QUIET, SaveAfter, assert_identical_weights, train, weights
@@ -279,8 +280,8 @@ def half_square(weight):
     return weight.square().sum() / 2
 
 
-def run(make, make_optimizer, dtype, strength, steps=60):
-    """How far each weight has gone. The loss has no gradient."""
+def run(make, make_optimizer, dtype, strength, steps=60, gradient=0.0):
+    """How far each weight has gone."""
     layer = nn.Linear(32, 32, bias=False)
     with torch.no_grad():
         layer.weight.copy_(randn(32, 32).bfloat16())
@@ -289,7 +290,7 @@ def run(make, make_optimizer, dtype, strength, steps=60):
     optimizer = make_optimizer(layer.parameters(), lr=2.0**-3)
     attachment = make(strength).attach(optimizer, layer)
     for _ in range(steps):
-        layer.weight.grad = torch.zeros_like(layer.weight)
+        layer.weight.grad = torch.full_like(layer.weight, gradient)
         optimizer.step()
     attachment.remove()
     return layer.weight.detach().double() - start
@@ -355,6 +356,29 @@ def test_what_is_lost_late_or_in_part_is_warned_of_after_500_steps(make, make_op
     assert messages
 
 
+def test_decay_that_acts_in_a_few_steps_only_is_measured_in_them():
+    make = functools.partial(ConstrainedDecay, "warm_start", warm_start_steps=20, factor=0.999)
+    left, messages = left_of(lambda _: make(), SGD, torch.bfloat16, 1.0)
+    assert left < 0.95
+    assert messages
+
+
+def test_squares_that_half_precision_makes_zero_are_warned_of():
+    """Then Adam divides by its ``eps``, and so does a proximal step."""
+    make_optimizer = functools.partial(Adam, eps=1e-4)
+    left, messages = left_of(PROXIMAL["l1"], make_optimizer, torch.float16, 1e-3, gradient=3e-3)
+    assert left > 2
+    assert messages
+
+
+def test_a_penalty_of_every_tenth_step_is_measured():
+    """Adam spreads over many steps what is added in one."""
+    make = functools.partial(WeightPenalty, L1(), every_n_steps=10)
+    left, messages = left_of(make, functools.partial(Adam, eps=1e-2), torch.bfloat16, 0.005, steps=100)
+    assert left < 0.95
+    assert messages
+
+
 @rows({name: SHRINKING[name] for name in ("optimizer, SGD", "decoupled", "anchor", "l2, gradient", "l2, proximal")})
 def test_what_float32_loses_as_well_is_warned_of(make, make_optimizer):
     left, messages = left_of(make, make_optimizer, torch.bfloat16, 1e-6)
@@ -400,6 +424,33 @@ def test_an_optimizer_that_keeps_more_than_its_state_is_stepped_once():
     log = []
     run(ADDED["l2"], functools.partial(Own, log=log), torch.bfloat16, 1e-3, steps=5)
     assert len(log) == 5
+
+
+class Averaging(Own):
+    """Averages its gradients over ranks by itself."""
+
+    def step(self, closure=None):
+        for weight in self.param_groups[0]["params"]:
+            dist.all_reduce(weight.grad)
+        return super().step(closure)
+
+
+def lose_on_a_rank(rank, world_size, make_optimizer):
+    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    with CommDebugMode() as communication:
+        _, messages = left_of(ADDED["l2"], make_optimizer, torch.bfloat16, 0.02)
+    return communication.get_total_counts(), messages
+
+
+def test_the_step_of_other_optimizers_is_measured_on_several_ranks_as_well():
+    (_, messages), _ = run_distributed(lose_on_a_rank, Own)
+    assert "in the optimizer's step of the weights" in messages[0]
+
+
+def test_a_step_that_talks_to_other_ranks_is_made_once():
+    for steps, messages in run_distributed(lose_on_a_rank, Averaging):
+        assert steps == 60 + 60  # in float32 and in half precision
+        assert not messages
 
 
 def test_what_an_optimizer_draws_at_random_is_drawn_once():
