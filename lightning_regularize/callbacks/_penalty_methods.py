@@ -250,7 +250,7 @@ class Proximal(Method):
                     weights = stepped.as_units(stepped.parameters)
                     shrink = functools.partial(_shrink_, penalty=owner.penalty(), strength=strength, dim=alike.dim)
                     known = [size for size in sizes if size is not None]
-                    exact = [self._exact.get(p, size) for p, size in zip(stepped.parameters, known, strict=True)]
+                    exact = list(map(self._exact.get, stepped.parameters, known)) if self._exact else None
                     with stepped.as_used():
                         change = functools.partial(owner.rounded.change, together=stepped.is_joint, exact=exact)
                         change(shrink, weights, known, stepped.parts)
