@@ -1,4 +1,4 @@
-"""What would a step make of copies of weights, in their own precision and in a wider one?"""
+"""What would a step do to copies of weights, in their own precision and in a wider one?"""
 
 from __future__ import annotations
 
