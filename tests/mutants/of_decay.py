@@ -251,7 +251,7 @@ MUTANTS = [
     ),
     *mutants_of(
         "projections.py",
-        "tests/test_projections.py::test_a_list_is_projected_as_each_of_its_weights",
+        "tests/test_projections.py::test_bounds_hold_and_weights_between_them_keep_their_bits",
         ("(~inside).tolist()", "inside.tolist()"),
     ),
     *mutants_of(
