@@ -18,6 +18,7 @@ from torch.optim import LBFGS, SGD, Adam, NAdam
 
 from lightning_regularize._sharding import Sharding, local_pieces, settle_gradients_
 from lightning_regularize._steps.buckets import refreshed
+from lightning_regularize._steps.clock import as_rate
 from lightning_regularize.decay import (
     change_stochastically_,
     check_share,
@@ -58,8 +59,7 @@ class Alike(NamedTuple):
     @property
     def share(self) -> float | Tensor:
         """What a decoupled step removes: learning rate times weight decay."""
-        lr: float | Tensor = self.group["lr"]
-        return (lr.squeeze() if isinstance(lr, torch.Tensor) else lr) * self.weight_decay
+        return as_rate(self.group["lr"]) * self.weight_decay
 
     @property
     def pull(self) -> float:

@@ -155,7 +155,7 @@ def _say_nothing(message: str) -> None:
 
 
 def rate_of(optimizer: Any, group: dict[str, Any]) -> float | Tensor:
-    """The learning rate of a group; a tensor, to which torch allows any shape with one element, is not read.
+    """The learning rate of a group, see :func:`as_rate`.
 
     Raises:
         UnsupportedOptimizerError: The optimizer chooses its rate by itself.
@@ -166,4 +166,9 @@ def rate_of(optimizer: Any, group: dict[str, Any]) -> float | Tensor:
             f"{type(optimizer).__name__} has lr=None and chooses its learning rate by itself, which is needed here: "
             "give it a rate, or use a method that needs none."
         )
+    return as_rate(lr)
+
+
+def as_rate(lr: Any) -> float | Tensor:
+    """A learning rate to compute with; a tensor, to which torch allows any shape with one element, is not read."""
     return lr.squeeze() if isinstance(lr, Tensor) else float(lr)
