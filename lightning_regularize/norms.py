@@ -117,7 +117,7 @@ def spectral_norm(matrix: Tensor) -> Tensor:
     if not matrix.numel():
         return matrix.new_zeros((), dtype=wide(matrix.device))
     # Squares of elements leave the range of float32 long before the elements.
-    scale = torch.linalg.vector_norm(matrix, math.inf).clamp_min(torch.finfo(matrix.dtype).tiny)
+    scale = _largest_magnitude(matrix).clamp_min(torch.finfo(matrix.dtype).tiny)
     matrix = _bidiagonal(matrix, scale) if min(matrix.shape) > 2 * _STEPS else matrix / scale
     finite = matrix.isfinite().all()  # the decomposition raises otherwise
     found = torch.linalg.svdvals(torch.where(finite, matrix, 0.0))[0].to(wide(matrix.device))
@@ -136,16 +136,24 @@ def _bidiagonal(matrix: Tensor, scale: Tensor) -> Tensor:
     result = matrix.new_zeros(_STEPS, _STEPS + 1, dtype=matrix.real.dtype)
     right[0] = start / start.norm()
     for i in range(_STEPS):
-        u = matrix @ (right[i] / scale)
-        # Orthogonal to all before: rounding destroys what theory says of the last alone.
-        u -= left[:i].T @ (left[:i].conj() @ u)
+        u = _orthogonal(matrix @ (right[i] / scale), left[:i])
         result[i, i] = u.norm()
         left[i] = u / result[i, i].clamp_min(tiny)
-        v = matrix.mH @ (left[i] / scale)
-        v -= right[: i + 1].T @ (right[: i + 1].conj() @ v)
+        v = _orthogonal(matrix.mH @ (left[i] / scale), right[: i + 1])
         result[i, i + 1] = v.norm()
         right[i + 1] = v / result[i, i + 1].clamp_min(tiny)
     return result
+
+
+def _orthogonal(vector: Tensor, rows: Tensor) -> Tensor:
+    """What of a vector is orthogonal to all rows, which are orthonormal.
+
+    Rounding destroys what theory says of the last alone. Of a matrix of low rank nothing but rounding is left soon, of
+    which one pass leaves as much along the rows as across them.
+    """
+    for _ in range(2):
+        vector = vector - rows.T @ (rows.conj() @ vector)
+    return vector
 
 
 def check_norm_type(norm_type: object) -> None:
@@ -188,8 +196,15 @@ def _largest(rows: Rows) -> tuple[Rows, Tensor]:
     """The largest magnitude of each row of small tensors, and of all rows of a large one, which takes half the time."""
     if len(rows.indices) > 1 or not len(rows.values):
         return rows, _row_norms(rows.values, math.inf)
-    smallest, largest = rows.values.aminmax()
-    return rows._replace(counts=[1]), torch.maximum(largest, -smallest).view(1)
+    return rows._replace(counts=[1]), _largest_magnitude(rows.values).view(1)
+
+
+def _largest_magnitude(values: Tensor) -> Tensor:
+    """The largest magnitude of some elements, at least one; 0-d."""
+    if values.is_complex():
+        return values.abs().amax()
+    smallest, largest = values.aminmax()  # torch's own norm takes thirty times as long
+    return torch.maximum(largest, -smallest)
 
 
 def _foreach_norms(pieces: Sequence[Tensor], norm_type: float) -> list[tuple[Rows, Tensor]]:
@@ -345,7 +360,10 @@ def distance_sums(tensors: Sequence[Tensor], others: Sequence[Tensor], norm_type
 def change_sums(
     before: Sequence[Rows], tensors: Sequence[Tensor], norm_types: Sequence[float]
 ) -> tuple[list[Tensor], Tensor]:
-    r"""Sums over the change :math:`\delta = w' - w` of the local elements of each tensor, computed in float64.
+    r"""Sums over the change :math:`\delta = w' - w` of the local elements of each tensor.
+
+    They are computed in float64. On a CPU that takes twice as long, so that of large float32 tensors only those are
+    for which a sum leaves the range of float32.
 
     Args:
         before: The :func:`copies` of the tensors as they were.
@@ -356,19 +374,44 @@ def change_sums(
         The sums of powers for each norm type, and :math:`w \cdot \delta`; each as :func:`power_sums`.
     """
     pieces = dense_pieces(tensors, keeps_complex=True)
-    powers: list[list[tuple[Rows, Tensor]]] = [[] for _ in norm_types]
-    radial = []
+    sums = _change_sums(before, pieces, norm_types, in_float32=True)
+    fast = {rows.indices[0] for rows in before if _is_in_float32(rows)}
+    if not fast:
+        return sums[:-1], sums[-1]
+    magnitudes = torch.stack(sums).abs()
+    is_extreme = ((magnitudes < 1e-26) | ~magnitudes.isfinite()).any(dim=0).tolist()
+    if suspects := [i for i in sorted(fast) if is_extreme[i]]:
+        again = [rows for rows in before if rows.indices[0] in suspects]
+        wide_sums = _change_sums(again, [pieces[i] for i in suspects], norm_types, in_float32=False)
+        for each, exact in zip(sums, wide_sums, strict=True):
+            each[suspects] = exact
+    return sums[:-1], sums[-1]
+
+
+def _change_sums(
+    before: Sequence[Rows], pieces: Sequence[Tensor], norm_types: Sequence[float], *, in_float32: bool
+) -> list[Tensor]:
+    """The sums of powers of the change for each norm type, and last its product with what was before."""
+    found: list[list[tuple[Rows, Tensor]]] = [[] for _ in (*norm_types, None)]
     for then, rows in zip(before, rows_of(pieces), strict=True):
-        dtype = torch.complex128 if rows.values.is_complex() else wide(rows.values.device)
-        old = scratch(rows.values, dtype=dtype, slot="before").copy_(then.values)
-        change = scratch(rows.values, dtype=dtype, slot="change").copy_(rows.values).sub_(old)
-        for norm_type, found in zip(norm_types, powers, strict=True):
-            found.append((rows, _row_norms(change, norm_type)))
+        if in_float32 and _is_in_float32(then):
+            old, change = then.values, torch.sub(rows.values, then.values, out=scratch(rows.values, slot="change"))
+        else:
+            dtype = torch.complex128 if rows.values.is_complex() else wide(rows.values.device)
+            old = scratch(rows.values, dtype=dtype, slot="before").copy_(then.values)
+            change = scratch(rows.values, dtype=dtype, slot="change").copy_(rows.values).sub_(old)
+        for norm_type, powers in zip(norm_types, found[:-1], strict=True):
+            powers.append((rows, _row_norms(change, norm_type)))
         if change.is_complex():
             change, old = (torch.view_as_real(values).flatten(1) for values in (change, old))
-        radial.append((rows, change.mul_(old).sum(dim=1)))
-    of_changes = []
-    for norm_type, found in zip(norm_types, powers, strict=True):
+        found[-1].append((rows, change.mul_(old).sum(dim=1)))
+    sums = []
+    for norm_type, numbers in zip((*norm_types, 1.0), found, strict=True):
         op: Literal["sum", "amax"] = "amax" if math.isinf(norm_type) else "sum"
-        of_changes.append(per_tensor(found, pieces, op, exponent=2 if norm_type == 2 else 1))
-    return of_changes, per_tensor(radial, pieces)
+        sums.append(per_tensor(numbers, pieces, op, exponent=2 if norm_type == 2 else 1))
+    return sums
+
+
+def _is_in_float32(rows: Rows) -> bool:
+    """Are these rows of a large tensor whose change may be computed in float32?"""
+    return rows.are_of_large_tensor and rows.values.is_cpu and rows.values.dtype == torch.float32

@@ -62,7 +62,8 @@ def test_norms_of_as_many_elements_as_gpt2s_embedding_are_accurate(order):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("order", [1.0, 2.0])
 def test_sums_of_a_million_half_precision_elements_do_not_overflow(dtype, order):
-    assert norms([torch.full((1_000_000,), 16.0, dtype=dtype)], order).item() == 16 * 1_000_000 ** (1 / order)
+    expected = pytest.approx(16 * 1_000_000 ** (1 / order), rel=1e-6, abs=0)
+    assert norms([torch.full((1_000_000,), 16.0, dtype=dtype)], order).item() == expected
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -215,10 +216,26 @@ def test_changes_equal_those_in_float64(dtype):
     after = [(t + 0.01 * randn(*t.shape, seed=2)).to(dtype) for t in tensors]
     (sums, squares), radial = change_sums(before, after, [1.0, 2.0])
     for i, (old, new) in enumerate(zip(tensors, after, strict=True)):
-        change = new.double() - old.double()
-        assert sums[i].item() == pytest.approx(change.abs().sum().item(), rel=1e-12, abs=0)
-        assert squares[i].item() == pytest.approx(change.square().sum().item(), rel=1e-12, abs=0)
-        assert radial[i].item() == pytest.approx((old.double() * change).sum().item(), rel=1e-10, abs=1e-9)
+        change, is_fast = new.double() - old.double(), i == 0 and dtype == torch.float32
+        assert sums[i].item() == pytest.approx(change.abs().sum().item(), rel=1e-7 if is_fast else 1e-12, abs=0)
+        assert squares[i].item() == pytest.approx(change.square().sum().item(), rel=1e-7 if is_fast else 1e-12, abs=0)
+        product = (change.norm() * old.double().norm()).item()
+        expected = pytest.approx(
+            (old.double() * change).sum().item(), rel=0, abs=product * (1e-9 if is_fast else 1e-14)
+        )
+        assert radial[i].item() == expected
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-20, 1e18, 1e25], ids=str)
+def test_changes_whose_squares_or_products_leave_the_range_of_float32(size):
+    usual, large = randn(2**17, seed=2), randn(2**17, seed=1) * size ** (0.3 if size > 1 else 1)
+    before = [usual, large, torch.zeros(2**16 + 1), torch.zeros(2**17)]
+    after = [1.1 * usual, large + size * randn(2**17), torch.full((2**16 + 1,), size), torch.zeros(2**17)]
+    (squares,), radial = change_sums(copies(before), after, [2.0])
+    changes = [new.double() - old.double() for new, old in zip(after, before, strict=True)]
+    assert squares.tolist() == pytest.approx([change.square().sum().item() for change in changes], rel=1e-6, abs=0)
+    products = [(old.double() * change).sum().item() for old, change in zip(before, changes, strict=True)]
+    assert radial.tolist() == pytest.approx(products, rel=1e-5, abs=0)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (5, 3), (300, 40), (256, 128), (200, 700)], ids=str)
@@ -260,10 +277,17 @@ def test_a_tensor_with_the_negative_bit_is_counted():
     assert counts_at_most(dense_pieces([tensor])).tolist() == [2]
 
 
-def test_spectral_norm_of_low_rank_zero_empty_and_broken_matrices():
-    assert spectral_norm(randn(300, 1) @ randn(1, 200, seed=1)).item() == pytest.approx(
-        (randn(300, 1).norm() * randn(1, 200, seed=1).norm()).item(), rel=1e-5, abs=0
-    )
+@pytest.mark.parametrize("size", [1e-3, 1.0, 3.0], ids=str)
+@pytest.mark.parametrize("rank", [1, 2, 7])
+def test_spectral_norm_of_a_matrix_of_low_rank(rank, size):
+    """After its rank only rounding is left to find directions by, which differs from processor to processor."""
+    for seed in range(5):
+        matrix = size * randn(300, rank, seed=seed) @ randn(rank, 200, seed=seed + 5)
+        expected = torch.linalg.svdvals(matrix.double())[0].item()
+        assert spectral_norm(matrix).item() == pytest.approx(expected, rel=1e-5, abs=0)
+
+
+def test_spectral_norm_of_zero_empty_and_broken_matrices():
     assert spectral_norm(torch.zeros(200, 100)).item() == 0
     assert spectral_norm(torch.zeros(0, 4)).item() == 0
     assert spectral_norm(torch.full((200, 100), math.nan)).isnan()
