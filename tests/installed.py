@@ -21,7 +21,7 @@ from lightning_regularize import WeightDecay
 from lightning_regularize.plots import plot_schedule
 from lightning_regularize.schedules import Cosine
 
-pl = importlib.import_module(sys.argv[1] if len(sys.argv) > 1 else "lightning.pytorch")
+pl = importlib.import_module("pytorch_lightning" if "pytorch_lightning" in sys.argv else "lightning.pytorch")
 
 
 class Line(pl.LightningModule):
