@@ -74,16 +74,22 @@ class _LastStep(pl.Callback):
 
 def observe(make_callback, layers, **options):
     """What a step does on the device, and does not do without the callback. See :func:`train`."""
-    return rehearse(_train, make_callback, layers, options) - _without(layers, **options)
+    return observe_each(make_callback, [{"layers": layers, **options}])[0]
+
+
+def observe_each(make_callback, variants):
+    """As :func:`observe`, for several trainings in one process, each with its own layers and options."""
+    found = rehearse(_train_each, make_callback, variants)
+    return [seen - _without(**variant) for seen, variant in zip(found, variants, strict=True)]
 
 
 @functools.cache
-def _without(layers, **options):
-    return rehearse(_train, None, layers, options)
+def _without(**variant):
+    return rehearse(_train_each, None, [variant])[0]
 
 
-def _train(observer, make_callback, layers, options):
-    return train(observer, make_callback, layers, **options)
+def _train_each(observer, make_callback, variants):
+    return [train(observer, make_callback, **variant) for variant in variants]
 
 
 def train(

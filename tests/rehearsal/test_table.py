@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.rehearsal.device import is_possible, rehearse
-from tests.rehearsal.steps import observe, train
+from tests.rehearsal.steps import observe, observe_each, train
 from tests.rehearsal.table import ROWS
 
 pytestmark = pytest.mark.skipif(not is_possible(), reason="this torch knows no devices written in Python")
@@ -19,7 +19,11 @@ WAITING = dict.fromkeys(
     pytest.mark.xfail(strict=True, raises=AssertionError),
 )
 
-seen = functools.cache(observe)
+
+@functools.cache
+def seen(row, *, logs=False):
+    """What the callback does in a step with few layers, and in one with many."""
+    return observe_each(row.make, [{"layers": layers, "logs": logs, **row.options} for layers in (FEW, MANY)])
 
 
 def rows(chosen, marks=None):
@@ -28,9 +32,8 @@ def rows(chosen, marks=None):
 
 
 def check_launches(row, bound, **options):
-    few = seen(row.make, FEW, **row.options, **options).launched
+    few, many = (found.launched for found in seen(row, **options))
     assert bound is None or few.total() <= bound, few
-    many = seen(row.make, MANY, **row.options, **options).launched
     assert many.total() == few.total(), many - few
 
 
@@ -49,13 +52,14 @@ def test_launches_of_a_step_that_is_logged(row):
 
 @rows(ROWS, WAITING)
 def test_no_step_waits_that_is_not_logged(row):
-    assert not seen(row.make, FEW, **row.options).waited
+    few, _ = seen(row)
+    assert not few.waited
 
 
 @rows(LOGGED)
 def test_a_step_that_is_logged_waits_once(row):
-    waited = seen(row.make, FEW, logs=True, **row.options).waited
-    assert waited.total() == row.transfers, waited
+    few, _ = seen(row, logs=True)
+    assert few.waited.total() == row.transfers, few.waited
 
 
 # Other optimizers and precisions
@@ -74,6 +78,6 @@ def train_in_other_precisions(observer, row):
 
 @rows([row for row in ROWS if "Decay" in row.name])
 def test_a_learning_rate_on_the_device_is_read_by_the_clock_only(row):
-    at_a_rate_on_the_host = seen(row.make, 1, fused=True).waited
-    more = seen(row.make, 1, fused=True, tensor_lr=True).waited - at_a_rate_on_the_host
+    at_a_rate_on_the_host = observe(row.make, 1, fused=True).waited
+    more = observe(row.make, 1, fused=True, tensor_lr=True).waited - at_a_rate_on_the_host
     assert not [place for place in more if "clock.py" not in place]
