@@ -116,8 +116,26 @@ def train(rank, world_size, layout, module, callbacks, save=None, resume=None, *
     return trainer
 
 
-def run(layout, *arguments):
-    return run_distributed(fit, layout, *arguments, world_size=LAYOUTS[layout].processes)[0]
+def run(function, layout, *arguments):
+    """What the first of the processes returns."""
+    return run_distributed(function, layout, *arguments, world_size=LAYOUTS[layout].processes)[0]
+
+
+@pytest.fixture(scope="module")
+def saved_by(tmp_path_factory):
+    """Where a function saves under a layout, once for all tests that resume from there."""
+
+    @functools.cache
+    def path(function, layout, *arguments):
+        run(function, layout, *arguments, found := tmp_path_factory.mktemp("saved") / "saved")
+        return found
+
+    return path
+
+
+@functools.cache
+def in_one_process(callbacks):
+    return fit(0, 1, "single", callbacks)
 
 
 @pytest.mark.parametrize(
@@ -141,10 +159,9 @@ def run(layout, *arguments):
     ],
     ids=lambda value: getattr(value, "__name__", value),
 )
-def test_resumed_equals_uninterrupted(before, after, callbacks, tmp_path):
-    expected, expected_log, groups = fit(0, 1, "single", callbacks)
-    run(before, callbacks, tmp_path / "saved")
-    found, log, groups_there = run(after, callbacks, None, tmp_path / "saved")
+def test_resumed_equals_uninterrupted(before, after, callbacks, saved_by):
+    expected, expected_log, groups = in_one_process(callbacks)
+    found, log, groups_there = run(fit, after, callbacks, None, saved_by(fit, before, callbacks))
     for name, weight in expected.items():
         assert found[name] == pytest.approx(weight, rel=0, abs=2e-6), name
     for key, steps in log.items():
@@ -257,6 +274,7 @@ def uninterrupted(before, after):
 
 def save_all(rank, world_size, layout, folder):
     """One run for each of the rules, all in one start of the processes."""
+    folder.mkdir(exist_ok=True)
     for name in dict.fromkeys(before for before, _ in CHANGES):
         RULES[name].fit(rank, world_size, layout, save=folder / name)
 
@@ -281,9 +299,8 @@ def resume_all(rank, world_size, layout, folder):
         ("fsdp1 sharded", "fsdp1 sharded"),
     ],
 )
-def test_a_run_goes_on_under_other_rules_without_us_and_after_a_run_without_us(before, after, tmp_path):
-    run_distributed(save_all, before, tmp_path, world_size=LAYOUTS[before].processes)
-    found, *_ = run_distributed(resume_all, after, tmp_path, world_size=LAYOUTS[after].processes)
+def test_a_run_goes_on_under_other_rules_without_us_and_after_a_run_without_us(before, after, saved_by):
+    found = run(resume_all, after, saved_by(save_all, before))
     for change in CHANGES:
         for name, weight in uninterrupted(*change).items():
             assert found[change][name] == pytest.approx(weight, rel=0, abs=2e-6), (*change, name)
@@ -298,10 +315,10 @@ def test_the_changes_of_rules_are_seen_in_the_weights():
 
 @pytest.mark.parametrize("before", ["factor", "regularize", "without us"])
 @pytest.mark.parametrize("after", ["fsdp2 full", "fsdp2 sharded"])
-def test_each_weight_keeps_its_own_moments(before, after, tmp_path):
-    RULES[before].fit(0, 1, "single", save=tmp_path / "saved")
-    expected, _ = RULES["exclude"].fit(0, 1, "single", resume=tmp_path / "saved")
-    found, *_ = run_distributed(RULES["exclude"].fit, after, None, tmp_path / "saved")
+def test_each_weight_keeps_its_own_moments(before, after, saved_by):
+    saved = saved_by(save_all, "single") / before
+    expected, _ = RULES["exclude"].fit(0, 1, "single", resume=saved)
+    found = run(RULES["exclude"].fit, after, None, saved)
     assert set(found[0]) == set(expected) == {"encoder.weight", "head.weight"}
     for name, moment in expected.items():
         assert found[0][name] == pytest.approx(moment, rel=1e-6, abs=1e-9), name
@@ -329,15 +346,14 @@ def fit_own(rank, world_size, layout, save=None, resume=None):
         ("ddp", "fsdp1 sharded"),
     ],
 )
-def test_a_regularized_module_goes_from_layout_to_layout(before, after, tmp_path):
+def test_a_regularized_module_goes_from_layout_to_layout(before, after, saved_by):
     expected = fit_own(0, 1, "single")
-    run_distributed(fit_own, before, tmp_path / "saved", world_size=LAYOUTS[before].processes)
-    found = run_distributed(fit_own, after, None, tmp_path / "saved", world_size=LAYOUTS[after].processes)[0]
+    found = run(fit_own, after, None, saved_by(fit_own, before))
     for name, weight in expected.items():
         assert found[name] == pytest.approx(weight, rel=0, abs=2e-6), name
 
 
 def test_groups_have_no_keys_but_torchs():
     """A key that is not in a sharded checkpoint, or only there, ends a resume."""
-    with_callback, without = (fit(0, 1, "single", callbacks)[2] for callbacks in (decay, list))
+    with_callback, without = (in_one_process(callbacks)[2] for callbacks in (decay, list))
     assert with_callback == without
