@@ -294,7 +294,11 @@ AT_RANDOM = functools.partial(WeightDecay, 0.1, method="decoupled", rounding="st
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_rounded_at_random_a_thousand_small_steps_are_right_in_the_mean(dtype):
     module = Still(gentle, dtype)
-    fit(module, AT_RANDOM(), data=range(1000), max_epochs=1)
+    optimizer = module.configure_optimizers()
+    module.layer.weight.grad = torch.zeros_like(module.layer.weight)
+    with AT_RANDOM().attach(optimizer, module):
+        for _ in range(1000):
+            optimizer.step()
     assert module.mean == pytest.approx(np.exp(-0.1), rel=0.01, abs=0)
 
 
@@ -492,7 +496,7 @@ def test_lbfgs_is_pulled_before_each_of_its_steps():
         return weights(module)
 
     found = fit(Regression(functools.partial(LBFGS, lr=0.1, max_iter=3)), AnchorDecay(0.5))
-    assert_same_weights(weights(found), pulled_by_hand())
+    assert_same_weights(weights(found), pulled_by_hand(), atol=1e-10)  # its steps amplify roundings
 
 
 @pytest.mark.parametrize("anchor", ["init", weights(Regression(sgd))], ids=["init", "given"])

@@ -300,7 +300,7 @@ def test_decay_that_rounds_to_nothing_is_told():
 
 
 def test_stochastic_rounding_decays_in_the_mean():
-    """1,000 steps of 1e-4 are exp(-0.1) = 0.905."""
+    """200 steps of 1e-4 are exp(-0.02) = 0.980, and rounded to nearest 1."""
 
     class Ones(L.LightningModule):
         def __init__(self):
@@ -316,5 +316,5 @@ def test_stochastic_rounding_decays_in_the_mean():
 
     module = Ones()
     decay = WeightDecay(0.1, method="decoupled", rounding="stochastic")
-    make_trainer(decay, precision="bf16-true", max_steps=1000).fit(module, Batches(count=1000, size=1))
-    assert module.layer.weight.float().mean().item() == pytest.approx((1 - 1e-4) ** 1000, rel=0.01, abs=0)
+    make_trainer(decay, precision="bf16-true", max_steps=200).fit(module, Batches(count=200, size=1))
+    assert module.layer.weight.float().mean().item() == pytest.approx((1 - 1e-4) ** 200, rel=0, abs=0.002)
