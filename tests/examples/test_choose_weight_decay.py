@@ -148,13 +148,13 @@ def test_each_image_is_held_out_once_and_the_folds_are_the_same_for_all_strength
 
 def test_scores_are_what_the_docstring_says(capsys):
     means = []
-    for weight_decay in ("0.0001", "3", "0.0001"):
-        example.main(["--weight-decay", weight_decay])
+    for weight_decay, *fast in (["3", "--fast"], ["0.0001"], ["3"], ["3", "--fast"]):
+        example.main(["--weight-decay", weight_decay, *fast])
         means.append(float(re.fullmatch(rf"weight decay {weight_decay}: (.*)\n", capsys.readouterr().out)[1]))
     # Measured 0.458 and 0.535; the standard error of an accuracy on 600 images is 0.02.
-    assert means == pytest.approx([0.458, 0.535, 0.458], abs=0.03, rel=0)
-    assert means[0] == means[2]  # whatever was trained before
-    assert means[1] > means[0] + 0.03
+    assert means[1:3] == pytest.approx([0.458, 0.535], abs=0.03, rel=0)
+    assert means[0] == means[3]  # whatever was trained before
+    assert means[2] > means[1] + 0.03
 
 
 # -- the sweep ---------------------------------------------------------------------------------------------------------

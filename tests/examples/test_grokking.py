@@ -10,8 +10,6 @@ import torch
 from claims import be_quiet
 from torch import nn
 
-from tests.examples.support import run
-
 
 @pytest.fixture(autouse=True)
 def one_thread():
@@ -96,10 +94,3 @@ def test_a_run_that_does_not_show_it_fails():
     assert all(claim.holds for claim in grokking.claims_of([free, *good]))
     slow = [*good[:2], logged(1.0, 3500, 90.0)]  # 12, 15 and 35 timescales
     assert [claim.holds for claim in grokking.claims_of([logged(0.0, 2000, 150.0), *slow])] == [True, *[False] * 5]
-
-
-def test_wrong_arguments_end_the_command_with_2(tmp_path):
-    process = run("grokking", "--steps", "10", "--output", tmp_path / "none")
-    assert process.returncode == 2
-    assert "unrecognized arguments: --steps 10" in process.stderr
-    assert not (tmp_path / "none").exists()
