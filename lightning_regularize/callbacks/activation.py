@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_regularize import activations
+from lightning_regularize._rows import wide
 from lightning_regularize._steps.buckets import HALF
 from lightning_regularize._trainer.names import MisconfigurationException
 from lightning_regularize._trainer.strategies import check_activations_are_whole
@@ -294,7 +295,9 @@ class ActivationPenalty(Regularizer):
 
     def _log(self, step: Step, values: Sequence[Tensor]) -> None:
         trainer, device = self.run.trainer, self.run.lightning_module.device
-        here = torch.stack([torch.zeros((), device=device), *[value.to(device).float() for value in values]]).sum()
+        here = torch.zeros((), dtype=wide(device), device=device)
+        for value in values:
+            here += value.to(here)
         # All ranks take part, also one in which none of the modules has run.
         value = trainer.strategy.reduce(here, reduce_op="mean")
         suffix = f" {label}" if (label := self.run.label(step.watch)) else ""

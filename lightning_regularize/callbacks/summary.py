@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 
 from lightning_regularize._checks import check_positive_integer
+from lightning_regularize._sharding import reshard
 from lightning_regularize._trainer import loggers
 from lightning_regularize._trainer.run import steps_per_epoch, total_steps
 from lightning_regularize._trainer.strategies import has_optimizer, model_root
@@ -80,7 +81,9 @@ class RegularizationSummary(Regularizer):
         if self._printed or not has_optimizer(trainer):
             return
         self._printed = True
-        infos = parameter_infos(model_root(trainer, pl_module))
+        root = model_root(trainer, pl_module)
+        reshard(root)  # the sanity check has left other tensors in a root of FSDP2
+        infos = parameter_infos(root)
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         training = Training(infos, trainer.optimizers, callbacks, total_steps(trainer), steps_per_epoch(trainer))
         rows = rows_of(training)  # on every rank: if one alone raised, the others would wait for it
