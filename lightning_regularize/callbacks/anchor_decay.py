@@ -47,20 +47,9 @@ class _Target(NamedTuple):
     importance: Tensor | None = None
 
 
-class _Alike(NamedTuple):
-    """The targets of a group, in columns."""
-
-    parameters: list[nn.Parameter]
-    anchors: list[Any]
-    importance: list[Any]
-
-    def where(self, flags: Sequence[bool]) -> _Alike:
-        """Those whose flag is set, mostly all."""
-        return self if all(flags) else _Alike(*[list(itertools.compress(column, flags)) for column in self])
-
-
-def _arranged(targets: Sequence[_Target]) -> _Alike:
-    return _Alike([t.info.parameter for t in targets], [t.anchor for t in targets], [t.importance for t in targets])
+def _arranged(targets: Sequence[_Target]) -> tuple[list[nn.Parameter], list[Any], list[Any]]:
+    """Their columns: parameters, anchors and importances."""
+    return [t.info.parameter for t in targets], [t.anchor for t in targets], [t.importance for t in targets]
 
 
 class _Moving(NamedTuple):
@@ -171,8 +160,8 @@ class AnchorDecay(Regularizer):
         self._without_anchor: set[str] = set()
         self._targets: Targets[_Target] = Targets(run.infos, self._learn, move=self._move, arrange=_arranged)
         for optimizer in run.optimizers:
-            for group, alike in zip(optimizer.param_groups, self._targets.of(optimizer), strict=True):
-                if alike.parameters and self.method == "decoupled":
+            for group, (parameters, *_) in zip(optimizer.param_groups, self._targets.of(optimizer), strict=True):
+                if parameters and self.method == "decoupled":
                     rate_of(optimizer, group)
         self.warn_if_no_effect(run, infos)
 
@@ -223,7 +212,7 @@ class AnchorDecay(Regularizer):
         return target._replace(info=info) if self.selects(info) else None
 
     def begin(self, run: Run) -> None:
-        if self.anchor == "init" and any(watch.steps for watch in run.watches) and not self._saved.get("anchors"):
+        if self.anchor == "init" and any(run.steps) and not self._saved.get("anchors"):
             self.warn("The checkpoint has no anchor: AnchorDecay takes the weights as they are now.")
         self._phase = "beginning"
         self._targets = Targets(run.infos, self._learn, move=self._move, arrange=_arranged)
@@ -247,17 +236,15 @@ class AnchorDecay(Regularizer):
             return
         self.rounded.begin_step(step)
         of_groups = zip(optimizer.param_groups, self._targets.of(optimizer), strict=True)
-        pulled = [(alike, self._share(step, group)) for group, alike in of_groups if alike.parameters]
+        pulled = [(columns, self._share(step, group)) for group, columns in of_groups if columns[0]]
         for _, share in pulled:  # before any weight changes
             self._check_share(share)
-        for alike, share in pulled:
-            moving = alike.where(will_move(optimizer, alike.parameters))
-            weights = local_pieces(moving.parameters)
-            if self.importance is None:
-                self.rounded.change(functools.partial(pull_, share=share), weights, moving.anchors)
-            else:
-                pull = functools.partial(pull_by_importance_, share=share)
-                self.rounded.change(pull, weights, moving.anchors, moving.importance)
+        for columns, share in pulled:
+            flags = will_move(optimizer, columns[0])
+            moving = columns if all(flags) else [list(itertools.compress(column, flags)) for column in columns]
+            parameters, *others = moving if self.importance is not None else moving[:2]
+            pull = functools.partial(pull_ if self.importance is None else pull_by_importance_, share=share)
+            self.rounded.change(pull, local_pieces(parameters), *others)
 
     def _check_share(self, share: float | Tensor) -> None:
         """Refuse what would pull a weight past its anchor; a rate on the device is not looked at.
@@ -277,9 +264,10 @@ class AnchorDecay(Regularizer):
         """Before the step: how far is each weight from its anchor, and does its gradient call it back?"""
         found: list[tuple[Any, ...]] = []
         strengths = []
-        for group, alike in zip(step.optimizer.param_groups, self._targets.of(step.optimizer), strict=True):
-            gradients = gradients_of(alike.parameters)
-            moving = [row for row in zip(alike.parameters, alike.anchors, gradients, strict=True) if row[2] is not None]
+        of_groups = zip(step.optimizer.param_groups, self._targets.of(step.optimizer), strict=True)
+        for group, (parameters, anchors, _) in of_groups:
+            gradients = gradients_of(parameters)
+            moving = [row for row in zip(parameters, anchors, gradients, strict=True) if row[2] is not None]
             found += moving
             strengths.append((self.run.clock.value(self.schedule, group, step.number) if moving else 0.0, len(moving)))
         if found:
