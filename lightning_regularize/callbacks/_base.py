@@ -192,23 +192,21 @@ class Regularizer(Selective, Work):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """The state of the run stays, for a checkpoint that is saved after it or another ``fit`` that continues it."""
         if stage == "fit":
-            self._kept, self._kept_of = self.state_dict(), ref(pl_module)
-            self._end()
-            self._let_go()
-            self._unbind()
+            self._kept_of = ref(pl_module)
+            self._finish()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Lightning calls no teardown after an exception; other callbacks may still save a checkpoint."""
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             self._end()  # the state may need the other ranks, which need not be here
         else:
-            self._kept = self.state_dict()
-            self._end()
-            self._let_go()
-            self._unbind()
+            self._finish()
 
-    def _unbind(self) -> None:
-        """Lightning has bound these two to the module."""
+    def _finish(self) -> None:
+        self._kept = self.state_dict()
+        self._end()
+        self._let_go()
+        # Lightning has bound these two to the module.
         self.__dict__.pop("log", None)
         self.__dict__.pop("log_dict", None)
 
@@ -304,9 +302,7 @@ class Regularizer(Selective, Work):
         if self.run is not None and self.run.trainer is None:
             if self.rounded is not None:
                 self.rounded.judge()
-            self._kept = self.state_dict()
-            self._end()
-            self._let_go()
+            self._finish()
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
