@@ -253,13 +253,14 @@ def put_back_(tensors: Sequence[Tensor], values: Tensor) -> None:
 
 def refreshed(kept: list[Tensor], tensors: list[Tensor]) -> list[Tensor]:
     """Copies of tensors, in the memory of ``kept``, which are copies from a step before, where it fits."""
-    if tensors and list(map(_kind, tensors)) == list(map(_kind, kept)):
+    if tensors and list(map(form_of, tensors)) == list(map(form_of, kept)):
         torch._foreach_copy_(kept, tensors)
         return kept
     return [tensor.clone() for tensor in tensors]
 
 
-def _kind(tensor: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
+def form_of(tensor: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
+    """What tensors have in common of which one can take the place of another."""
     return tensor.shape, tensor.dtype, tensor.device
 
 

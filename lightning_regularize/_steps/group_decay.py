@@ -52,8 +52,7 @@ class _Row:
 
     def shown(self) -> Any:
         """The value of what decays most by the last schedule."""
-        last = max(self.factors, default=0)
-        return self.values[last] * self.factors[last] if self.factors else 0.0
+        return self.by_schedule()[max(self.factors)] if self.factors else 0.0
 
     def is_written(self) -> bool:
         """Does the group show what was written there last, if it shows anything?"""
@@ -71,7 +70,7 @@ class _Leaf:
 
     def is_of(self, groups: Sequence[dict[str, Any]]) -> bool:
         """Loading a state replaces groups."""
-        return len(self.rows) == len(groups) and all(map(is_, [row.group for row in self.rows], groups))
+        return _are_same([row.group for row in self.rows], groups)
 
 
 class GroupDecay:
@@ -106,7 +105,6 @@ class GroupDecay:
         self._of_parameter: MutableMapping[Tensor, Given] = WeakTensorKeyDictionary()
         self._leaves: WeakKeyDictionary[Any, _Leaf] = WeakKeyDictionary()
         self._groups: list[dict[str, Any]] = []
-        self._ids: list[int] = []
         self._largest: float | None = None  # weight decay given, once it was asked for
         self._is_warned = False
         for group in user_groups(optimizer):
@@ -121,10 +119,9 @@ class GroupDecay:
         """Learn groups that were added, and dictionaries that were replaced; forget those that are gone."""
         optimizer = self._optimizer()
         groups = user_groups(optimizer)
-        ids = list(map(id, groups))
-        if ids == self._ids:
+        if _are_same(groups, self._groups):
             return
-        self._groups, self._ids, self._largest = list(groups), ids, None
+        self._groups, self._largest = list(groups), None
         held = {id(group) for each in (optimizer, *self._leaves) for group in user_groups(each)}
         for key in self._of_group.keys() - held:
             del self._of_group[key]
@@ -265,6 +262,10 @@ class GroupDecay:
             if given.written is not _UNWRITTEN:
                 _set(group, given.original or 0.0)
                 given.written = _UNWRITTEN
+
+
+def _are_same(groups: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]]) -> bool:
+    return len(groups) == len(others) and all(map(is_, groups, others))
 
 
 def _largest(settings: Sequence[tuple[int, float]]) -> dict[int, float]:

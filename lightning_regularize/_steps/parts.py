@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning_regularize._steps.buckets import form_of
 from lightning_regularize._steps.hooks import ATTRIBUTE
 from lightning_regularize._steps.targets import held_by
 
@@ -97,7 +98,7 @@ class Parts:
         self.setting_of = setting_of
         self._divisions: list[_Division] = []
         self._version = -1
-        self._saved: list[list[dict[str, Any]]] = []
+        self._saved: Sequence[list[dict[str, Any]]] = ()
         self.users: tuple[list[dict[str, Any]], dict[str, list[Any]]] | None = None
         """While the parts are shown: the user's groups, and lists with one entry for each of them."""
         self._must_check = True
@@ -130,7 +131,8 @@ class Parts:
             divided = zip(values, self._divisions, strict=True)
             setattr(optimizer, name, [value for value, division in divided for _ in division.parts])
         self.users = groups, per_group
-        checks = self._must_check and not _is_known_to_read_late(optimizer) and not _is_compiled()
+        reads_late = type(optimizer).__module__.startswith("torch.optim.")  # as is known of these
+        checks = self._must_check and not reads_late and not _is_compiled()
         if checks:
             self._watched.append(parts := _WatchedList(parts))
         optimizer.param_groups = parts
@@ -159,7 +161,7 @@ class Parts:
         differing = [_differing(division) for division in self._divisions]
         return differing if any(map(any, differing)) else []
 
-    def load_state_dict(self, state: list[list[dict[str, Any]]]) -> None:
+    def load_state_dict(self, state: Sequence[list[dict[str, Any]]]) -> None:
         """Values of :meth:`state_dict`, to be used when the groups are next divided."""
         self._saved, self._version = state, -1
 
@@ -181,7 +183,7 @@ class Parts:
         self._restore(optimizer)
 
     def _restore(self, optimizer: Optimizer) -> None:
-        saved, self._saved = self._saved, []
+        saved, self._saved = self._saved, ()
         for i, (group, division) in enumerate(zip(optimizer.param_groups, self._divisions, strict=True)):
             if i < len(saved) and len(saved[i]) == len(division.parts):
                 _copy_to_parts(group, division)
@@ -243,14 +245,10 @@ def _set_value(target: dict[str, Any], key: str, value: Any) -> None:
     known = target.get(key)
     if not isinstance(value, Tensor):
         target[key] = type(value)(value) if type(value) in (dict, list) else value
-    elif known is not value and isinstance(known, Tensor) and _is_alike(known, value):
+    elif known is not value and isinstance(known, Tensor) and form_of(known) == form_of(value):
         known.copy_(value)
     else:
         target[key] = value.clone()
-
-
-def _is_alike(a: Tensor, b: Tensor) -> bool:
-    return (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
 
 
 def _differing(division: _Division) -> list[dict[str, Any]]:
@@ -281,10 +279,6 @@ def _inherit(division: _Division, before: _Division, group: dict[str, Any]) -> N
 def _has_one_each(optimizer: Optimizer, name: str) -> bool:
     values = vars(optimizer).get(name)
     return isinstance(values, list) and len(values) == len(optimizer.param_groups)
-
-
-def _is_known_to_read_late(optimizer: Optimizer) -> bool:
-    return type(optimizer).__module__.startswith("torch.optim.")
 
 
 def _is_compiled() -> bool:

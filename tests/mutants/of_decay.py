@@ -178,7 +178,7 @@ MUTANTS = [
     *mutants_of(
         "_steps/buckets.py",
         "tests/test_decay_methods.py::test_cautious_decay_follows_weights_that_are_replaced",
-        ("if tensors and list(map(_kind, tensors)) == list(map(_kind, kept)):", "if tensors and kept:"),
+        ("if tensors and list(map(form_of, tensors)) == list(map(form_of, kept)):", "if tensors and kept:"),
     ),
     *mutants_of(
         "decay_methods.py",
