@@ -141,7 +141,7 @@ class ConstrainedDecay(Regularizer):
         return target if self.selects(info) else None
 
     def begin(self, run: Run) -> None:
-        if any(watch.steps for watch in run.watches) and not self._saved.get("matrices"):
+        if any(run.steps) and not self._saved.get("matrices"):
             bounds = {
                 "start": "are taken of the weights as they are now",
                 "warm_start": f"are taken after step {self.warm_start_steps:,}, or now if that is over",

@@ -211,7 +211,7 @@ class WeightConstraint(Regularizer):
         return moved
 
     def begin(self, run: Run) -> None:
-        is_resumed = any(watch.steps for watch in run.watches)
+        is_resumed = any(run.steps)
         if is_resumed and getattr(self.projection, "relative", False) and not self._saved.get("radii"):
             self.warn(
                 "The checkpoint does not hold the norms at the start of training: WeightConstraint takes its radius "

@@ -125,7 +125,7 @@ class Hyperball(Regularizer):
         return moved
 
     def begin(self, run: Run) -> None:
-        is_resumed = any(watch.steps for watch in run.watches)
+        is_resumed = any(run.steps)
         if is_resumed and not self._saved.get("radii"):
             self.warn(
                 "The checkpoint does not hold the norms at the start of training: Hyperball keeps those that the "

@@ -226,7 +226,7 @@ class WeightNormMonitor(Regularizer):
             self._origin = Start(saved, in_bfloat16=self.start_in_bfloat16)
             self._of_start: dict[int, Table] = {}  # what was looked at, by the index of an optimizer
             missing = [name for watch in run.watches for name in self._keep_start(watch)]
-            if missing and any(watch.steps for watch in run.watches):
+            if missing and any(run.steps):
                 self.warn(
                     f"WeightNormMonitor finds no start of {len(missing)} weights such as {missing[0]!r} in the "
                     "checkpoint: their `distance` is from where they are now."

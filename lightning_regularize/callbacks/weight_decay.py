@@ -250,11 +250,11 @@ class WeightDecay(Regularizer):
         for watch, saved in zip(run.watches, given, strict=False):
             self._groups_of(watch.optimizer).restore(saved)
         saved = self._saved.get("parts", [])
-        self._misses_parts = not saved and any(watch.steps for watch in run.watches)
+        self._misses_parts = not saved and any(run.steps)
         leaves = [leaf for watch in run.watches for leaf in watch.leaves]
         self._check_groups_decay(run)
         for i, leaf in enumerate(leaves):
-            self._install_parts(leaf, saved[i] if i < len(saved) else [])
+            self._install_parts(leaf, saved[i] if i < len(saved) else ())
         self.show_next()
 
     def _groups_of(self, optimizer: Any) -> GroupDecay:
@@ -274,7 +274,7 @@ class WeightDecay(Regularizer):
     def _settings_of(self, optimizer: Any) -> list[list[Setting]]:
         return [[decision.setting for decision in decisions] for decisions in self._targets.of(optimizer)]
 
-    def _install_parts(self, leaf: Optimizer, saved: list[list[dict[str, Any]]] | None = None) -> None:
+    def _install_parts(self, leaf: Optimizer, saved: Sequence[list[dict[str, Any]]] = ()) -> None:
         has_decay = any("weight_decay" in group for group in leaf.param_groups)
         has_twin = self._twin is not None and self._twin.optimizer is leaf
         if not self.decay_method.uses_optimizer or not has_decay or has_twin:
@@ -284,9 +284,8 @@ class WeightDecay(Regularizer):
             raise MisconfigurationException(f"Two WeightDecay act on a {type(leaf).__name__}: use one, with `factors`.")
         find = self._targets.find
         hooks.parts = Parts(lambda parameter: decision.setting if (decision := find(parameter)) else NO_DECAY)
+        hooks.parts.load_state_dict(saved)
         self._parts[leaf] = hooks.parts
-        if saved:
-            hooks.parts.load_state_dict(saved)
 
     # -- training ------------------------------------------------------------------------------------------------------
 
