@@ -69,7 +69,7 @@ class Frobenius(Penalty):
         weight.mul_((1 - threshold / weight.norm()).clamp_min(0))
 
 
-STEPS = 6  # 2 epochs of 3 batches
+STEPS = 4  # 2 epochs of 2
 TOTAL = 4  # samples of a batch, over all processes
 
 
@@ -248,7 +248,7 @@ def fit(rank, world_size, row, column, dtype, accumulate=1):
     row, column = ROWS[row], COLUMNS[column]
     module = row.module().build(column, dtype)
     logger, weights, printed = Kept(), Weights(), io.StringIO()
-    data = Share(rank // column.tensor_parallel, column.data_parallel, dtype)
+    data = Share(rank // column.tensor_parallel, column.data_parallel, dtype, STEPS // 2 * accumulate)
     trainer = make_trainer(
         *row.callbacks(),
         weights,
@@ -313,7 +313,7 @@ def deepspeed(stage):
 
 def shard(module, mesh=None):
     mesh = module.device_mesh["data_parallel"] if mesh is None else mesh
-    for layer in (module.embed, module.norm, module.hidden, module.output, module):
+    for layer in (module.hidden, module.output, module):  # some in units of their own, the others in that of the root
         fully_shard(layer, mesh=mesh)
 
 
@@ -466,7 +466,7 @@ ROWS = {
     "NM": Row("`WeightConstraint(NM)`", lambda: [WeightConstraint(NM(2, 4), include=("output.weight",))]),
     "TopShare": Row(
         "`WeightConstraint(TopShare)` with a schedule and frozen zeros",
-        lambda: [WeightConstraint(TopShare(CubicRamp(1.0, 0.5, until=4)), freeze_zeros=5)],
+        lambda: [WeightConstraint(TopShare(CubicRamp(1.0, 0.5, until=2)), freeze_zeros=3)],
     ),
     "TopShare of all": Row(
         '`WeightConstraint(TopShare(scope="all"))`', lambda: [WeightConstraint(TopShare(Linear(1.0, 0.4), "all"))]
