@@ -140,7 +140,9 @@ class StepHooks:
 
         Raises:
             UnsupportedOptimizerError: The optimizer looks something up by the number of a part, as if it were a group.
-            LookupError: The optimizer's own.
+            LookupError: The optimizer's own, as are the others.
+            ValueError: Likewise.
+            AttributeError: Likewise.
         """
         if not self._handles or self._in_shadow:
             return step(*args, **kwargs)
@@ -151,8 +153,9 @@ class StepHooks:
         self._in_shadow = self.is_stepping = True
         try:
             return step(*args, **kwargs)
-        except LookupError as error:
-            if self.parts is None or self.parts.users is None:
+        except (LookupError, ValueError, AttributeError) as error:  # of a list, zip, setattr
+            users = None if self.parts is None else self.parts.users
+            if users is None or len(users[0]) == len(optimizer.param_groups):
                 raise
             raise self._watches[0].work.error(
                 f"{type(optimizer).__name__} failed while its groups were shown in parts: {error}. If it keeps a list "
@@ -224,9 +227,9 @@ class StepHooks:
                 self._clean_up(optimizer)
         if self.parts is not None and self.parts.were_ignored():
             raise self._watches[0].work.error(
-                f"{type(optimizer).__name__} reads its parameter groups before its closure returns or its step begins, "
-                "so that excluded weights have decayed as well: use WeightDecay(..., method='decoupled'), which decays "
-                "by itself."
+                f"{type(optimizer).__name__} does not read its parameter groups, or not all of them, in its step after "
+                "its closure has returned, so that excluded weights have decayed as well, or were left alone: use "
+                "WeightDecay(..., method='decoupled'), which decays by itself."
             )
 
     def _show_parts(self, optimizer: Optimizer) -> None:

@@ -20,7 +20,7 @@ from lightning_regularize._steps.hooks import ATTRIBUTE
 from lightning_regularize._steps.targets import held_by
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from torch import nn
     from torch.optim import Optimizer
@@ -134,6 +134,8 @@ class Parts:
         reads_late = type(optimizer).__module__.startswith("torch.optim.")  # as is known of these
         checks = self._must_check and not reads_late and not _is_compiled()
         if checks:
+            for part in parts:
+                part["params"] = _WatchedList.of(part["params"])
             self._watched.append(parts := _WatchedList(parts))
         optimizer.param_groups = parts
 
@@ -149,12 +151,24 @@ class Parts:
         optimizer.param_groups = groups
 
     def were_ignored(self) -> bool:
-        """Has the optimizer read none of the parts in the step that has ended? Asked of one step."""
+        """Has the optimizer left some parts unread in the step that has ended? Asked of the first that reads any.
+
+        One that keeps lists for its groups reads as many parts as it has groups, and may leave out a group as a whole.
+        """
         watched, self._watched = self._watched, []
         if not watched:
             return False
-        self._must_check = False
-        return not any(parts.was_read for parts in watched)
+        to_the_end = any(parts.was_finished for parts in watched)
+        of_groups = []
+        for division in self._divisions:
+            # Another list is one that the optimizer has made of what it has read.
+            of_groups.append([getattr(p["params"], "was_read", True) for p in division.parts if p["params"]])
+            for part in division.parts:
+                part["params"] = list(part["params"])
+        self._must_check = to_the_end and not any(map(any, of_groups))  # an optimizer may do nothing in some steps
+        if self._must_check:
+            return False
+        return any(not all(were_read) and (any(were_read) or not to_the_end) for were_read in of_groups)
 
     def state_dict(self) -> list[list[dict[str, Any]]]:
         """For each group the values of its parts, of keys in which they differ; empty if none does."""
@@ -193,24 +207,36 @@ class Parts:
 
 
 class _WatchedList(list[Any]):
-    """A list that knows whether somebody has read it."""
+    """A list that knows whether somebody has read items of it, and whether to its end."""
 
-    was_read = False
+    was_read = was_finished = False
 
+    @classmethod
+    def of(cls, values: list[Any]) -> _WatchedList:
+        """The list itself, if it is watched."""
+        return values if isinstance(values, cls) else cls(values)
 
-def _reading(name: str) -> Callable[..., Any]:
-    """A method of lists that notes that it was called."""
-    method = getattr(list, name)
-
-    def read(self: _WatchedList, *args: Any) -> Any:
+    def __iter__(self) -> Iterator[Any]:
         self.was_read = True
-        return method(self, *args)
+        yield from super().__iter__()
+        self.was_finished = True
 
-    return read
+    def __reversed__(self) -> Iterator[Any]:
+        return iter(self.copy()[::-1])
 
+    def __getitem__(self, place: Any) -> Any:
+        self.was_read = True
+        self.was_finished |= isinstance(place, slice) or place in (-1, len(self) - 1)
+        return super().__getitem__(place)
 
-for _name in ("__iter__", "__getitem__", "__len__", "__reversed__", "__add__", "copy"):
-    setattr(_WatchedList, _name, _reading(_name))
+    def __add__(self, others: Any) -> Any:
+        return self.copy() + others
+
+    def __radd__(self, others: Any) -> Any:
+        return others + self.copy()
+
+    def copy(self) -> list[Any]:
+        return list(self)
 
 
 def _part(group: dict[str, Any], places: list[int]) -> dict[str, Any]:

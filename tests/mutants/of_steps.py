@@ -90,7 +90,12 @@ MUTANTS = [
     *mutants_of(
         "_steps/hooks.py",
         "tests/steps/test_hooks.py::test_one_entry_for_each_group_is_told_what_to_do",
-        ("except LookupError as error:", "except ZeroDivisionError as error:"),
+        ("except (LookupError, ValueError, AttributeError) as error:", "except LookupError as error:"),
+    ),
+    *mutants_of(
+        "_steps/hooks.py",
+        "tests/steps/test_hooks.py::test_an_error_of_an_optimizer_without_parts_stays_its_own",
+        ("if users is None or len(users[0]) == len(optimizer.param_groups):", "if users is None:"),
     ),
     *mutants_of(
         "_steps/hooks.py",
@@ -134,7 +139,24 @@ MUTANTS = [
     *mutants_of(
         "_steps/parts.py",
         "tests/training/test_groups_stay.py::test_an_optimizer_that_reads_its_groups_before_the_closure_is_refused_in_its_first_step",
-        ("return not any(parts.was_read for parts in watched)", "return False"),
+        ("return any(not all(were_read) and", "return False and any(not all(were_read) and"),
+    ),
+    *mutants_of(
+        "_steps/parts.py",
+        "tests/steps/test_parts.py::test_an_optimizer_that_leaves_parts_unread_is_an_error",
+        ("return any(not all(were_read) and (any(were_read) or not to_the_end)", "return any(not any(were_read)"),
+        ("(any(were_read) or not to_the_end)", "any(were_read)"),
+    ),
+    *mutants_of(
+        "_steps/parts.py",
+        "tests/steps/test_parts.py::test_an_optimizer_that_only_looks_at_its_groups_in_its_first_step_is_asked_in_the_next",
+        ("to_the_end and not any(map(any, of_groups))", "False"),
+    ),
+    *mutants_of(
+        "_steps/parts.py",
+        "tests/steps/test_parts.py::test_what_an_optimizer_leaves_alone_is_its_own_affair",
+        ("(any(were_read) or not to_the_end)", "True"),
+        ("        return others + self.copy()", "        return others + []"),
     ),
     *mutants_of(
         "_steps/parts.py",

@@ -1398,7 +1398,27 @@ class RatesByNumber(RatesInAList):
         return dict(enumerate(rates))
 
 
-@pytest.mark.parametrize("cls", [RatesInAList, RatesInATuple, RatesByNumber])
+class RatesPaired(RatesInAList):
+    def step(self, closure=None):
+        for group, rate in zip(self.param_groups, self.rates, strict=True):
+            group["lr"] = rate
+        return optim.SGD.step(self, closure)
+
+
+class RatesByName(RatesInAList):
+    """In an attribute for each group."""
+
+    def keep(self, rates):
+        for i, rate in enumerate(rates):
+            setattr(self, f"rate{i}", rate)
+
+    def step(self, closure=None):
+        for i, group in enumerate(self.param_groups):
+            group["lr"] = getattr(self, f"rate{i}")
+        return optim.SGD.step(self, closure)
+
+
+@pytest.mark.parametrize("cls", [RatesInAList, RatesInATuple, RatesByNumber, RatesPaired, RatesByName])
 def test_one_entry_for_each_group_is_told_what_to_do(cls):
     net = Net()
     optimizer = cls(net.parameters())
@@ -1411,12 +1431,14 @@ def test_one_entry_for_each_group_is_told_what_to_do(cls):
         train(net, optimizer, ())
 
 
-def test_an_error_of_an_optimizer_without_parts_stays_its_own():
+@pytest.mark.parametrize("callback", [L1Penalty(0.1), WeightDecay(0.1, exclude=())], ids=["L1", "as many parts"])
+@pytest.mark.parametrize("error", [IndexError, ValueError, AttributeError])
+def test_an_error_of_an_optimizer_without_parts_stays_its_own(error, callback):
     class Empty(optim.SGD):
         def step(self, closure=None):
-            raise IndexError("mine")
+            raise error("mine")
 
     net = Net()
     optimizer = Empty(net.parameters(), lr=0.1)
-    with L1Penalty(0.1).attach(optimizer, net), pytest.raises(IndexError, match=r"^mine$"):
+    with callback.attach(optimizer, net), pytest.raises(error, match=r"^mine$"):
         train(net, optimizer, ())

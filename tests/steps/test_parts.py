@@ -3,6 +3,7 @@
 import copy
 import functools
 import itertools
+import operator
 import pickle
 import re
 import types
@@ -1005,11 +1006,28 @@ class EarlyAndLate(Early):
         return loss
 
 
+class RateOnly(Plain):
+    """Reads the rate of its first group, and has all parameters and their groups in a list of its own."""
+
+    def __init__(self, params, **options):
+        super().__init__(params, **options)
+        self.held = [(p, group) for group in self.param_groups for p in group["params"]]
+
+    def step(self, closure=None):
+        loss = None if closure is None else closure()
+        lr = self.param_groups[0]["lr"]
+        with torch.no_grad():
+            for p, group in self.held:
+                p.sub_(lr * (p.grad + group["weight_decay"] * p))
+        return loss
+
+
 @pytest.mark.parametrize(
     ("cls", "step"),
     [
         *itertools.product([Early, EarlyWithAFlatList], [step_by_position]),
-        *itertools.product([EarlyInItsConstructor, Hidden], [step_by_position, plain_step]),
+        (EarlyAndLate, step_by_position),
+        *itertools.product([EarlyInItsConstructor, Hidden, RateOnly], [step_by_position, plain_step]),
     ],
 )
 def test_an_optimizer_that_reads_its_groups_too_early_is_an_error(cls, step):
@@ -1018,7 +1036,7 @@ def test_an_optimizer_that_reads_its_groups_too_early_is_an_error(cls, step):
     layout = Layout(optimizer)
     decay().attach(optimizer, net)
     with pytest.raises(
-        MisconfigurationException, match=rf"{cls.__name__} reads its parameter groups.*method='decoupled'"
+        MisconfigurationException, match=rf"{cls.__name__} does not read its parameter groups.*method='decoupled'"
     ):
         step(optimizer, functools.partial(net.loss, 0))
     layout.check()
@@ -1030,6 +1048,7 @@ READ = {
     "by number": lambda groups: [groups[i] for i in (0, -1)],
     "backwards": reversed,
     "with others": lambda groups: groups + NO_OTHERS,
+    "in pieces": lambda groups: groups[:1] + groups[1:],
     "in a copy": lambda groups: groups.copy(),
 }
 
@@ -1050,6 +1069,119 @@ def test_groups_may_be_read_in_any_way(read, step):
     decay().attach(optimizer, net)
     found = train(net, optimizer, step=step)
     assert_identical(found, train(twin, hand_made, factors=(1.0, 0.0), step=step))
+
+
+class Paired(Plain):
+    """Has a list with one entry for each group, and reads as many groups as that has entries."""
+
+    def __init__(self, params, **options):
+        super().__init__(params, **options)
+        self.numbers = list(range(len(self.param_groups)))
+
+    def step(self, closure=None):
+        loss = None if closure is None else closure()
+        with torch.no_grad():
+            for group, number in self.pairs():
+                self.update(group, number)
+        return loss
+
+
+PAIRS = {
+    "zip": lambda groups, numbers: zip(groups, numbers, strict=False),
+    "zip, the other way": lambda groups, numbers: ((g, i) for i, g in zip(numbers, groups, strict=False)),
+    "one by one": lambda groups, numbers: ((groups[i], i) for i in numbers),
+}
+
+
+@pytest.mark.parametrize("sizes", [[6], [4, 2], [2, 4]], ids=["one", "the first is split", "the second is split"])
+@pytest.mark.parametrize("pairs", PAIRS.values(), ids=PAIRS)
+def test_an_optimizer_that_leaves_parts_unread_is_an_error(pairs, sizes):
+    class Pairing(Paired):
+        def pairs(self):
+            return pairs(self.param_groups, self.numbers)
+
+    net = Net()
+    parameters = iter(net.parameters())
+    optimizer = Pairing([{"params": [next(parameters) for _ in range(size)]} for size in sizes])
+    layout = Layout(optimizer)
+    decay().attach(optimizer, net)
+    with pytest.raises(MisconfigurationException, match=r"Pairing does not read.* or not all of them.*'decoupled'"):
+        plain_step(optimizer, functools.partial(net.loss, 0))
+    layout.check()
+
+
+def test_an_optimizer_that_only_looks_at_its_groups_in_its_first_step_is_asked_in_the_next():
+    class Waiting(Paired):
+        is_first = True
+
+        def pairs(self):
+            is_first, self.is_first = self.is_first, False
+            rates = [group["lr"] for group in self.param_groups]
+            return [] if is_first else zip(self.param_groups, rates[:1], strict=False)
+
+    net = Net()
+    optimizer = Waiting(net.parameters())
+    decay().attach(optimizer, net)
+    plain_step(optimizer, functools.partial(net.loss, 0))
+    with pytest.raises(MisconfigurationException, match="Waiting does not read"):
+        plain_step(optimizer, functools.partial(net.loss, 1))
+
+
+class Resting(Plain):
+    """Does nothing in each first step of two."""
+
+    count = 0
+
+    def step(self, closure=None):
+        loss = None if closure is None else closure()
+        self.count += 1
+        with torch.no_grad():
+            for i, group in enumerate(self.param_groups):
+                if self.count % 2 == 0:
+                    self.update(group, i)
+        return loss
+
+
+class Skipping(Plain):
+    """Leaves the last group alone, whose parameters something else may step."""
+
+    def step(self, closure=None):
+        loss = None if closure is None else closure()
+        with torch.no_grad():
+            for i, group in enumerate(self.param_groups):
+                if group.get("steps", True):
+                    self.update(group, i)
+        return loss
+
+
+class Chaining(Plain):
+    """Puts the parameters of all groups into one list."""
+
+    def step(self, closure=None):
+        loss = None if closure is None else closure()
+        params = functools.reduce(operator.add, (group["params"] for group in self.param_groups), [])
+        decays = [group["weight_decay"] for group in self.param_groups for _ in group["params"]]
+        with torch.no_grad():
+            for p, weight_decay in zip(params, decays, strict=True):
+                if p.grad is not None:
+                    p.sub_(0.1 * (p.grad + weight_decay * p))
+        return loss
+
+
+@pytest.mark.parametrize("step", [step_by_position, plain_step])
+@pytest.mark.parametrize("cls", [Resting, Skipping, Chaining])
+def test_what_an_optimizer_leaves_alone_is_its_own_affair(cls, step):
+    net, twin, last, last_of_twin = Net(), Net(), nn.Linear(2, 2), nn.Linear(2, 2)
+    last_of_twin.load_state_dict(last.state_dict())
+    both, skipped = nn.ModuleList([net, last]), {"weight_decay": 0.0, "steps": False}
+    optimizer = cls([{"params": list(net.parameters())}, {"params": list(last.parameters()), **skipped}])
+    hand_made = cls([*split(twin), {"params": list(last_of_twin.parameters()), **skipped}])
+    for module in (last, last_of_twin):
+        for p in module.parameters():
+            p.grad = torch.zeros_like(p)
+    decay().attach(optimizer, both)
+    found = train(net, optimizer, step=step)
+    assert_identical(found, train(twin, hand_made, factors=(1.0, 0.0, 0.0), step=step))
 
 
 @pytest.mark.parametrize("cls", [Early, EarlyWithAFlatList])
