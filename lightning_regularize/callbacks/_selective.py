@@ -96,19 +96,29 @@ class Selective(Described):
         why = "all parameters that it is for are frozen" if frozen else "no optimizer trains a parameter that it is for"
         self.warn(f"{type(self).__name__} has no effect as long as {why}: {[info.name for info in infos[:5]]}.")
 
-    def warn_if_moved_later(self, run: Run, consequence: str) -> None:
-        """Warn of optimizers that move weights after each step of the one in them, which is what a callback sees.
+    def warn_if_moved_later(self, run: Run, consequence: str, *, is_followed: bool = False) -> None:
+        """Warn of optimizers that move weights once more, after the step that a callback sees.
 
         Args:
             run: The run.
             consequence: What this means: "zeros do not last".
+            is_followed: Does the callback act again after an optimizer that steps by another one?
         """
         for optimizer in run.optimizers:
-            if is_named(optimizer, "Lookahead", "TRAC"):
+            if is_named(optimizer, "Lookahead", "TRAC") and not is_followed:
                 self.warn(
                     f"{type(self).__name__}: {type(optimizer).__name__} moves weights after each step of the optimizer "
                     f"in it, so that {consequence}. Use the optimizer in it by itself."
                 )
+            for each in (optimizer, *stepping_optimizers(optimizer)):
+                # Schedule-free optimizers evaluate at averages, and put these in place of the weights. That of
+                # accelerate has the two methods whatever it holds.
+                has_both = callable(getattr(each, "eval", None)) and callable(getattr(each, "train", None))
+                if has_both and not is_named(each, "AcceleratedOptimizer"):
+                    self.warn(
+                        f"{type(self).__name__}: {type(each).__name__} has other weights for evaluation, which its "
+                        f"`eval()` puts in place, so that {consequence}. Use an optimizer without `eval()`."
+                    )
 
     def units(
         self, info: ParameterInfo, dim: int | Sequence[int] | None, argument: str

@@ -166,8 +166,8 @@ class WeightConstraint(Regularizer):
         check_weights_are_the_optimizers(run.trainer, "WeightConstraint")
         infos = self.select(run, "nothing to constrain")
         self.warn_if_no_effect(run, infos)
-        if run.trainer is None:  # only a Trainer says when a batch ends
-            self.warn_if_moved_later(run, "the constraint does not hold behind it")
+        # Only a Trainer says when a batch ends.
+        self.warn_if_moved_later(run, "the constraint does not hold for them", is_followed=run.trainer is not None)
         self._sharding, self._has_begun = run.sharding(), False
         self._bound: Tensor | None = None
         self._is_checked = False

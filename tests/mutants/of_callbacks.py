@@ -37,7 +37,17 @@ MUTANTS = [
     *mutants_of(
         "callbacks/_selective.py",
         "tests/training/test_constraints.py::test_what_does_not_last_under_lookahead_is_told",
-        ('if is_named(optimizer, "Lookahead", "TRAC"):', "if False:"),
+        ('if is_named(optimizer, "Lookahead", "TRAC") and not is_followed:', "if False:"),
+    ),
+    *mutants_of(
+        "callbacks/_selective.py",
+        "tests/training/test_constraints.py::test_an_optimizer_that_has_other_weights_for_evaluation_is_told",
+        ("for each in (optimizer, *stepping_optimizers(optimizer)):", "for each in (optimizer,):"),
+    ),
+    *mutants_of(
+        "callbacks/_selective.py",
+        "tests/training/test_constraints.py::test_the_optimizer_of_accelerate_has_no_other_weights",
+        ('if has_both and not is_named(each, "AcceleratedOptimizer"):', "if has_both:"),
     ),
     *mutants_of(
         "callbacks/penalty.py",

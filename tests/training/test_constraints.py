@@ -677,3 +677,73 @@ def test_in_a_loop_of_ones_own_a_constraint_is_left_to_the_loop_and_says_so():
         WeightConstraint(UnitNorm()).attach(optimizer, module),
     ):
         pass
+
+
+class Averaging(SGD):
+    """As schedule-free optimizers, it has averages for evaluation."""
+
+    def step(self, closure=None):
+        loss = super().step(closure)
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p].setdefault("mean", torch.full_like(p, 9.0))
+        return loss
+
+    def exchange(self):
+        for p in (p for group in self.param_groups for p in group["params"]):
+            p.data, self.state[p]["mean"] = self.state[p]["mean"], p.data
+
+    eval = train = exchange
+
+
+class Around(torch.optim.Optimizer):
+    """The averages are those of the optimizer in it."""
+
+    def __init__(self, inner):
+        self.inner, self.param_groups, self.state = inner, inner.param_groups, inner.state
+        self.defaults = inner.defaults
+
+    def step(self, closure=None):
+        return self.inner.step(closure)
+
+    def zero_grad(self, set_to_none=True):
+        self.inner.zero_grad(set_to_none)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [Averaging, lambda parameters, **options: Around(Averaging(parameters, **options))],
+    ids=["by itself", "in another one"],
+)
+@pytest.mark.parametrize(
+    ("callback", "consequence"),
+    [
+        (lambda: WeightConstraint(MaxNorm(0.5)), "the constraint does not hold for them"),
+        (Hyperball, "norms are not kept"),
+        (lambda: L1Penalty(0.1, method="proximal"), "zeros do not last"),
+    ],
+    ids=["constraint", "Hyperball", "proximal"],
+)
+def test_an_optimizer_that_has_other_weights_for_evaluation_is_told(callback, consequence, make):
+    message = rf"^\w+: \w+ has other weights for evaluation, .*`eval\(\)`.* so that {consequence}\. Use"
+    module = Regression(lambda parameters: make(parameters, lr=0.1))
+    with pytest.warns(UserWarning, match=message):
+        make_trainer(callback(), max_epochs=1).fit(module, Batches())
+    optimizer = make(module.parameters(), lr=0.1)
+    with pytest.warns(UserWarning, match=message), callback().attach(optimizer, module):
+        pass
+
+
+class AcceleratedOptimizer(Around):
+    """As accelerate's: has both methods, whatever it holds."""
+
+    def exchange(self):
+        """There is nothing to exchange."""
+
+    eval = train = exchange
+
+
+def test_the_optimizer_of_accelerate_has_no_other_weights():
+    module = Regression()
+    with WeightConstraint(MaxNorm(0.5)).attach(AcceleratedOptimizer(sgd(module.parameters())), module):
+        pass
