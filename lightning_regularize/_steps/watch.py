@@ -72,9 +72,13 @@ class Watch:
         """The number of the present or next step of one optimizer that steps."""
         return self._steps[leaf] if self._position is None else self._position()
 
+    def holds(self, optimizer: Any) -> bool:
+        """Is it the optimizer that the training loop knows, or known to step for that?"""
+        return optimizer is self.optimizer or any(optimizer is leaf for leaf in self.leaves)
+
     def follow(self, optimizer: Any) -> None:
-        """``optimizer`` is about to step: look for inner optimizers that were made anew."""
-        if optimizer is self.optimizer:
+        """``optimizer`` is about to step: look for inner optimizers that were made anew, and may be this one."""
+        if optimizer is self.optimizer or not self.holds(optimizer):
             self.refresh()
 
     def refresh(self) -> None:

@@ -78,13 +78,12 @@ class TrainerRun(Run):
         add_follower(self)
 
     def follow(self, optimizer: Any) -> None:
-        """An optimizer is about to step: the Trainer may have got it after the batch began."""
+        """An optimizer is about to step: the Trainer may have got it, or one that holds it, after the batch began."""
         for watch in self.watches:
-            if watch.optimizer is optimizer:
-                watch.refresh()
+            if watch.holds(optimizer):
+                watch.follow(optimizer)
                 return
-        if any(each is optimizer for each in self.optimizers):
-            self.refresh()
+        self.refresh()
 
     def refresh(self) -> None:
         """Watch the optimizers that the Trainer has now; one that replaces another goes on with its count."""

@@ -536,17 +536,44 @@ def test_the_gradient_of_a_penalty_is_refused_by_an_optimizer_that_climbs(name):
     assert_identical_weights(run.witness.last, run.witness.found[-1])
 
 
+class Around(torch.optim.Optimizer):
+    """Steps by another optimizer. Hooks of its own are never called."""
+
+    def __init__(self, inner):
+        self.use(inner)
+
+    def use(self, inner):
+        self.inner, self.param_groups, self.state, self.defaults = inner, inner.param_groups, {}, inner.defaults
+
+    def step(self, closure=None):
+        return self.inner.step(closure)
+
+    def zero_grad(self, set_to_none=True):
+        self.inner.zero_grad(set_to_none)
+
+
+EXCHANGES = {
+    "by itself": (lambda new: new, lambda optimizer, new: new),
+    "in another one": (Around, lambda optimizer, new: Around(new)),
+    "in the same one": (Around, lambda optimizer, new: optimizer.use(new)),
+}
+
+
+@pytest.mark.parametrize("place", [BATCH_START, PLACES["module, on_train_batch_end"]], ids=["start", "end"])
+@pytest.mark.parametrize("exchange", EXCHANGES)
 @pytest.mark.parametrize("peak", [0.1, 0.4], ids="lr {}".format)
-def test_the_optimizers_own_decay_has_the_groups_of_the_new_optimizer(peak):
+def test_the_optimizers_own_decay_has_the_groups_of_the_new_optimizer(peak, exchange, place):
     """Bit for bit as by hand-made groups, with AdamW's own decoupled decay."""
+    wrap, put = EXCHANGES[exchange]
 
     def made(*params):
         return torch.optim.AdamW(params, lr=peak, amsgrad=True)
 
     def change(module, optimizer):
-        return made(*module.parameters())
+        return put(optimizer, made(*module.parameters()))
 
-    run = Run([], {4: change}, callbacks=[WeightDecay(Linear(0.3, 0.1))], make_optimizer=lambda p: made(*p)).fit()
+    callbacks = [WeightDecay(Linear(0.3, 0.1))]
+    run = Run([], {4: change}, place, callbacks=callbacks, make_optimizer=lambda p: wrap(made(*p))).fit()
     twin = Model()
 
     def split():
