@@ -10,6 +10,7 @@ from weakref import ref
 import torch
 import torch.distributed as dist
 
+from lightning_regularize._checks import named_errors
 from lightning_regularize._steps.clock import Clock
 from lightning_regularize._steps.hooks import Step, UnsupportedOptimizerError, Work
 from lightning_regularize._steps.run import Attachment, LoopRun, Run
@@ -277,13 +278,12 @@ class Regularizer(Selective, Work):
         """
         if not self.acts_on_steps:
             raise TypeError(f"{type(self).__name__} needs a Trainer: it does nothing around optimizer steps.")
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(f"`optimizer` should be a torch.optim.Optimizer, got {type(optimizer).__name__}.")
-        if not isinstance(module, torch.nn.Module):
-            raise TypeError(f"`module` should be a torch.nn.Module, got {type(module).__name__}.")
+        with named_errors(f"{type(self).__name__}.attach"):
+            _check_attached(optimizer, module, position)
+            given = check_total_steps(total_steps)
         if self.run is not None and not self.run.is_over:
             raise RuntimeError(f"{type(self).__name__} is in use already: remove() it first, or make another one.")
-        horizon = check_total_steps(total_steps) or self.arguments.get("total_steps") or math.inf
+        horizon = given or self.arguments.get("total_steps") or math.inf
         self._check_horizon(horizon, ValueError, "give `total_steps`")
         self._let_go()
         self.run = run = LoopRun(optimizer, module, Clock(horizon, type(self).__name__), self, position)
@@ -320,7 +320,14 @@ class Regularizer(Selective, Work):
 
         Raises:
             ValueError: The state is damaged.
+            RuntimeError: The callback is attached, and has begun without this state.
         """
+        if self.run is not None and self.run.trainer is None and not self.run.is_over:
+            name = type(self).__name__
+            raise RuntimeError(
+                f"{name} is attached, and has begun without this state, which would have no effect: load it before "
+                "`attach`, under accelerate by `load_state` before `attach`, or remove() the callback first."
+            )
         layouts = {"steps": [COUNT], "peaks": [[NUMBER]], **self.state_layouts}
         check_state(type(self).__name__, state_dict, layouts)
         self._saved = dict(state_dict)
@@ -382,6 +389,31 @@ class Regularizer(Selective, Work):
                 f"{type(self).__name__}: training has ended after {most:,} steps of {horizon:,.0f}, before "
                 f"{ending[0]!r} has reached its end. Give `total_steps`, if this is not on purpose."
             )
+
+
+def _check_attached(optimizer: object, module: object, position: object) -> None:
+    """Refuse what :meth:`Regularizer.attach` cannot work with.
+
+    Raises:
+        TypeError: An argument is something else than it should be.
+    """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        instead = ""
+        if isinstance(optimizer, torch.nn.Module):
+            instead = " Write attach(optimizer, module)."
+        elif isinstance(optimizer, (list, tuple, dict)) and len(optimizer):
+            instead = " Attach to each of several optimizers a callback of its own."
+        elif isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):  # of a scheduler
+            instead = " Give the `optimizer` of that."
+        found = optimizer.__name__ if isinstance(optimizer, type) else type(optimizer).__name__
+        raise TypeError(f"`optimizer` should be a torch.optim.Optimizer, got {found}.{instead}")
+    if not isinstance(module, torch.nn.Module):
+        raise TypeError(f"`module` should be a torch.nn.Module, got {type(module).__name__}.")
+    if position is not None and not callable(position):
+        raise TypeError(
+            f"`position` should be a function that returns the number of the present step, got {position!r}. Write "
+            "position=lambda: step."
+        )
 
 
 def _last_of(callbacks: Sequence[Any]) -> Regularizer:

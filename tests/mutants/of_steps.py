@@ -103,6 +103,16 @@ MUTANTS = [
         ("if self._depth > 0:\n            return", "if False:\n            return"),
     ),
     *mutants_of(
+        "_steps/watch.py",
+        "tests/training/test_attach.py::test_an_inner_optimizer_that_replaces_another_one_acts_from_its_first_step",
+        ("if optimizer is self.optimizer or not self.holds(optimizer):", "if optimizer is self.optimizer:"),
+    ),
+    *mutants_of(
+        "_trainer/run.py",
+        "tests/training/test_changes_in_mid_run.py::test_the_optimizers_own_decay_has_the_groups_of_the_new_optimizer",
+        ("                return\n        self.refresh()", "                return"),
+    ),
+    *mutants_of(
         "_steps/parts.py",
         "tests/training/test_optimizers.py::test_factors_equal_hand_made_groups_bit_for_bit",
         ("own = value[schedule] * factor if", "own = value[schedule] if"),

@@ -9,6 +9,7 @@ import copy
 import functools
 import gc
 import math
+import re
 import weakref
 
 import lightning.pytorch as L
@@ -426,6 +427,65 @@ def test_a_plain_loop_goes_on_from_its_state(name, attach_first, tmp_path):
     assert_identical_weights(weights(resumed.model), expected(name))
 
 
+@each
+def test_a_state_that_comes_too_late_is_an_error(name):
+    state = Loop(name).train(end=5).state()["callback"]
+    loop = Loop(name)
+    with pytest.raises(RuntimeError, match=rf"^{type(loop.callback).__name__} is attached, .* load it before `attach`"):
+        loop.callback.load_state_dict(state)
+    loop.attachment.remove()
+    loop.callback.load_state_dict(state)
+
+
+class Around(torch.optim.Optimizer):
+    """Steps by another optimizer. Hooks of its own are never called."""
+
+    def __init__(self, inner):
+        self.use(inner)
+
+    def use(self, inner):
+        self.inner, self.param_groups, self.state, self.defaults = inner, inner.param_groups, {}, inner.defaults
+
+    def step(self, closure=None):
+        return self.inner.step(closure)
+
+
+@pytest.mark.parametrize("has_closure", [False, True])
+def test_an_inner_optimizer_that_replaces_another_one_acts_from_its_first_step(has_closure):
+    model, twin = Net().build(), Net().build()
+    kept = [name for name, p in twin.named_parameters() if p.ndim > 1]
+
+    def made(side, groups):
+        by_hand = [
+            {"params": [p for n, p in side.named_parameters() if (n in kept) is decays]} for decays in (True, False)
+        ]
+        return AdamW(
+            [{**by_hand[0], "weight_decay": 0.3}, {**by_hand[1], "weight_decay": 0.0}] if groups else side.parameters(),
+            lr=0.1,
+        )
+
+    optimizer, hand_made = Around(made(model, groups=False)), made(twin, groups=True)
+    WeightDecay(0.3).attach(optimizer, model)
+    for i, batch in enumerate(Stream().batches[:6]):
+        if i == 3:
+            optimizer.use(made(model, groups=False))
+            hand_made = made(twin, groups=True)
+        for side, each in ((model, optimizer), (twin, hand_made)):
+
+            def closure(side=side, batch=batch):
+                side.zero_grad()
+                loss = side(*batch)["loss"]
+                loss.backward()
+                return loss
+
+            if has_closure:
+                each.step(closure)
+            else:
+                closure()
+                each.step()
+    assert_identical_weights(weights(model), weights(twin))
+
+
 @pytest.mark.parametrize("name", ["optimizer", "decoupled", "L1", "constrained"])
 def test_a_state_that_is_not_loaded_begins_anew(name):
     state = Loop(name).train(end=5).state()
@@ -573,8 +633,36 @@ SCHEDULED = ["optimizer", "coupled", "decoupled", "L1", "proximal L1", "elastic 
 )
 @pytest.mark.parametrize("name", ["optimizer", "L1", "constraint"])
 def test_what_is_no_optimizer_is_refused(name, thing):
-    with pytest.raises(TypeError, match=r"`optimizer` should be a torch.optim.Optimizer, got "):
+    message = rf"^{type(REGULARIZERS[name]()).__name__}.attach: `optimizer` should be a torch.optim.Optimizer, got "
+    with pytest.raises(TypeError, match=message):
         REGULARIZERS[name]().attach(thing, Net().build(), total_steps=STEPS)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "advice"),
+    [
+        (lambda optimizer, model: model, "got Net. Write attach(optimizer, module)."),
+        (lambda optimizer, model: [optimizer], "got list. Attach to each of several optimizers a callback of its own."),
+        (lambda optimizer, model: LambdaLR(optimizer, float), "got LambdaLR. Give the `optimizer` of that."),
+        (lambda optimizer, model: SGD, "got SGD."),
+    ],
+    ids=["module", "list", "scheduler", "class"],
+)
+def test_what_is_no_optimizer_is_told_what_to_write_instead(wrap, advice):
+    model = Net().build()
+    thing = wrap(adamw(model)[0], model)
+    with pytest.raises(TypeError, match=re.escape(advice)):
+        L1Penalty(0.1).attach(thing, model)
+
+
+@pytest.mark.parametrize("position", [0, "step"])
+def test_a_position_that_is_no_function_is_refused(position):
+    model = Net().build()
+    optimizer, _ = adamw(model)
+    before = left_on(optimizer)
+    with pytest.raises(TypeError, match=rf"^L1Penalty.attach: `position` should be a function .* got {position!r}"):
+        L1Penalty(0.1).attach(optimizer, model, position=position)
+    assert left_on(optimizer) == before
 
 
 @pytest.mark.parametrize(
@@ -611,7 +699,7 @@ def test_a_schedule_needs_to_know_when_it_ends(name):
 @pytest.mark.parametrize("name", ["optimizer", "L1", "constraint"])
 def test_a_number_of_steps_is_checked(name, total_steps):
     model = Net().build()
-    with pytest.raises((ValueError, TypeError), match="`total_steps` should be a "):
+    with pytest.raises((ValueError, TypeError), match=r"^\w+.attach: `total_steps` should be a "):
         REGULARIZERS[name]().attach(adamw(model)[0], model, total_steps=total_steps)
 
 
