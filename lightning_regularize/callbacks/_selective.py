@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.nn.parameter import is_lazy
 
-from lightning_regularize._checks import is_named
+from lightning_regularize._checks import is_named, named_errors
 from lightning_regularize._steps.watch import stepping_optimizers
 from lightning_regularize._trainer.names import MisconfigurationException
 from lightning_regularize._trainer.strategies import held_parameters
@@ -70,10 +70,8 @@ class Selective(Described):
             ValueError: A rule matches nothing.
         """
         name = type(self).__name__
-        try:
+        with named_errors(name):
             infos = matching(run.infos(), include=self.include, exclude=self.exclude)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
         if not infos:
             raise MisconfigurationException(
                 f"{name} has {what}: no parameter matches include={tuple(map(rule_name, self.include))} and not "

@@ -135,7 +135,7 @@ class PenaltyCallback(Regularizer):
         return infos
 
     @contextlib.contextmanager
-    def _misconfigurations(self) -> Iterator[None]:
+    def _misconfigurations(self, what: str = "") -> Iterator[None]:
         """What cannot be grouped is a misconfiguration of the run.
 
         Raises:
@@ -144,7 +144,7 @@ class PenaltyCallback(Regularizer):
         try:
             yield
         except ValueError as error:
-            raise MisconfigurationException(f"{type(self).__name__}: {error}") from error
+            raise MisconfigurationException(f"{type(self).__name__}{what}: {error}") from error
 
     def _learn(self, info: ParameterInfo) -> Target | None:
         if not self.selects(info):
@@ -159,12 +159,8 @@ class PenaltyCallback(Regularizer):
             )
         if not penalty.per_unit:
             return Target(info)
-        try:
+        with self._misconfigurations(f" does not know what the units of {info.name!r} are"):
             target = self.groups.target(self, info)
-        except ValueError as error:
-            raise MisconfigurationException(
-                f"{type(self).__name__} does not know what the units of {info.name!r} are: {error}"
-            ) from error
         if target is not None and target.view is not None:
             check_view(info.name, info.parameter, target.view, type(self).__name__)
         return target
