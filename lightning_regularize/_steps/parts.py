@@ -241,8 +241,8 @@ class _WatchedList(list[Any]):
 
 def _part(group: dict[str, Any], places: list[int]) -> dict[str, Any]:
     part: dict[str, Any] = {"params": [group["params"][j] for j in places]}
-    if "param_names" in group:
-        part["param_names"] = [group["param_names"][j] for j in places]
+    if "param_names" in group:  # of those that the group had when it was made: parameters may have been appended
+        part["param_names"] = [group["param_names"][j] for j in places if j < len(group["param_names"])]
     return part
 
 

@@ -181,7 +181,12 @@ MUTANTS = [
     *mutants_of(
         "_steps/parts.py",
         "tests/steps/test_parts.py::test_a_parameter_with_a_name_in_the_group",
-        ('[group["param_names"][j] for j in places]', 'group["param_names"]'),
+        ('[group["param_names"][j] for j in places if j < len(group["param_names"])]', 'group["param_names"]'),
+    ),
+    *mutants_of(
+        "_steps/parts.py",
+        "tests/steps/test_parts.py::test_parameters_that_are_appended_to_a_group",
+        (' for j in places if j < len(group["param_names"])]', " for j in places]"),
     ),
     *mutants_of(
         "_steps/parts.py",

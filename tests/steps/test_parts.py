@@ -468,13 +468,14 @@ def append(optimizer, groups, parameters):
         optimizer.param_groups[i]["params"].append(parameter)
 
 
+@pytest.mark.parametrize("are_named", [False, True], ids=["plain", "named"])
 @pytest.mark.parametrize("cls", [optim.AdamW, optim.SGD, Counting, Statistic, StatisticInATensor])
-def test_parameters_that_are_appended_to_a_group(cls):
+def test_parameters_that_are_appended_to_a_group(cls, are_named):
     """The bias and the gain among them do not decay, and the rest goes on with what it had."""
     net, twin = Net(), Net()
     late = ("output.weight", "output.bias", "norm.weight")
     given = dict(net.named_parameters())
-    optimizer = cls([p for name, p in given.items() if name not in late], lr=0.1)
+    optimizer = cls([(name, p) if are_named else p for name, p in given.items() if name not in late], lr=0.1)
     decay().attach(optimizer, net)
     train(net, optimizer, last=3)
     append(optimizer, (0, 0, 0), [given[name] for name in late])
