@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, TypeVar
 from weakref import ref
 
@@ -409,10 +410,12 @@ def _check_attached(optimizer: object, module: object, position: object) -> None
         raise TypeError(f"`optimizer` should be a torch.optim.Optimizer, got {found}.{instead}")
     if not isinstance(module, torch.nn.Module):
         raise TypeError(f"`module` should be a torch.nn.Module, got {type(module).__name__}.")
-    if position is not None and not callable(position):
+    number: Any = position() if callable(position) else None
+    if position is not None and not (isinstance(number, Integral) and int(number) >= 0):
+        what = f"a function that returns {number!r}" if callable(position) else repr(position)
         raise TypeError(
-            f"`position` should be a function that returns the number of the present step, got {position!r}. Write "
-            "position=lambda: step."
+            f"`position` should be a function that returns the number of the present step, got {what}. Write "
+            "position=lambda: step, with an integer of at least 0."
         )
 
 

@@ -655,12 +655,23 @@ def test_what_is_no_optimizer_is_told_what_to_write_instead(wrap, advice):
         L1Penalty(0.1).attach(thing, model)
 
 
-@pytest.mark.parametrize("position", [0, "step"])
-def test_a_position_that_is_no_function_is_refused(position):
-    model = Net().build()
+POSITIONS = {
+    "0": 0,
+    "'step'": "step",
+    "a function that returns None": lambda: None,
+    "a function that returns 1.0": lambda: 1.0,
+    "a function that returns -1": lambda: -1,
+    "a function that returns tensor(3)": lambda: torch.tensor(3),
+}
+
+
+@pytest.mark.parametrize("found", POSITIONS)
+def test_a_position_that_gives_no_number_of_a_step_is_refused(found):
+    model, position = Net().build(), POSITIONS[found]
     optimizer, _ = adamw(model)
     before = left_on(optimizer)
-    with pytest.raises(TypeError, match=rf"^L1Penalty.attach: `position` should be a function .* got {position!r}"):
+    message = rf"^L1Penalty.attach: `position` should be a function .* got {re.escape(found)}\. Write"
+    with pytest.raises(TypeError, match=message):
         L1Penalty(0.1).attach(optimizer, model, position=position)
     assert left_on(optimizer) == before
 
