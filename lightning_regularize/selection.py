@@ -7,9 +7,9 @@ A parameter has a *canonical name* (the one it would have without DDP, FSDP, ``t
     Named ``bias``, ``bias_*``, ``*_bias`` or ``*_bias_u``, with any letter for u. A table such as Swin's
     ``relative_position_bias_table`` is a weight.
 ``norm``
-    Gain of a normalization layer: one of torch's, or a class named so. If its name ends so (``LlamaRMSNorm``), a gain
-    may have any shape, such as one number for each head and channel; otherwise it has at most one dimension larger
-    than 1. The magnitudes of weight normalization count as gains too.
+    Gain of a normalization layer: one of torch's, or a class named so, or GRN or FRN. If its name ends in norm
+    (``LlamaRMSNorm``), a gain may have any shape, such as one number for each head and channel; otherwise it has at
+    most one dimension larger than 1. The magnitudes of weight normalization count as gains too.
 ``embedding``
     Weight of an ``nn.Embedding`` or ``nn.EmbeddingBag``, or of a class that is named so.
 ``vector``
@@ -544,8 +544,9 @@ _TORCH_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.R
 _TORCH_PRODUCTS = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.Embedding, nn.EmbeddingBag)
 # bias, in_proj_bias, bias_ih_l0, and pos_bias_u and pos_bias_v of relative positions, which have a row for each head.
 _BIAS_NAME = re.compile(r"bias(_.*)?|.*_bias(_[a-z])?")
-# Norm, RMSNorm, Normalize, Normalization; but neither Normal nor NormalHead.
-_NORM_NAME = re.compile(r"norm(?!al(?!i[sz]))", re.IGNORECASE)
+# Norm, RMSNorm, Normalize, Normalization; but neither Normal nor NormalHead. And the initials GRN and FRN, of global
+# and filter response normalization, whose gains have the dims of an image.
+_NORM_NAME = re.compile(r"(?i:norm(?!al(?!i[sz])))|[GF]RN([123]d)?$")
 # A layer that does nothing else: RMSNorm, LayerNorm2d, Normalization, RMSNormGated; but neither NormLinear nor
 # WeightNorm, which have matrices.
 _NORM_LAYER_NAME = re.compile(

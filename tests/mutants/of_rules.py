@@ -14,6 +14,11 @@ MUTANTS = [
     ),
     *mutants_of(
         "selection.py",
+        "tests/test_selection.py::test_a_class_of_the_user_is_judged_by_its_name_and_the_shape",
+        ("|[GF]RN([123]d)?$", ""),
+    ),
+    *mutants_of(
+        "selection.py",
         "tests/test_selection.py::test_a_tied_tensor_is_found_by_any_name_and_any_owner",
         ("owners = (info.owner, *info.alias_owners)\n", "owners = (info.owner,)\n"),
         (
