@@ -11,16 +11,17 @@ if TYPE_CHECKING:
     from torch import nn
 
 # Layers of such a name: head, lm_head, policy_head, classifier. `fc` and `output` are in the middle of models too,
-# and `heads` may be those of attention.
-_NAME = re.compile(r"(^|_)(head|classifier)$|^embed_out$")
+# `heads` may be those of attention, and `q_head` makes queries for them, in Funnel.
+_NAME = re.compile(r"(^|(?<!^[qkv])_)(head|classifier)$|^embed_out$")
+_ROUTER = re.compile(r"(^|_)router$")  # its `classifier` chooses experts in the middle of a model
 
 
 def output_weights(module: nn.Module, weights: Sequence[tuple[str, Any]]) -> set[int]:
     """The output layers of a model, by the ``id`` of their weights.
 
     * What timm's models name as their classifier (``pretrained_cfg``), which may be missing there on purpose.
-    * Layers whose name is or ends in ``head`` or ``classifier``, as ``lm_head``; of several layers in a module that is
-      called so, such as an ``nn.Sequential``, the last one.
+    * Layers whose name is or ends in ``head`` or ``classifier``, as ``lm_head``, outside of routers; of several layers
+      in a module that is called so, such as an ``nn.Sequential``, the last one.
     * If nothing is called so: the last weight with at least two dims in registration order, unless it is in one of
       timm's models.
 
@@ -51,7 +52,8 @@ def output_weights(module: nn.Module, weights: Sequence[tuple[str, Any]]) -> set
     named: dict[str, int] = {}  # by the path of what is called so, its last weight
     for name, key in own:
         *path, _ = name.split(".")
-        named.update({".".join(path[: i + 1]): key for i, part in enumerate(path) if _NAME.search(part)})
+        if not any(map(_ROUTER.search, path)):
+            named.update({".".join(path[: i + 1]): key for i, part in enumerate(path) if _NAME.search(part)})
     last = set() if named else {id(parameter) for _, parameter in weights[-1:]} - inside
     return {id(parameter) for _, parameter in weights} & (declared | {*named.values()} | last)
 

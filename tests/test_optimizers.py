@@ -627,6 +627,14 @@ HIDDEN = {
         MLPHeads,
         ["policy_head.0.weight", "value_head.0.weight", "heads.0.weight", "body.weight"],
     ),
+    "of attention": (
+        lambda: Several("q_head", "k_head", "v_head", "seq_head"),
+        ["q_head.weight", "k_head.weight", "v_head.weight", "body.weight"],
+    ),
+    "of a router": (
+        lambda: nn.ModuleDict({"router": Several("classifier"), "shared_router": Several("head"), "lm_head": linear()}),
+        ["router.classifier.weight", "router.body.weight", "shared_router.head.weight", "shared_router.body.weight"],
+    ),
     "tokens and tables": (Tokens, ["conv.weight", "gru.weight_ih_l0", "gru.weight_hh_l0"]),
     "of timm": (lambda: Timm("fc", "fc", "last"), ["last.weight"]),
     "of timm, two": (lambda: Timm(("a", "b"), "a", "b", "last"), ["last.weight"]),
