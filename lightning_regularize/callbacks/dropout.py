@@ -5,6 +5,7 @@ from __future__ import annotations
 import dis
 import functools
 import inspect
+import itertools
 import math
 import re
 import types
@@ -329,10 +330,11 @@ def _attributes_read(cls: type) -> frozenset[str]:
 
 @functools.cache
 def _settings_read(cls: type) -> frozenset[str]:
-    """Numbers such as ``config.dropout`` that methods read which ask whether the module trains."""
+    """Numbers such as ``config.dropout`` that methods read which ask, or say, whether the module trains."""
     read: set[str] = set()
     for code in _methods(cls):
-        if "training" in code.co_names and any(map(_RATE_NAME.fullmatch, code.co_names)):
+        keywords = itertools.chain.from_iterable(names for names in code.co_consts if isinstance(names, tuple))
+        if "training" in {*code.co_names, *keywords} and any(map(_RATE_NAME.fullmatch, code.co_names)):
             read |= _read_of(code.co_varnames[0], code)
     return frozenset(name for name in read if "." in name and _RATE_NAME.fullmatch(name.rpartition(".")[2]))
 

@@ -223,6 +223,11 @@ MUTANTS = [
     ),
     *mutants_of(
         "callbacks/dropout.py",
+        "tests/training/test_dropout.py::test_a_number_of_the_settings_is_told_and_scheduled_if_asked",
+        ("{*code.co_names, *keywords}", "code.co_names"),
+    ),
+    *mutants_of(
+        "callbacks/dropout.py",
         "tests/training/test_dropout.py::test_a_compiled_model_is_compiled_for_few_rates_only",
         ("i / (_COMPILED_LEVELS - 1)", "i / _COMPILED_LEVELS"),
     ),

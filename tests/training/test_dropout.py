@@ -441,12 +441,24 @@ class Configured(nn.Module):
         return self.out(F.scaled_dot_product_attention(x, x, x, dropout_p=p))
 
 
-def test_a_number_of_the_settings_is_told_and_scheduled_if_asked(dropped):
+class AlwaysDropping(nn.Module):
+    """As transformers' ESMFold 2: it drops whether it trains or not."""
+
+    def __init__(self):
+        super().__init__()
+        self.config, self.out = types.SimpleNamespace(attention_dropout=0.2), nn.Dropout(0.2)
+
+    def forward(self, x):
+        return self.out(F.dropout(x, p=self.config.attention_dropout, training=True))
+
+
+@pytest.mark.parametrize("make", [Configured, AlwaysDropping])
+def test_a_number_of_the_settings_is_told_and_scheduled_if_asked(make, dropped):
     with pytest.warns(UserWarning, match=r"leaves \['parts\.0\.config\.attention_dropout'\] alone"):
-        fit(Attending(Configured()), DropoutSchedule(0.4), limit_train_batches=1)
+        fit(Attending(make()), DropoutSchedule(0.4), limit_train_batches=1)
     assert dropped == [0.2, 0.4]
     dropped.clear()
-    module = Attending(Configured())
+    module = Attending(make())
     fit(module, DropoutSchedule(0.4, attributes=("config.attention_dropout",)), limit_train_batches=1)
     assert dropped == [0.4, 0.4]
     assert module.parts[0].config.attention_dropout == 0.2
