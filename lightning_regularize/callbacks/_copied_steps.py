@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import operator
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
@@ -15,18 +16,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_regularize._sharding import local_tensor
 from lightning_regularize._steps.buckets import HALF
 from lightning_regularize._steps.hooks import ATTRIBUTE
+from lightning_regularize.decay import change_stochastically_
+from lightning_regularize.step_sizes import knows
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 WIDE = {"mps": torch.float32}  # float64 elsewhere, so that a strength is seen that float32 rounds away as well
+_SQUARES = ("exp_avg_sq", "square_avg", "sum", "exp_inf")  # in the state of an optimizer; the last has magnitudes
 _NUMBERS = (int, float, str, type(None))
 
 
-def widened_copy(tensor: Tensor) -> Tensor:
-    """A copy in float64, of counts of steps in their own type."""
-    is_wide = tensor.dtype not in HALF and (tensor.dim() == 0 or not tensor.is_floating_point())
-    return tensor.to(tensor.dtype if is_wide else WIDE.get(tensor.device.type, torch.float64), copy=True)
+def widened(entry: Any) -> Any:
+    """A copy of a tensor in float64, of counts of steps in their own type; what is no tensor as it is."""
+    if not isinstance(entry, Tensor):
+        return entry
+    is_wide = entry.dtype not in HALF and (entry.dim() == 0 or not entry.is_floating_point())
+    return entry.detach().to(entry.dtype if is_wide else WIDE.get(entry.device.type, torch.float64), copy=True)
 
 
 @functools.cache
@@ -48,6 +54,11 @@ def can_be_copied(optimizer: Optimizer) -> bool:
     )
 
 
+def _kept_share(group: dict[str, Any]) -> Any:
+    """What a step keeps of an average of squares; Adagrad adds them up."""
+    return group["betas"][1] if "betas" in group else group.get("alpha", 1.0)
+
+
 class _Alone(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Refuses to talk to other ranks: what one of them does with copies, another may not do."""
 
@@ -57,33 +68,137 @@ class _Alone(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-def step_of_copies(
-    optimizer: Optimizer,
-    group: dict[str, Any],
-    weights: Sequence[Tensor],
-    copy: Callable[[Tensor], Tensor],
-    less: Sequence[Tensor] | None = None,
-) -> tuple[Optimizer, list[Tensor]]:
-    """What the optimizer's own step makes of copies of some weights, of their state, and of their gradients less some.
+class Copies:
+    """Copies of some weights and of their state, which make the steps that an optimizer makes.
 
-    Of a subclass of an optimizer of torch it is the step of that.
+    Of a subclass of an optimizer of torch these are the steps of that.
+
+    Args:
+        optimizer: Whose steps they make. It is not changed.
+        weights: What is copied, with their state as it is now.
+        copy: Makes the copy of a tensor.
+
+    Raises:
+        TypeError: Of an optimizer whose step is not known, if it keeps more than numbers and tensors.
     """
-    bases = [base for base in type(optimizer).__mro__ if base.__module__.startswith("torch.optim.")]
-    kind: Any = bases[0] if bases[0] is not Optimizer else type(optimizer)
-    copies = [copy(local_tensor(weight)) for weight in weights]
-    twin: Optimizer = object.__new__(kind)
-    state: Any = defaultdict(dict)
-    held = {key: value for key, value in vars(optimizer).items() if not callable(value)}  # methods may be bound to it
-    vars(twin).update({**held, "param_groups": [{**group, "params": copies}], "state": state})
-    for i, (weight, own) in enumerate(zip(weights, copies, strict=True)):
-        own.grad_dtype = None  # since torch 2.10 a gradient may be of another type, if the weight allows it
-        own.grad = None if weight.grad is None else copy(local_tensor(weight.grad))
-        if own.grad is not None and less is not None:
-            own.grad.sub_(local_tensor(less[i]).view_as(own))
-        found = optimizer.state.get(weight, {})
-        state[own].update({k: copy(local_tensor(v)) if isinstance(v, Tensor) else v for k, v in found.items()})
-    # What it draws at random is not drawn twice.
-    alone = _Alone()  # type: ignore[no-untyped-call]
-    with alone, torch.random.fork_rng([own.device for own in copies if own.is_cuda]):
-        inspect.unwrap(kind.step)(twin)  # without the hooks that torch lets anyone add to all optimizers
-    return twin, copies
+
+    def __init__(self, optimizer: Optimizer, weights: Sequence[Tensor], copy: Callable[[Tensor], Tensor]) -> None:
+        if not (knows(optimizer) or can_be_copied(optimizer)):
+            raise TypeError(f"{type(optimizer).__name__} keeps more than numbers and tensors.")
+        bases = [base for base in type(optimizer).__mro__ if base.__module__.startswith("torch.optim.")]
+        self._kind: Any = bases[0] if bases[0] is not Optimizer else type(optimizer)
+        self.copy, self.weights = copy, [copy(local_tensor(weight)) for weight in weights]
+        self.optimizer: Optimizer = object.__new__(self._kind)
+        state: Any = defaultdict(dict)
+        vars(self.optimizer)["state"] = state
+        for weight, own in zip(weights, self.weights, strict=True):
+            own.grad_dtype = None  # since torch 2.10 a gradient may be of another type, if the weight allows it
+            found = optimizer.state.get(weight, {})
+            state[own].update({k: copy(local_tensor(v)) if isinstance(v, Tensor) else v for k, v in found.items()})
+
+    def step(self, optimizer: Optimizer, group: dict[str, Any], gradients: Sequence[Tensor | None]) -> None:
+        """Make the step that ``optimizer`` begins, with the settings of ``group`` and with other gradients."""
+        for own, gradient in zip(self.weights, gradients, strict=True):
+            own.grad = gradient
+        # Methods may be bound to the optimizer.
+        held = {key: value for key, value in vars(optimizer).items() if not callable(value)}
+        own = {"param_groups": [{**group, "params": self.weights}], "state": self.optimizer.state}
+        vars(self.optimizer).update({**held, **own})
+        # What it draws at random is not drawn twice.
+        alone = _Alone()  # type: ignore[no-untyped-call]
+        with alone, torch.random.fork_rng([own.device for own in self.weights if own.is_cuda]):
+            inspect.unwrap(self._kind.step)(self.optimizer)  # without the hooks that torch lets anyone add to all
+
+
+class Followed:
+    """Copies of weights that follow an optimizer, in both precisions, with and without what is measured.
+
+    Args:
+        optimizer: What they follow.
+        weights: What is copied.
+        stands_for: How many steps the found difference stands for.
+        kept: Elements of each weight to copy, where the optimizer is known and treats each by itself; else all.
+        have_twins: Are there copies without what is measured?
+        answers: If not, does what is measured act after the step, so as to answer it?
+        squares: Are averages of squared gradients measured, if the optimizer has them?
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        weights: Sequence[Tensor],
+        stands_for: int,
+        kept: int | None,
+        *,
+        have_twins: bool,
+        answers: bool,
+        squares: bool,
+    ) -> None:
+        self._weights, self.stands_for, self._kept = list(weights), stands_for, kept
+        self._steps, self._has_squares = 0, squares
+        self._half, self._wide = (Copies(optimizer, weights, copy) for copy in (self._cut, self._cut_wide))
+        copies = (self._cut, self._cut_wide) if have_twins else ()
+        self._twins = [Copies(optimizer, weights, copy) for copy in copies]
+        self._answers = answers
+
+    def _cut(self, tensor: Tensor) -> Tensor:
+        local = local_tensor(tensor).detach()
+        return (local.flatten()[: self._kept] if self._kept and local.dim() else local).clone()
+
+    def _cut_wide(self, tensor: Tensor) -> Tensor:
+        local: Tensor = widened(self._cut(tensor))
+        return local
+
+    def is_of(self, weights: Sequence[Tensor]) -> bool:
+        return len(weights) == len(self._weights) and all(map(operator.is_, weights, self._weights))
+
+    def step(
+        self, optimizer: Optimizer, group: dict[str, Any], terms: Sequence[Tensor] | None, without: dict[str, Any]
+    ) -> None:
+        """Make the step that begins, where ``terms`` are in the gradients or ``without`` is the group without them."""
+        gradients = [self._cut(weight.grad) for weight in self._weights if weight.grad is not None]
+        if self._twins:
+            less = [[gradient.clone() for gradient in gradients], list(map(widened, gradients))]
+            scale = getattr(optimizer, "grad_scale", None)
+            for i, term in enumerate(terms or ()):
+                own = self._cut(term).view_as(gradients[i])
+                subtract = functools.partial(torch.Tensor.sub_, other=own if scale is None else own * scale)
+                for each in less:  # at random, since to nearest the difference would be rounded a second time
+                    change_stochastically_(each[i], subtract, seed=self._steps * len(gradients) + i)
+            for twin, those in zip(self._twins, less, strict=True):
+                twin.step(optimizer, without, those)
+        if not self._steps:
+            self._start_squares = self._squares(self._wide)
+        self._half.step(optimizer, group, gradients)
+        self._wide.step(optimizer, group, list(map(widened, gradients)))
+        self._group, self._steps = group, self._steps + 1
+
+    def _squares(self, copies: Copies) -> list[Tensor]:
+        """The averages of squared gradients by whose roots an optimizer divides; 0 before there are any."""
+        found = []
+        for weight in copies.weights if self._has_squares else ():
+            state = copies.optimizer.state[weight]
+            square = next((state[name] for name in _SQUARES if name in state), torch.zeros_like(weight))
+            found.append(square.to(self._wide.weights[0].dtype, copy=True))
+        return found
+
+    def found(self) -> Iterator[tuple[str, list[Tensor], list[Tensor]]]:
+        """Where something is lost, how far copies should have gone for what is measured, and how far off they are."""
+        halves, wides = list(map(widened, self._half.weights)), self._wide.weights
+        if self._twins:
+            without, wide_without = self._twins
+            asked = [w - o for w, o in zip(wides, wide_without.weights, strict=True)]
+            yield "step", asked, [h - o - a for h, o, a in zip(halves, without.weights, asked, strict=True)]
+        elif self._answers:  # what a step has lost is missing in the answer, which the copies do not have
+            asked = [self._cut_wide(weight) - half for weight, half in zip(self._weights, halves, strict=True)]
+            yield "step", asked, [w - h for w, h in zip(wides, halves, strict=True)]
+        # These copies begin with averages that are rounded, so that what a step makes of these does not show it. A
+        # share of what comes in that is lost in each step is missing in the end, and makes steps longer by half of it.
+        wide = self._squares(self._wide)
+        kept, eps = _kept_share(self._group) ** self._steps, self._group.get("eps")
+        came_in = [square - kept * start for square, start in zip(wide, self._start_squares, strict=True)]
+        lost = [square - half for square, half in zip(wide, self._squares(self._half), strict=True)]
+        eps = eps if isinstance(eps, (int, float)) else 0.0  # beside a large one they do not matter
+        matters = [root / (root + eps) for root in [square.sqrt() for square in wide]]
+        if wide:
+            yield "square", came_in, [each * share / 2 for each, share in zip(lost, matters, strict=True)]

@@ -159,9 +159,9 @@ class Gradient(Method):
 
     @torch.no_grad()
     def on_gradients(self, owner: PenaltyCallback, step: Step) -> None:
+        owner.rounded.begin_step(step, acts=owner.is_due(step))
         penalty = owner.penalty()
-        owner.rounded.begin_step(step)
-        for group, lists in owner.targets(step.optimizer):
+        for group, lists in owner.targets(step.optimizer) if owner.is_due(step) else ():
             strength: Any = _strength(owner, group, step) if lists else 0.0
             scaled = strength if step.scale is None else step.scale * strength
             for alike in lists:
@@ -180,8 +180,8 @@ class Gradient(Method):
     @torch.no_grad()
     def before_step(self, owner: PenaltyCallback, step: Step) -> None:
         """Measure what the step rounds away: gradients are as it finds them, those of the penalty included."""
-        for group, lists in owner.targets(step.optimizer) if owner.rounded.is_measured else ():
-            strength = _strength(owner, group, step) if lists else 0.0
+        for group, lists in owner.targets(step.optimizer) if owner.rounded.is_followed else ():
+            strength = _strength(owner, group, step) if lists and owner.is_due(step) else 0.0
             for alike in (each.with_gradients() for each in lists):
                 picked = alike.where_in(owner.rounded.pick(alike.parameters, together=alike.is_joint))
                 weights = picked.as_units(picked.parameters)
@@ -190,15 +190,13 @@ class Gradient(Method):
                     _add_(terms, weights, picked.parts, owner.penalty(), strength, alike.dim)
                 halves = [p.dtype in HALF for p in picked.parameters]
                 measured, of_measured = (list(itertools.compress(each, halves)) for each in (picked.parameters, terms))
-                is_steady = owner.every_n_steps == 1
-                owner.rounded.step(step.optimizer, group, measured, of_measured, is_steady=is_steady)
+                owner.rounded.follow(step.optimizer, group, measured, of_measured)
 
 
 class Proximal(Method):
     """After the step the proximal map of the penalty is applied, in the metric of the optimizer."""
 
     def check(self, run: Run, owner: PenaltyCallback) -> None:
-        self._exact: dict[Tensor, StepSize | None] = {}  # of what is measured in the step under way
         check_weights_are_the_optimizers(run.trainer, f"{type(owner).__name__}(method='proximal')")
         if not isinstance(owner.penalty(), L2):
             owner.warn_if_moved_later(run, "zeros do not last")
@@ -228,15 +226,14 @@ class Proximal(Method):
 
     @torch.no_grad()
     def before_step(self, owner: PenaltyCallback, step: Step) -> None:
-        optimizer, self._exact = step.optimizer, {}
-        owner.rounded.begin_step(step)
-        if not owner.rounded.is_measured or not differ_by_weight(optimizer):
+        """Measure what the optimizer loses of the averages from which step sizes are made."""
+        owner.rounded.begin_step(step, acts=owner.is_due(step))
+        if not owner.rounded.is_followed or not differ_by_weight(step.optimizer):
             return
-        for group, lists in owner.targets(optimizer):
+        for group, lists in owner.targets(step.optimizer):
             for alike in (each.with_gradients() for each in lists):
-                numbers = owner.rounded.pick(alike.parameters, together=alike.is_joint)
-                picked = [alike.parameters[i] for i in numbers]
-                self._exact.update(zip(picked, owner.rounded.exact_sizes(optimizer, group, picked), strict=True))
+                picked = [alike.parameters[i] for i in owner.rounded.pick(alike.parameters)]
+                owner.rounded.follow(step.optimizer, group, picked)
 
     @torch.no_grad()
     def after_step(self, owner: PenaltyCallback, step: Step) -> None:
@@ -250,10 +247,8 @@ class Proximal(Method):
                     weights = stepped.as_units(stepped.parameters)
                     shrink = functools.partial(_shrink_, penalty=owner.penalty(), strength=strength, dim=alike.dim)
                     known = [size for size in sizes if size is not None]
-                    exact = list(map(self._exact.get, stepped.parameters, known)) if self._exact else None
                     with stepped.as_used():
-                        change = functools.partial(owner.rounded.change, together=stepped.is_joint, exact=exact)
-                        change(shrink, weights, known, stepped.parts)
+                        owner.rounded.change(shrink, weights, known, stepped.parts, together=stepped.is_joint)
 
 
 def _strength(owner: PenaltyCallback, group: dict[str, Any], step: Step) -> float:

@@ -175,14 +175,18 @@ class ConstrainedDecay(Regularizer):
 
     def on_gradients(self, step: Step) -> None:
         """What is new begins with its weights as they are now, before another callback decays them."""
-        self.before_step(step)
+        self._begin_targets([target for targets in self._targets.of(step.optimizer) for target in targets])
 
     def before_step(self, step: Step) -> None:
         """LBFGS begins before there are gradients. WeightDecay has written its own values by now."""
         if not self._has_looked_for_decay:
             self._has_looked_for_decay = True
             self._warn_of_decay()
-        self._begin_targets([target for targets in self._targets.of(step.optimizer) for target in targets])
+        self.on_gradients(step)
+        self.rounded.begin_step(step)
+        for group, targets in zip(step.optimizer.param_groups, self._targets.of(step.optimizer), strict=True):
+            moved = [t.info.parameter for t in targets if t.info.parameter.grad is not None]
+            self.rounded.follow(step.optimizer, group, [moved[i] for i in self.rounded.pick(moved)])
 
     @torch.no_grad()
     def after_step(self, step: Step, *, is_real: bool) -> None:
@@ -199,7 +203,6 @@ class ConstrainedDecay(Regularizer):
         state["multiplier"] = multiplier.clamp_max(_LARGEST_MULTIPLIER)
         for target, row in zip(held, torch.stack([*state.values(), numel], dim=1), strict=True):
             target.state = row
-        self.rounded.begin_step(step)
         weights, factors = local_pieces([target.info.parameter for target in held]), 1 - 2 * state["multiplier"]
         self.rounded.change(multiply_each_, weights, factors.unbind())
 

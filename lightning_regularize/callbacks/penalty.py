@@ -174,14 +174,12 @@ class PenaltyCallback(Regularizer):
     def on_gradients(self, step: Step) -> None:
         if self.logs(step):
             self._log(step.watch)
-        if self.is_due(step):
-            self._method.on_gradients(self, step)
+        self._method.on_gradients(self, step)
 
     def before_step(self, step: Step) -> None:
         if step.optimizer not in self._checked:  # made since the last step
             self._check_optimizer(step.optimizer)
-        if self.is_due(step):
-            self._method.before_step(self, step)
+        self._method.before_step(self, step)
 
     def after_step(self, step: Step, *, is_real: bool) -> None:
         if is_real and self.is_due(step):

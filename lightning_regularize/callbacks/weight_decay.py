@@ -312,11 +312,11 @@ class WeightDecay(Regularizer):
         method = self.decay_method
         if not method.adds_to_gradients:
             self.rounded.begin_step(step)
+        if self.rounded.is_measured or self.rounded.is_followed:
+            measure_decay(self.rounded, step, self._decaying.of(leaf, values), method)
         if method.acts_on_weights:
             self._in_step[leaf] = self._decaying.of(leaf, values)
             method.before(leaf, self._in_step[leaf], step.number)
-        elif self.rounded.is_measured:
-            measure_decay(self.rounded, step, self._decaying.of(leaf, values), by_optimizer=method.uses_optimizer)
 
     def after_step(self, step: Step, *, is_real: bool) -> None:
         if self.decay_method.acts_on_weights:

@@ -132,7 +132,7 @@ MUTANTS = [
         "tests/training/test_lost_strength.py::"
         "test_what_is_below_the_spacing_of_numbers_is_warned_of_and_what_is_above_is_there",
         # The step of the optimizer is measured, and not only what is added to gradients.
-        ("if not weights or not (is_known or can_be_copied(optimizer)):", "if True:"),
+        ("if not (weights and self.is_followed) or id(optimizer) in self.cannot_follow:", "if True:"),
     ),
     *mutants_of(
         "callbacks/_rounding.py",
@@ -161,14 +161,50 @@ MUTANTS = [
         ("1 if corrects_itself else _EVERY", "_EVERY"),
     ),
     *mutants_of(
-        "callbacks/_penalty_methods.py",
+        "callbacks/_rounding.py",
         "tests/training/test_lost_strength.py::test_squares_that_half_precision_makes_zero_are_warned_of",
-        ("together=stepped.is_joint, exact=exact)", "together=stepped.is_joint)"),
+        (
+            "places == [changed] or not (self._adds_to_gradients or in_square in places)",
+            "places == [changed] or not self._adds_to_gradients",
+        ),
     ),
     *mutants_of(
         "callbacks/_penalty_methods.py",
         "tests/training/test_lost_strength.py::test_a_penalty_of_every_tenth_step_is_measured",
-        ("is_steady=is_steady)", "is_steady=True)"),
+        (
+            "_strength(owner, group, step) if lists and owner.is_due(step) else 0.0",
+            "_strength(owner, group, step) if lists else 0.0",
+        ),
+    ),
+    *mutants_of(
+        "callbacks/_rounding.py",
+        "tests/training/test_lost_strength.py::test_the_warning_says_what_is_lost_under_noise",
+        ("_WHILE = 20", "_WHILE = 1"),
+    ),
+    *mutants_of(
+        "callbacks/_copied_steps.py",
+        "tests/training/test_lost_strength.py::test_the_warning_says_what_is_lost_under_noise",
+        ("change_stochastically_(each[i], subtract, seed=self._steps * len(gradients) + i)", "subtract(each[i])"),
+    ),
+    *mutants_of(
+        "callbacks/_rounding.py",
+        "tests/training/test_lost_strength.py::test_updates_that_round_to_nothing_agree_with_every_weight",
+        ("self._exact = expected", "pass"),
+    ),
+    *mutants_of(
+        "callbacks/_copied_steps.py",
+        "tests/training/test_lost_strength.py::test_constrained_decay_answers_steps_that_are_lost",
+        ("elif self._answers:", "elif False:"),
+    ),
+    *mutants_of(
+        "callbacks/_copied_steps.py",
+        "tests/training/test_lost_strength.py::test_averages_of_squares_that_stand_still_are_warned_of",
+        ("_kept_share(self._group) ** self._steps", "0.0"),
+    ),
+    *mutants_of(
+        "callbacks/_rounding.py",
+        "tests/training/test_lost_strength.py::test_decay_that_does_not_depend_on_averages_of_squares_is_not_warned_of",
+        (" and not (without is not None and is_decoupled)", ""),
     ),
     *mutants_of(
         "decay_methods.py",

@@ -368,7 +368,8 @@ def test_squares_that_half_precision_makes_zero_are_warned_of():
     make_optimizer = functools.partial(Adam, eps=1e-4)
     left, messages = left_of(PROXIMAL["l1"], make_optimizer, torch.float16, 0.1, gradient=3e-3)
     assert left > 2
-    assert messages
+    assert "in the averages of squared gradients that the optimizer's step sizes come from" in messages[0]
+    assert "larger strength" not in messages[0]  # it would be too strong as well
 
 
 def test_a_penalty_of_every_tenth_step_is_measured():
@@ -377,6 +378,141 @@ def test_a_penalty_of_every_tenth_step_is_measured():
     left, messages = left_of(make, functools.partial(Adam, eps=1e-2), torch.bfloat16, 0.005, steps=100)
     assert left < 0.95
     assert messages
+
+
+def walk(make, make_optimizer, dtype, *, noise, outward=0.0, steps=500):
+    """How far each weight has gone, with gradients that are noise, and lead away from zero if that is asked."""
+    layer = nn.Linear(32, 32, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(randn(32, 32).bfloat16())
+    layer.to(dtype)
+    start = layer.weight.detach().double()
+    optimizer = make_optimizer(layer.parameters())
+    if make is not None:
+        make().attach(optimizer, layer, total_steps=steps)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        gradient = noise * torch.randn(32, 32, generator=generator) - outward * layer.weight.detach()
+        layer.weight.grad = gradient.bfloat16().to(dtype)
+        optimizer.step()
+    return layer.weight.detach().double() - start
+
+
+def left_under_noise(make, make_optimizer, dtype, **options):
+    """What is left of the difference to the run without, in float32, and the warnings."""
+    wide, wide_without = (walk(each, make_optimizer, torch.float32, **options) for each in (make, None))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found, without = (walk(each, make_optimizer, dtype, **options) for each in (make, None))
+    whole = wide - wide_without
+    left = (((found - without) * whole).sum() / whole.square().sum()).item()
+    return left, [str(w.message) for w in caught if "is off by up to" in str(w.message)]
+
+
+def steady(kind, strength, **options):
+    """A schedule, so that it is judged at the end."""
+    return lambda: kind(lambda at: strength, **options)
+
+
+nesterov = functools.partial(SGD, lr=0.01, momentum=0.9, nesterov=True)
+muon = functools.partial(torch.optim.Muon, weight_decay=0.0)
+
+
+@pytest.mark.parametrize(
+    ("make", "make_optimizer"),
+    [
+        (steady(L1Penalty, 0.01), functools.partial(SGD, lr=0.01, momentum=0.9)),
+        (steady(L1Penalty, 0.01), functools.partial(torch.optim.Adagrad, lr=0.01)),
+        (steady(WeightDecay, 0.02, method="coupled"), functools.partial(muon, lr=0.02)),
+    ],
+    ids=["momentum", "Adagrad", "Muon"],
+)
+def test_the_warning_says_what_is_lost_under_noise(make, make_optimizer):
+    """A step makes little of what it is given, and later ones round that again."""
+    left, messages = left_under_noise(make, make_optimizer, torch.bfloat16, noise=0.1)
+    assert left < 0.9
+    lost = int(messages[0].partition("off by up to ")[2].partition("%")[0]) / 100
+    assert lost == pytest.approx(1 - left, rel=0, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("make_optimizer", "strength", "noise"),
+    [
+        (functools.partial(SGD, lr=0.01), 0.2, 0.05),
+        (functools.partial(SGD, lr=0.003, momentum=0.9), 0.3, 0.03),
+        (functools.partial(muon, lr=0.01), 0.3, 0.3),
+    ],
+    ids=["SGD", "momentum", "Muon"],
+)
+def test_updates_that_round_to_nothing_agree_with_every_weight(make_optimizer, strength, noise):
+    make = steady(WeightDecay, strength, method="cautious")
+    left, messages = left_under_noise(make, make_optimizer, torch.float16, noise=noise)
+    assert left > 1.1
+    assert "it is rounded with the weights" in messages[0]
+
+
+@pytest.mark.parametrize(
+    ("make_optimizer", "dtype", "outward"),
+    [
+        (nesterov, torch.bfloat16, 0.05),
+        (functools.partial(muon, lr=0.002), torch.float16, 0.1),
+        (functools.partial(Adam, lr=0.003), torch.bfloat16, 0.1),
+    ],
+    ids=["nesterov", "Muon", "Adam"],
+)
+def test_constrained_decay_answers_steps_that_are_lost(make_optimizer, dtype, outward):
+    left, messages = left_under_noise(
+        lambda: ConstrainedDecay("start"), make_optimizer, dtype, noise=0.1, outward=outward
+    )
+    assert left != pytest.approx(1, rel=0.05, abs=0)
+    assert "in the optimizer's step of the weights" in messages[0]
+
+
+def test_constrained_decay_that_has_nothing_to_do_is_not_warned_of():
+    make_optimizer = functools.partial(SGD, lr=0.003)  # of which most steps are lost
+    _, messages = left_under_noise(
+        lambda: ConstrainedDecay("start", factor=2.0), make_optimizer, torch.bfloat16, noise=0.1
+    )
+    assert not messages
+
+
+SQUARES = {
+    "l1, gradient": steady(L1Penalty, 0.1),
+    "coupled": steady(WeightDecay, 0.1, method="coupled"),
+    "l1, proximal": steady(L1Penalty, 0.1, method="proximal"),
+    "l2, proximal": steady(L2Penalty, 0.1, method="proximal"),
+    "stable": steady(WeightDecay, 0.1, method="stable"),
+}
+
+
+@pytest.mark.parametrize(
+    ("make", "make_optimizer"),
+    [
+        *[(make, functools.partial(Adam, lr=0.05)) for make in SQUARES.values()],
+        (SQUARES["l1, proximal"], functools.partial(torch.optim.RMSprop, lr=0.05, alpha=0.999)),
+        (SQUARES["l1, gradient"], functools.partial(torch.optim.Adamax, lr=0.05)),
+    ],
+    ids=[*[f"{name}, Adam" for name in SQUARES], "l1, proximal, RMSprop", "l1, gradient, Adamax"],
+)
+def test_averages_of_squares_that_stand_still_are_warned_of(make, make_optimizer):
+    """No step shows it, since each begins with an average that is wrong already."""
+    _, messages = left_under_noise(make, make_optimizer, torch.bfloat16, noise=0.3)
+    assert "in the averages of squared gradients" in messages[0]
+    assert "larger strength" not in messages[0]
+
+
+@pytest.mark.parametrize("make", SQUARES.values(), ids=SQUARES)
+def test_averages_of_squares_that_move_are_not(make):
+    make_optimizer = functools.partial(Adam, lr=0.05, betas=(0.9, 0.9))
+    _, messages = left_under_noise(make, make_optimizer, torch.bfloat16, noise=0.3)
+    assert not any("in the averages of squared gradients" in message for message in messages)
+
+
+def test_decay_that_does_not_depend_on_averages_of_squares_is_not_warned_of():
+    make_optimizer = functools.partial(AdamW, lr=0.003)
+    left, messages = left_under_noise(steady(WeightDecay, 5.0), make_optimizer, torch.bfloat16, noise=0.3)
+    assert left == pytest.approx(1, rel=0.05, abs=0)
+    assert not messages
 
 
 @rows({name: SHRINKING[name] for name in ("optimizer, SGD", "decoupled", "anchor", "l2, gradient", "l2, proximal")})
