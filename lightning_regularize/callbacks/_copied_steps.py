@@ -198,7 +198,7 @@ class Followed:
         kept, eps = _kept_share(self._group) ** self._steps, self._group.get("eps")
         came_in = [square - kept * start for square, start in zip(wide, self._start_squares, strict=True)]
         lost = [square - half for square, half in zip(wide, self._squares(self._half), strict=True)]
-        eps = eps if isinstance(eps, (int, float)) else 0.0  # beside a large one they do not matter
+        eps = max(eps, 1e-30) if isinstance(eps, float) else 1e-30  # beside a large one they do not matter
         matters = [root / (root + eps) for root in [square.sqrt() for square in wide]]
         if wide:
             yield "square", came_in, [each * share / 2 for each, share in zip(lost, matters, strict=True)]

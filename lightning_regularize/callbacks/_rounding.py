@@ -85,10 +85,15 @@ class Rounding:
         """The ids of optimizers that copies cannot follow."""
 
     def begin_step(self, step: Step, *, acts: bool = True) -> None:
-        """Decide whether to measure this step; in a loop without a Trainer, judge when it is time."""
+        """Decide whether to measure this step; in a loop without a Trainer, judge when it is time.
+
+        Args:
+            step: The step.
+            acts: Does the owner act in it? Copies that follow the optimizer make the other ones as well.
+        """
         self.is_measured, self.is_followed = False, False
         self._calls, self._optimizer, self._exact = 0, id(step.optimizer), []
-        if self._is_done or not (acts or self._followed):
+        if self._is_done or (self._first is None and not acts):
             return
         self._first = step.number if self._first is None else self._first
         seen, run = step.number - self._first, self._owner.run
