@@ -90,7 +90,7 @@ class Copies:
         self.copy, self.weights = copy, [copy(local_tensor(weight)) for weight in weights]
         self.optimizer: Optimizer = object.__new__(self._kind)
         state: Any = defaultdict(dict)
-        vars(self.optimizer)["state"] = state
+        self.optimizer.state = state
         for weight, own in zip(weights, self.weights, strict=True):
             own.grad_dtype = None  # since torch 2.10 a gradient may be of another type, if the weight allows it
             found = optimizer.state.get(weight, {})
@@ -102,8 +102,8 @@ class Copies:
             own.grad = gradient
         # Methods may be bound to the optimizer.
         held = {key: value for key, value in vars(optimizer).items() if not callable(value)}
-        own = {"param_groups": [{**group, "params": self.weights}], "state": self.optimizer.state}
-        vars(self.optimizer).update({**held, **own})
+        groups = [{**group, "params": self.weights}]
+        vars(self.optimizer).update({**held, "param_groups": groups, "state": self.optimizer.state})
         # What it draws at random is not drawn twice.
         alone = _Alone()  # type: ignore[no-untyped-call]
         with alone, torch.random.fork_rng([own.device for own in self.weights if own.is_cuda]):

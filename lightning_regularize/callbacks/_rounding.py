@@ -216,7 +216,8 @@ class Rounding:
             picked = [weights[i] for i in numbers]
             try:
                 copies = Copies(optimizer, picked, widened)
-                copies.step(optimizer, group, [widened(local_tensor(weight.grad)) for weight in picked])
+                gradients = [weight.grad for weight in picked if weight.grad is not None]
+                copies.step(optimizer, group, [widened(local_tensor(gradient)) for gradient in gradients])
             except Exception:
                 self._give_up(optimizer)
                 return
@@ -291,6 +292,9 @@ class Rounding:
         for (what, *_), (asked, error) in self._totals.items():
             length = torch.linalg.vector_norm(asked)
             share = (error * (asked / length)).sum().div_(length).item()
+            if what == "step":  # copies of few weights differ by chance: two standard errors do not count
+                noise = torch.linalg.vector_norm(error - share * asked).div_(length * math.sqrt(asked.numel())).item()
+                share = math.copysign(max(abs(share) - 2 * noise, 0.0), share)
             if what == "square":  # each has a step size of its own, however small it is
                 share = (error / asked).nanmean().item()
             if abs(share) > abs(worst[what]):  # NaN if nothing was asked

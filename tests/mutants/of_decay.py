@@ -142,8 +142,6 @@ MUTANTS = [
             "self._stands_for = seen - max([k for k in (*_STEPS, seen - self._every) if 0 <= k < seen], default=-1)",
             "pass",
         ),
-        # What swings is added up by element.
-        ("            if each_step_counts:\n", "            if True:\n"),
     ),
     *mutants_of(
         "callbacks/_copied_steps.py",
@@ -169,22 +167,9 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
-        "callbacks/_penalty_methods.py",
-        "tests/training/test_lost_strength.py::test_a_penalty_of_every_tenth_step_is_measured",
-        (
-            "_strength(owner, group, step) if lists and owner.is_due(step) else 0.0",
-            "_strength(owner, group, step) if lists else 0.0",
-        ),
-    ),
-    *mutants_of(
         "callbacks/_rounding.py",
         "tests/training/test_lost_strength.py::test_the_warning_says_what_is_lost_under_noise",
         ("_WHILE = 20", "_WHILE = 1"),
-    ),
-    *mutants_of(
-        "callbacks/_copied_steps.py",
-        "tests/training/test_lost_strength.py::test_the_warning_says_what_is_lost_under_noise",
-        ("change_stochastically_(each[i], subtract, seed=self._steps * len(gradients) + i)", "subtract(each[i])"),
     ),
     *mutants_of(
         "callbacks/_rounding.py",

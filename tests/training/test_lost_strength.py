@@ -432,7 +432,7 @@ def test_the_warning_says_what_is_lost_under_noise(make, make_optimizer):
     left, messages = left_under_noise(make, make_optimizer, torch.bfloat16, noise=0.1)
     assert left < 0.9
     lost = int(messages[0].partition("off by up to ")[2].partition("%")[0]) / 100
-    assert lost == pytest.approx(1 - left, rel=0, abs=0.03)
+    assert lost == pytest.approx(1 - left, rel=0, abs=0.05)  # two standard errors do not count
 
 
 @pytest.mark.parametrize(
