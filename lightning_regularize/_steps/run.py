@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from lightning_regularize.schedules import ScheduleLike
 
 
+KEPT = "_regularizers"
+"""The attribute of an optimizer that keeps what acts on its steps."""
+
+
 class Run(ABC):
     """A run of training with one regularizer.
 
@@ -139,6 +143,13 @@ class Run(ABC):
             watch.remove()
 
 
+class _Kept(list[Watch]):
+    """What an optimizer keeps alive. Its copies and pickles keep nothing."""
+
+    def __reduce__(self) -> Any:
+        return _Kept, ()
+
+
 class LoopRun(Run):
     """A run in somebody's own loop, of one optimizer.
 
@@ -161,13 +172,18 @@ class LoopRun(Run):
 
     def start(self, saved: Sequence[int] | None) -> None:
         """Watch the optimizer from its next step on."""
-        self.watches = [Watch(self._optimizer, self._work, steps=next(iter(saved or ()), 0), position=self._position)]
-        add_follower(self.watches[0])
+        watch = Watch(self._optimizer, self._work, steps=next(iter(saved or ()), 0), position=self._position)
+        self.watches = [watch]
+        add_follower(watch)
+        # Nobody else may keep it: the inner optimizers, which hold their hooks, may be made anew.
+        vars(self._optimizer).setdefault(KEPT, _Kept()).append(watch)
 
     def stop(self) -> None:
         """Watch no more."""
         for watch in self.watches:
             remove_follower(watch)
+            if kept := [each for each in vars(self._optimizer).pop(KEPT, ()) if each is not watch]:
+                vars(self._optimizer)[KEPT] = _Kept(kept)
         super().stop()
 
 

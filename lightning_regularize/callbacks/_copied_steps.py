@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_regularize._sharding import local_tensor
 from lightning_regularize._steps.buckets import HALF
 from lightning_regularize._steps.hooks import ATTRIBUTE
+from lightning_regularize._steps.run import KEPT
 from lightning_regularize.decay import change_stochastically_
 from lightning_regularize.step_sizes import knows
 
@@ -38,7 +39,7 @@ def widened(entry: Any) -> Any:
 @functools.cache
 def _of_every_optimizer() -> frozenset[str]:
     """The attributes that any optimizer has."""
-    return frozenset({*vars(SGD([torch.zeros(1, device="cpu")])), ATTRIBUTE})
+    return frozenset({*vars(SGD([torch.zeros(1, device="cpu")])), ATTRIBUTE, KEPT})
 
 
 def can_be_copied(optimizer: Optimizer) -> bool:

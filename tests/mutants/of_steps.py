@@ -88,6 +88,12 @@ MUTANTS = [
         ("optimizer.step = self._step_before  #", "pass  #"),
     ),
     *mutants_of(
+        "_steps/run.py",
+        "tests/steps/test_hooks.py::test_an_optimizer_keeps_what_acts_on_inner_ones_that_are_made_anew",
+        ("vars(self._optimizer).setdefault(KEPT, _Kept()).append(watch)", "pass"),
+        ("        return _Kept, ()", "        return _Kept, ([*self],)"),
+    ),
+    *mutants_of(
         "_steps/hooks.py",
         "tests/steps/test_hooks.py::test_one_entry_for_each_group_is_told_what_to_do",
         ("except (LookupError, ValueError, AttributeError) as error:", "except LookupError as error:"),

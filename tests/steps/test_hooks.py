@@ -835,6 +835,31 @@ def test_an_inner_optimizer_that_is_made_anew(change, step):
     assert_identical(weights(net), weights(twin))
 
 
+class Open(Renewing):
+    """Whose copies have all of its attributes."""
+
+    def __getstate__(self):
+        return vars(self)
+
+
+@by_step
+def test_an_optimizer_keeps_what_acts_on_inner_ones_that_are_made_anew(step):
+    net, twin = Net(), Net()
+    optimizer, hand_made = Open(net.parameters()), Open(split(twin))
+    callback = decay()
+    callback.attach(optimizer, net)
+    callback = weakref.ref(callback)
+    train(net, optimizer, step=step, last=2)
+    optimizer.renew()
+    gc.collect()
+    assert not copy.deepcopy(optimizer)._regularizers
+    train(net, optimizer, step=step, first=2)
+    assert_identical(weights(net), train(twin, hand_made, (1.0, 0.0), step=step))
+    del optimizer
+    gc.collect()
+    assert callback() is None
+
+
 class Lazy(optim.Optimizer):
     """Makes its inner optimizer in its first step, over its own dictionaries, to which that one adds keys."""
 
