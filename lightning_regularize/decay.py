@@ -430,12 +430,19 @@ def _like(strength: Tensor, tensors: Sequence[Tensor]) -> Tensor:
 
 
 _PIECE = 2**20  # elements that are rounded at a time, so that no full-size float32 copy is made
+DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}  # which the mantissa of float32 loses
 
 
 def _round_stochastically(value: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     """float32 to ``dtype``, up or down with a probability that keeps the mean."""
-    dropped = 16 if dtype == torch.bfloat16 else 13  # bits that the mantissa loses
-    noise = torch.randint(0, 1 << dropped, value.shape, generator=generator, device=value.device, dtype=torch.int32)
+    most = 1 << DROPPED_BITS[dtype]
+    noise = torch.randint(0, most, value.shape, generator=generator, device=value.device, dtype=torch.int32)
+    return round_with(noise, value, dtype)
+
+
+def round_with(noise: Tensor, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """float32 to ``dtype``, up where ``noise``, from 0 to ``2 ** DROPPED_BITS[dtype]``, and the dropped bits carry."""
+    dropped = DROPPED_BITS[dtype]
     rounded = value.view(torch.int32).add(noise).bitwise_and_(-1 << dropped).view(torch.float32)
     if dtype == torch.float16:  # below its normal range the spacing no longer shrinks
         quantum = 2.0**-24

@@ -17,7 +17,7 @@ from lightning_regularize._sharding import local_tensor
 from lightning_regularize._steps.buckets import HALF
 from lightning_regularize._steps.hooks import ATTRIBUTE
 from lightning_regularize._steps.run import KEPT
-from lightning_regularize.decay import change_stochastically_
+from lightning_regularize.decay import DROPPED_BITS, round_with
 from lightning_regularize.step_sizes import knows
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 WIDE = {"mps": torch.float32}  # float64 elsewhere, so that a strength is seen that float32 rounds away as well
 _SQUARES = ("exp_avg_sq", "square_avg", "sum", "exp_inf")  # in the state of an optimizer; the last has magnitudes
+_GOLDEN = round(2**32 * (5**0.5 - 1) / 2) - 2**32  # as an int32, whose products wrap around
 _NUMBERS = (int, float, str, type(None))
 
 
@@ -67,6 +68,19 @@ class _Alone(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func.namespace in ("c10d", "_c10d_functional"):
             raise RuntimeError(f"{func} on copies of weights")
         return func(*args, **(kwargs or {}))
+
+
+def _difference(gradient: Tensor, term: Tensor, step: int) -> Tensor:
+    """A gradient less a term, right in the mean: to nearest it would be rounded a second time.
+
+    Noise from the golden ratio fills its range evenly, over elements and over steps, and needs no generator.
+    """
+    if gradient.dtype not in HALF:  # of a weight that allows another dtype
+        return gradient - term
+    numbers = torch.arange(step, step + gradient.numel(), dtype=torch.int32, device=gradient.device)
+    dropped = DROPPED_BITS[gradient.dtype]
+    noise = numbers.mul_(_GOLDEN).bitwise_right_shift_(32 - dropped).bitwise_and_((1 << dropped) - 1)
+    return round_with(noise.view_as(gradient), gradient.float() - term, gradient.dtype)
 
 
 class Copies:
@@ -163,9 +177,8 @@ class Followed:
             scale = getattr(optimizer, "grad_scale", None)
             for i, term in enumerate(terms or ()):
                 own = self._cut(term).view_as(gradients[i])
-                subtract = functools.partial(torch.Tensor.sub_, other=own if scale is None else own * scale)
-                for each in less:  # at random, since to nearest the difference would be rounded a second time
-                    change_stochastically_(each[i], subtract, seed=self._steps * len(gradients) + i)
+                own = own if scale is None else own * scale
+                less[0][i], less[1][i] = _difference(less[0][i], own, self._steps), less[1][i] - own
             for twin, those in zip(self._twins, less, strict=True):
                 twin.step(optimizer, without, those)
         if not self._steps:

@@ -48,9 +48,15 @@ MUTANTS = [
         ("(square_norm - bound) / numel).clamp_min(0)", "(square_norm - bound) / numel)"),
     ),
     *mutants_of(
+        "callbacks/_copied_steps.py",
+        "tests/training/test_lost_strength.py::test_a_gradient_less_a_small_term_is_right_in_the_mean_of_elements_and_of_steps",
+        ("round_with(noise.view_as(gradient)", "round_with(0 * noise.view_as(gradient)"),
+        ("torch.arange(step, step + gradient.numel()", "torch.arange(0, gradient.numel()"),
+    ),
+    *mutants_of(
         "decay.py",
         "tests/training/test_decay_methods.py::test_rounded_at_random_a_thousand_small_steps_are_right_in_the_mean",
-        ("if dtype == torch.bfloat16 else 13", "if dtype == torch.bfloat16 else 12"),
+        ("torch.float16: 13}", "torch.float16: 12}"),
     ),
     *mutants_of(
         "decay.py",

@@ -23,6 +23,7 @@ from lightning_regularize import (
     WeightDecay,
     WeightPenalty,
 )
+from lightning_regularize.callbacks._copied_steps import _difference
 from lightning_regularize.penalties import L1, Spectral
 from tests.distributed import run_distributed
 from tests.models import randn
@@ -618,3 +619,11 @@ def test_what_an_optimizer_draws_at_random_is_drawn_once():
 def test_bad_input_is_refused_at_once(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_a_gradient_less_a_small_term_is_right_in_the_mean_of_elements_and_of_steps(dtype):
+    gradient, term = torch.full((10_000,), 0.7, dtype=dtype), torch.full((10_000,), 1e-4)
+    off = torch.stack([gradient.double() - _difference(gradient, term, step).double() for step in range(300)])
+    assert off[:3].mean(dim=1).tolist() == pytest.approx([1e-4] * 3, rel=0.02, abs=0)
+    assert off[:, :3].mean(dim=0).tolist() == pytest.approx([1e-4] * 3, rel=0.2, abs=0)
