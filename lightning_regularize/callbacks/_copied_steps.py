@@ -102,7 +102,7 @@ class Copies:
             raise TypeError(f"{type(optimizer).__name__} keeps more than numbers and tensors.")
         bases = [base for base in type(optimizer).__mro__ if base.__module__.startswith("torch.optim.")]
         self._kind: Any = bases[0] if bases[0] is not Optimizer else type(optimizer)
-        self.copy, self.weights = copy, [copy(local_tensor(weight)) for weight in weights]
+        self.weights = [copy(local_tensor(weight)) for weight in weights]
         self.optimizer: Optimizer = object.__new__(self._kind)
         state: Any = defaultdict(dict)
         self.optimizer.state = state
