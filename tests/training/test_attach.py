@@ -31,6 +31,7 @@ from tests.training.support import (
     MONITORS,
     QUIET,
     REGULARIZERS,
+    Around,
     Batches,
     assert_identical_weights,
     assert_same_weights,
@@ -435,19 +436,6 @@ def test_a_state_that_comes_too_late_is_an_error(name):
         loop.callback.load_state_dict(state)
     loop.attachment.remove()
     loop.callback.load_state_dict(state)
-
-
-class Around(torch.optim.Optimizer):
-    """Steps by another optimizer. Hooks of its own are never called."""
-
-    def __init__(self, inner):
-        self.use(inner)
-
-    def use(self, inner):
-        self.inner, self.param_groups, self.state, self.defaults = inner, inner.param_groups, {}, inner.defaults
-
-    def step(self, closure=None):
-        return self.inner.step(closure)
 
 
 @pytest.mark.parametrize("has_closure", [False, True])

@@ -37,6 +37,7 @@ from lightning_regularize.schedules import Cosine, FollowLR, Linear, Position, S
 from tests.training.matrix import Kept
 from tests.training.support import (
     QUIET,
+    Around,
     Batches,
     Regression,
     assert_identical_weights,
@@ -534,22 +535,6 @@ def test_the_gradient_of_a_penalty_is_refused_by_an_optimizer_that_climbs(name):
     with pytest.raises(MisconfigurationException, match=r"maximize=True.*method='proximal'"):
         run.fit()
     assert_identical_weights(run.witness.last, run.witness.found[-1])
-
-
-class Around(torch.optim.Optimizer):
-    """Steps by another optimizer. Hooks of its own are never called."""
-
-    def __init__(self, inner):
-        self.use(inner)
-
-    def use(self, inner):
-        self.inner, self.param_groups, self.state, self.defaults = inner, inner.param_groups, {}, inner.defaults
-
-    def step(self, closure=None):
-        return self.inner.step(closure)
-
-    def zero_grad(self, set_to_none=True):
-        self.inner.zero_grad(set_to_none)
 
 
 EXCHANGES = {
